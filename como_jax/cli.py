@@ -1,0 +1,73 @@
+"""What all commands share: plain log lines, and errors a user can mend in one line instead of a traceback."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import absl.logging
+from absl import app, flags
+
+from como_jax.errors import NonFiniteError, UsageError
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command: exit status 2 for errors of usage, 1 for a run that failed.
+
+    Args:
+      main: gets the arguments that are not flags.
+    """
+    _log_plainly()
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            main(argv[1:])
+        except UsageError as error:
+            _fail(str(error), status=2)
+        except NonFiniteError as error:
+            _fail(str(error), status=1)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def no_arguments(arguments: Sequence[str]) -> None:
+    """Raises UsageError if a command that takes flags alone got anything else."""
+    if arguments:
+        raise UsageError(f"Unexpected argument {arguments[0]!r}; options start with --.")
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(f"{' '.join(str(error).split())} (--help lists all flags)", status=2)
+    except (AttributeError, KeyError, TypeError) as error:
+        # ml_collections lets errors of a config override through as they are.
+        _fail(_explain_override(error), status=2)
+
+
+def _explain_override(error: Exception) -> str:
+    text = str(error.args[0]) if error.args else str(error)
+    meant = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
+    if meant:
+        return f"The config has no field {meant[2]!r}; did you mean {meant[1]!r}?"
+    return f"A --config.FIELD=VALUE flag does not fit the config: {text}"
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _log_plainly() -> None:
+    logger = logging.getLogger("como_jax")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    # Orbax and JAX speak through absl, at length.
+    absl.logging.set_verbosity(absl.logging.WARNING)

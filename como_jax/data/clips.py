@@ -1,0 +1,125 @@
+"""Which clips a dataset offers: start steps from which all instants and their offsets stay inside the episode."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from como_jax.data.sources import EpisodeSource
+from como_jax.errors import ConfigError, DatasetError
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """How clips are cut out of episodes.
+
+    Attributes:
+      gap_seconds: time between the two frames of a pair.
+      instants: frames of a clip, one gap apart; at least 2.
+      offset_frames: whether every pair also needs an offset frame for Tcl.
+      min_motion: least mean motion a step, over the clip; drops still clips (see `schema.EPISODE_TABLE_SCHEMA`).
+      max_motion: largest motion of any step of the clip; drops clips with a hard cut.
+    """
+
+    gap_seconds: float
+    instants: int = 2
+    offset_frames: bool = True
+    min_motion: float = 0.0
+    max_motion: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.gap_seconds <= 0:
+            raise ConfigError(f"data.gap_seconds must be positive, not {self.gap_seconds}.")
+        if self.instants < 2:
+            raise ConfigError(f"data.instants must be at least 2, not {self.instants}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipIndex:
+    """All clips of one source.
+
+    Axes: C clips, E episodes.
+
+    Attributes:
+      first: int64 `[C]`, record of the first instant.
+      episode: int64 `[C]`, row of the episode.
+      gap: int64 `[E]`, steps between instants.
+      last: int64 `[E]`, last record of every episode.
+      short_episodes: episodes too short for one clip.
+      filtered_clips: clips that the motion thresholds dropped.
+    """
+
+    first: np.ndarray
+    episode: np.ndarray
+    gap: np.ndarray
+    last: np.ndarray
+    short_episodes: int
+    filtered_clips: int
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def gap_steps(gap_seconds: float, control_rate: np.ndarray) -> np.ndarray:
+    """A gap in whole control steps, at least one."""
+    return np.maximum(1, np.rint(gap_seconds * np.asarray(control_rate)).astype(np.int64))
+
+
+def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
+    """Lists the clips of a source.
+
+    Raises:
+      DatasetError: no clip is left; the message says why.
+    """
+    gap = gap_steps(config.gap_seconds, source.control_rate)
+    span = (config.instants - 1) * gap
+    # At a gap of one step the offset frame cannot lie before the future frame, so it needs the step after it.
+    reach = span + (1 if config.offset_frames else 0) * (gap == 1)
+    counts = np.maximum(0, source.length - reach)
+    if not counts.any():
+        raise DatasetError(
+            f"{source.directory} ({source.split}): all {len(counts)} episodes are shorter than a clip of "
+            f"{config.instants} frames, {config.gap_seconds} s apart (the longest has {source.length.max()} "
+            f"steps, {reach.min() + 1} or more are needed). Lower data.gap_seconds, or check the control rate."
+        )
+    episode = np.repeat(np.arange(len(counts)), counts)
+    first = source.start[episode] + _ranges(counts)
+    keep = _within_motion(source.motion, first, span[episode], config)
+    if not keep.any():
+        raise DatasetError(
+            f"{source.directory} ({source.split}): no clip has a motion between data.min_motion "
+            f"{config.min_motion} and data.max_motion {config.max_motion}."
+        )
+    return ClipIndex(
+        first=first[keep],
+        episode=episode[keep],
+        gap=gap,
+        last=source.start + source.length - 1,
+        short_episodes=int((counts == 0).sum()),
+        filtered_clips=int((~keep).sum()),
+    )
+
+
+def draw_offset(future: int, gap: int, last: int, rng: np.random.Generator) -> int:
+    """The offset frame `t+n+d` of a pair whose future frame `t+n` is `future`.
+
+    `d` is uniform in `[-n/5, n/5]` and never 0 (CoMo, arXiv 2505.17006); at gaps under five steps it is one step.
+    The result lies after the current frame and not after `last`, the end of the episode.
+    """
+    radius = max(1, gap // 5)
+    candidates = [d for d in range(-radius, radius + 1) if d and gap + d >= 1 and future + d <= last]
+    return future + int(rng.choice(candidates))
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """`[0 .. counts[0]-1, 0 .. counts[1]-1, ...]`."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+
+
+def _within_motion(motion: np.ndarray, first: np.ndarray, span: np.ndarray, config: ClipConfig) -> np.ndarray:
+    total = np.concatenate([[0.0], np.cumsum(motion, dtype=np.float64)])
+    mean = (total[first + span + 1] - total[first + 1]) / span
+    cuts = np.concatenate([[0], np.cumsum(motion > config.max_motion)])
+    return (mean >= config.min_motion) & (cuts[first + span + 1] == cuts[first + 1])

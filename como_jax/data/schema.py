@@ -1,0 +1,173 @@
+"""The on-disk contract between the dataset builders and the input pipeline.
+
+A dataset is a TFDS builder directory in which one record is one *step*, in episode order, so that any frame
+is read at random without touching its neighbours. Beside the records of every shard lies its episode table,
+a Parquet file with one row an episode, which holds everything that is small: identity, control rate, language,
+actions, states and the motion of every step. The input pipeline plans its samples from the tables alone and
+reads records only for the frames that it uses.
+
+    DIR/dataset_info.json, features.json, metadata.json     TFDS metadata
+    DIR/NAME-train.array_record-00000-of-00002              steps (see `step_features`)
+    DIR/episodes-train-00000-of-00002.parquet               episodes (see `EPISODE_TABLE_SCHEMA`)
+    DIR/statistics.json, conversion_report.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+from etils import epath
+
+from como_jax.files import write_atomic
+
+DEFAULT_CAMERA = "image"
+SPLITS = ("train", "val")
+
+# `motion[t]` is the mean absolute pixel difference, in [0, 1], between steps t - 1 and t; `motion[0]` is 0.
+EPISODE_TABLE_SCHEMA = pa.schema(
+    [
+        pa.field("episode_id", pa.string(), nullable=False),
+        pa.field("source_file", pa.string(), nullable=False),
+        pa.field("language_instruction", pa.string(), nullable=False),
+        pa.field("control_rate", pa.float64(), nullable=False),
+        pa.field("num_steps", pa.int64(), nullable=False),
+        pa.field("motion", pa.list_(pa.float32()), nullable=False),
+        pa.field("action", pa.list_(pa.list_(pa.float32()))),
+        pa.field("state", pa.list_(pa.list_(pa.float32()))),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One control step.
+
+    Attributes:
+      images: JPEG bytes of an RGB picture for every camera.
+      state: proprioception, float32 `[state_size]`, or None.
+      action: the action taken after this observation, float32 `[action_size]`, or None.
+    """
+
+    images: Mapping[str, bytes]
+    state: np.ndarray | None = None
+    action: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One uninterrupted recording; every frame pair stays inside one episode.
+
+    Attributes:
+      episode_id: unique within the dataset and independent of conversion order.
+      source_file: where the episode came from, for reports.
+      control_rate: steps per second (Hz), which need not be the frame rate of a video container.
+      steps: in temporal order.
+      motion: float32 `[len(steps)]`, see `EPISODE_TABLE_SCHEMA`.
+      language_instruction: empty when unknown.
+    """
+
+    episode_id: str
+    source_file: str
+    control_rate: float
+    steps: Sequence[Step]
+    motion: np.ndarray
+    language_instruction: str = ""
+
+
+def step_features(
+    cameras: Sequence[str], state_size: int | None = None, action_size: int | None = None
+) -> tfds.features.FeaturesDict:
+    """TFDS features of one step record; sizes of None leave the field out."""
+    observation: dict[str, Any] = {
+        camera: tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg") for camera in cameras
+    }
+    if state_size is not None:
+        observation["state"] = tfds.features.Tensor(shape=(state_size,), dtype=np.float32)
+    features = {
+        "observation": observation,
+        "language_instruction": tfds.features.Text(),
+        "episode_id": tfds.features.Text(),
+        "step_index": np.int32,
+        "control_rate": np.float32,
+        "is_first": np.bool_,
+        "is_last": np.bool_,
+    }
+    if action_size is not None:
+        features["action"] = tfds.features.Tensor(shape=(action_size,), dtype=np.float32)
+    return tfds.features.FeaturesDict(features)
+
+
+def step_examples(episode: Episode) -> list[dict[str, Any]]:
+    """The episode's step records, in the structure of `step_features`."""
+    last = len(episode.steps) - 1
+    examples = []
+    for index, step in enumerate(episode.steps):
+        observation: dict[str, Any] = dict(step.images)
+        if step.state is not None:
+            observation["state"] = np.asarray(step.state, np.float32)
+        example = {
+            "observation": observation,
+            "language_instruction": episode.language_instruction,
+            "episode_id": episode.episode_id,
+            "step_index": index,
+            "control_rate": episode.control_rate,
+            "is_first": index == 0,
+            "is_last": index == last,
+        }
+        if step.action is not None:
+            example["action"] = np.asarray(step.action, np.float32)
+        examples.append(example)
+    return examples
+
+
+def episode_row(episode: Episode) -> dict[str, Any]:
+    """The episode's row of the table, in the structure of `EPISODE_TABLE_SCHEMA`."""
+
+    def column(values: list[np.ndarray | None]) -> list[list[float]] | None:
+        present = [np.asarray(value, np.float32).tolist() for value in values if value is not None]
+        return present if present else None
+
+    return {
+        "episode_id": episode.episode_id,
+        "source_file": episode.source_file,
+        "language_instruction": episode.language_instruction,
+        "control_rate": float(episode.control_rate),
+        "num_steps": len(episode.steps),
+        "motion": np.asarray(episode.motion, np.float32).tolist(),
+        "action": column([step.action for step in episode.steps]),
+        "state": column([step.state for step in episode.steps]),
+    }
+
+
+def episode_table_name(split: str, shard: int, num_shards: int) -> str:
+    """File name of the episode table that belongs to one shard of records."""
+    return f"episodes-{split}-{shard:05d}-of-{num_shards:05d}.parquet"
+
+
+def write_episode_table(path: epath.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes episode rows to one Parquet file, atomically."""
+    table = pa.Table.from_pylist(list(rows), schema=EPISODE_TABLE_SCHEMA)
+    write_atomic(path, lambda file: pq.write_table(table, file))
+
+
+def read_episode_table(directory: epath.PathLike, split: str) -> pa.Table:
+    """Reads the episode tables of all shards of a split, in shard order, as one table.
+
+    Raises:
+      FileNotFoundError: the directory holds no table for the split.
+    """
+    directory = epath.Path(directory)
+    paths = sorted(directory.glob(f"episodes-{split}-*.parquet"))
+    if not paths:
+        raise FileNotFoundError(f"{directory} has no episode table for split {split!r}.")
+    tables = []
+    for path in paths:
+        with path.open("rb") as file:
+            tables.append(pq.read_table(file, schema=EPISODE_TABLE_SCHEMA))
+    return pa.concat_tables(tables)

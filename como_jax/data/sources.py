@@ -1,0 +1,120 @@
+"""Opens one split of one dataset directory: everything small in memory, frames read one at a time."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tensorflow_datasets as tfds
+from etils import epath
+
+from como_jax.data import schema
+from como_jax.errors import DatasetError
+
+
+class EpisodeSource:
+    """One split of a dataset written by `tools.datasets`.
+
+    Axes: E episodes, S steps of all episodes together, which are also record numbers.
+
+    Attributes:
+      name: name of the dataset.
+      camera: the observation that `read_jpeg` returns.
+      start, length: int64 `[E]`, first record and number of steps of every episode.
+      control_rate: float64 `[E]`, Hz.
+      motion: float32 `[S]`, see `schema.EPISODE_TABLE_SCHEMA`.
+      action, state: float32 `[S, size]`, or None when the dataset has none.
+      episode_id, instruction: one string an episode.
+    """
+
+    def __init__(self, directory: epath.PathLike, split: str, camera: str = ""):
+        """Reads the episode tables.
+
+        Args:
+          directory: the dataset directory.
+          split: "train" or "val".
+          camera: observation key; empty for the dataset's first camera.
+
+        Raises:
+          DatasetError: not a dataset, no such split or camera.
+        """
+        self.directory = epath.Path(directory)
+        self.split = split
+        if not (self.directory / "dataset_info.json").exists():
+            raise DatasetError(
+                f"{self.directory} is not a dataset directory (it has no dataset_info.json); "
+                "make one with `python -m tools.datasets.build`."
+            )
+        info = self._builder.info
+        self.name = info.name
+        self.camera = camera or _first_camera(self.directory, info)
+        if self.camera not in _cameras(info):
+            raise DatasetError(f"{self.directory} has no camera {self.camera!r}; it has: {', '.join(_cameras(info))}.")
+        if split not in info.splits or not info.splits[split].num_examples:
+            raise DatasetError(f"{self.directory} has no split {split!r}; it has: {', '.join(info.splits)}.")
+        self._read_tables()
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return int(self.length.sum())
+
+    def read_jpeg(self, record: int) -> bytes:
+        """The JPEG bytes of one step's picture."""
+        return self._records[record]["observation"][self.camera]
+
+    def _read_tables(self) -> None:
+        table = schema.read_episode_table(self.directory, self.split)
+        self.length = table["num_steps"].to_numpy()
+        self.start = np.concatenate([[0], np.cumsum(self.length)[:-1]]).astype(np.int64)
+        self.control_rate = table["control_rate"].to_numpy()
+        self.episode_id: list[str] = table["episode_id"].to_pylist()
+        self.instruction: list[str] = table["language_instruction"].to_pylist()
+        self.motion = _flatten(table["motion"])
+        self.action = _flatten_vectors(table["action"])
+        self.state = _flatten_vectors(table["state"])
+        records = self._builder.info.splits[self.split].num_examples
+        if records != len(self):
+            raise DatasetError(
+                f"{self.directory}: the episode tables of split {self.split!r} list {len(self)} steps but "
+                f"there are {records} records; the dataset is damaged, convert it again."
+            )
+
+    @functools.cached_property
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        return tfds.builder_from_directory(self.directory)
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        skip = {"observation": {camera: tfds.decode.SkipDecoding() for camera in _cameras(self._builder.info)}}
+        return self._builder.as_data_source(self.split, decoders=skip)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files do not travel to worker processes, each of which opens its own.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_records")}
+
+
+def _cameras(info: tfds.core.DatasetInfo) -> list[str]:
+    observation = info.features["observation"]
+    return [key for key, feature in observation.items() if isinstance(feature, tfds.features.Image)]
+
+
+def _first_camera(directory: epath.Path, info: tfds.core.DatasetInfo) -> str:
+    cameras = (info.metadata or {}).get("cameras") or _cameras(info)
+    if not cameras:
+        raise DatasetError(f"{directory} has no camera: none of its observations is an image.")
+    return cameras[0]
+
+
+def _flatten(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of one list of numbers an episode, as float32 `[S]`."""
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def _flatten_vectors(column: pa.ChunkedArray) -> np.ndarray | None:
+    """A column of one list of vectors an episode, as float32 `[S, size]`; None when an episode has none."""
+    if column.null_count:
+        return None
+    steps = column.combine_chunks().flatten()
+    return steps.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(steps), -1)

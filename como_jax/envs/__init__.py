@@ -1,0 +1,1 @@
+"""Environments behind one interface, gymnasium's: reset with an instruction, step, success, render."""

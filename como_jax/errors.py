@@ -1,0 +1,29 @@
+"""Errors that the commands report in one line: the message names the file, field or flag and says what to do."""
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done as asked; the base of all errors that a user can mend."""
+
+
+class ConfigError(UsageError):
+    """A config field, or a combination of fields, that describes nothing."""
+
+
+class ConversionError(UsageError):
+    """A source that cannot be converted as asked."""
+
+
+class DatasetError(UsageError):
+    """A dataset that cannot serve what was asked of it."""
+
+
+class MeshError(UsageError):
+    """A mesh or batch that does not fit the devices."""
+
+
+class RunError(UsageError):
+    """A run directory or checkpoint that cannot be used."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss term or gradient became NaN or infinite."""

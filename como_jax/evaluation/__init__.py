@@ -1,0 +1,1 @@
+"""Metrics of latent motion that need no policy."""

@@ -1,0 +1,27 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import BinaryIO
+
+from etils import epath
+
+
+def write_atomic(path: epath.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, then renames it."""
+    path = epath.Path(path)
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes UTF-8 text, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode()))

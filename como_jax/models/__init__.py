@@ -1,0 +1,1 @@
+"""Model families; parameters only, sharding and randomness come from outside."""

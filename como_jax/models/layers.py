@@ -1,0 +1,121 @@
+"""Transformer building blocks shared by all models.
+
+Axes: B batch, N tokens, D width, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from como_jax.errors import ConfigError
+
+# Statistics of ImageNet RGB in [0, 1], with which MAE and CoMo normalise pixels.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+xavier_uniform = nnx.initializers.xavier_uniform()
+
+
+def normalize_frames(frames: jax.Array) -> jax.Array:
+    """uint8 RGB `[..., 3]` to ImageNet-normalised float32."""
+    scale = 1.0 / (255.0 * np.asarray(IMAGENET_STD, np.float32))
+    shift = np.asarray(IMAGENET_MEAN, np.float32) / np.asarray(IMAGENET_STD, np.float32)
+    return frames.astype(jnp.float32) * scale - shift
+
+
+def denormalize_frames(frames: jax.Array) -> jax.Array:
+    """ImageNet-normalised RGB `[..., 3]` to float32 in [0, 1], clipped."""
+    mean, std = np.asarray(IMAGENET_MEAN, np.float32), np.asarray(IMAGENET_STD, np.float32)
+    return jnp.clip(frames * std + mean, 0.0, 1.0)
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """`[B, H, W, C]` to row-major patches `[B, (H/p)(W/p), p * p * C]`, each in (row, column, channel) order."""
+    batch, height, width, channels = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
+def unpatchify(patches: jax.Array, patch_size: int, height: int, width: int) -> jax.Array:
+    """Inverse of `patchify` (a pixel shuffle) for RGB: `[B, N, p * p * 3]` to `[B, height, width, 3]`."""
+    rows, columns = height // patch_size, width // patch_size
+    x = patches.reshape(-1, rows, columns, patch_size, patch_size, 3)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, 3)
+
+
+def sincos_position_embedding(rows: int, columns: int, width: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions `[rows * columns, width]` as in MAE (arXiv 2111.06377, appendix A)."""
+    if width % 4:
+        raise ConfigError(f"width {width} must be divisible by 4 for 2-D sine-cosine positions.")
+    frequencies = 1.0 / 10000.0 ** (np.arange(width // 4) / (width / 4))
+
+    def encode(positions: np.ndarray) -> np.ndarray:
+        angles = positions.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer norm with the epsilon of ViT and MAE; statistics in float32 whatever the compute dtype."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, optionally computed for the first tokens only."""
+
+    def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        if width % num_heads:
+            raise ConfigError(f"width {width} must be divisible by num_heads {num_heads}.")
+        head_size = width // num_heads
+        self.dtype = dtype
+        self.qkv = nnx.LinearGeneral(
+            width, (3, num_heads, head_size), kernel_init=xavier_uniform, dtype=dtype, rngs=rngs
+        )
+        self.proj = nnx.LinearGeneral(
+            (num_heads, head_size), width, axis=(-2, -1), kernel_init=xavier_uniform, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens."""
+        if num_outputs is None:
+            query, key, value = jnp.moveaxis(self.qkv(x), 2, 0)
+        else:
+            kernel, bias = self.qkv.kernel[...].astype(self.dtype), self.qkv.bias[...].astype(self.dtype)
+            x = x.astype(self.dtype)
+            query = jnp.einsum("bnd,dhk->bnhk", x[:, :num_outputs], kernel[:, 0]) + bias[0]
+            key, value = jnp.einsum("bnd,dshk->sbnhk", x, kernel[:, 1:]) + bias[1:, None, None]
+        return self.proj(jax.nn.dot_product_attention(query, key, value))
+
+
+class Mlp(nnx.Module):
+    """Two layers with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(width, hidden, kernel_init=xavier_uniform, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, kernel_init=xavier_uniform, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int, *, mlp_ratio: int = 4, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attn = Attention(width, num_heads, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`."""
+        x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,60 @@
+"""A stack of equal layers: the one place that scans over depth and rematerialises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from como_jax.errors import ConfigError
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stack(nnx.Module):
+    """`depth` layers whose parameters carry a leading layer axis, run by `jax.lax.scan`.
+
+    One layer is traced and compiled whatever the depth.
+    """
+
+    def __init__(
+        self, make_layer: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: str = "none", rngs: nnx.Rngs
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ConfigError(f"train.remat {remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
+        self.depth = depth
+        self.remat = remat
+        graphdef = nnx.split(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))[0]
+        keys = jax.random.split(rngs.params(), depth)
+        params = jax.vmap(lambda key: nnx.split(make_layer(nnx.Rngs(key)))[1])(keys)
+        self.layers = nnx.merge(graphdef, params)
+
+    def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
+        """Runs all layers on `[B, N, D]`.
+
+        Args:
+          x: input tokens.
+          num_outputs: when set, the last layer computes only its first `num_outputs` tokens.
+        """
+        graphdef, params = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer_params: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer_params)(x).astype(x.dtype), None
+
+        def last(x: jax.Array, layer_params: nnx.State) -> jax.Array:
+            return nnx.merge(graphdef, layer_params)(x, num_outputs)
+
+        if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
+            # Inside a scan XLA cannot merge the recomputation away, so the costly CSE barrier is not needed.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            last = jax.checkpoint(last, policy=policy)
+        if num_outputs is None:
+            return jax.lax.scan(body, x, params)[0]
+        x = jax.lax.scan(body, x, jax.tree.map(lambda p: p[:-1], params))[0]
+        return last(x, jax.tree.map(lambda p: p[-1], params))

@@ -1,0 +1,1 @@
+"""Training: sharding, state, optimiser, checkpoints, writers and the loop."""

@@ -1,0 +1,175 @@
+"""Checkpoints of state and data iterator together, and the guard that keeps two runs out of one directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+
+from como_jax.errors import RunError
+from como_jax.files import write_text
+from como_jax.training.sharding import path_name
+from como_jax.training.train_state import Params, TrainState, merge_params
+
+# Fields that may differ between a run and its resumption, since they change nothing that is computed.
+FREE_FIELDS = (
+    "data.num_threads",
+    "evaluation.",
+    "mesh.",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.stop_after",
+)
+
+
+class Checkpointer:
+    """Saves and restores a run; a save never blocks the loop for longer than the copy to host memory."""
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 2):
+        self._manager = _open(epath.Path(workdir), keep)
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> None:
+        """Starts saving; call before the next batch is drawn, or a resumed run skips one."""
+        if self._manager.latest_step() == step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_dict(state)), data=grain.checkpoint.CheckpointSave(iterator)
+            ),
+        )
+
+    def restore(self, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
+        """The newest state, with the shapes and shardings of `abstract`; sets the iterator's position.
+
+        Raises:
+          RunError: the checkpoint's parameters are not those of the model.
+        """
+        step = self._manager.latest_step()
+        _check_shapes(_as_dict(abstract), _shapes(self._manager, step), str(self._manager.directory))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(_as_dict(abstract)),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
+        return TrainState(**restored.state)
+
+    def close(self) -> None:
+        """Waits for the save in flight."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(workdir: epath.PathLike, abstract: Params) -> Params:
+    """Reads some of a run's parameters from its newest checkpoint.
+
+    Args:
+      workdir: of the run.
+      abstract: nested shapes of the wanted parameters, by module name; the moving average is preferred.
+
+    Raises:
+      RunError: no checkpoint there, or a parameter is missing or has another shape.
+    """
+    if not (epath.Path(workdir) / "checkpoints").exists():
+        raise RunError(f"{workdir} holds no run: it has no checkpoints directory.")
+    with _open(epath.Path(workdir), keep=None) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise RunError(f"{workdir} holds no complete checkpoint yet.")
+        saved = _shapes(manager, step)
+        trained = "ema" if saved.get("ema") else "params"
+        available = merge_params(saved[trained], saved.get("frozen") or {})
+        _check_shapes(abstract, available, str(workdir))
+        target = {name: _intersect(abstract, saved.get(name) or {}) for name in (trained, "frozen")}
+        target = {name: tree for name, tree in target.items() if tree}
+        restored = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, partial_restore=True))
+        )
+        return merge_params(restored.state.get(trained, {}), restored.state.get("frozen", {}))
+
+
+def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Creates the run directory with its config, or checks that it holds a run of an equal one.
+
+    Raises:
+      RunError: the directory cannot be written, or belongs to another config.
+    """
+    workdir, text = epath.Path(workdir), config.to_json_best_effort(indent=2, sort_keys=True)
+    path = workdir / "config.json"
+    if path.exists():
+        changes = _differences(json.loads(path.read_text()), json.loads(text))
+        if changes:
+            raise RunError(
+                f"{workdir} holds a run of another config; choose a new --workdir, or resume with equal fields. "
+                f"Different: {'; '.join(changes)}."
+            )
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_text(path, text)
+    except OSError as error:
+        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
+
+
+def _open(workdir: epath.Path, keep: int | None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=keep is not None, cleanup_tmp_directories=keep is not None
+    )
+    return ocp.CheckpointManager(workdir.resolve() / "checkpoints", options=options)
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _shapes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    reader = ocp.PyTreeCheckpointHandler()
+    metadata = reader.metadata(manager.directory / str(step) / "state")
+    return metadata.tree if hasattr(metadata, "tree") else metadata
+
+
+def _check_shapes(wanted: Any, saved: Any, where: str) -> None:
+    have = {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(saved)}
+    problems = []
+    for path, value in jax.tree_util.tree_leaves_with_path(wanted):
+        name = path_name(path)
+        if have.get(name) != tuple(value.shape):
+            problems.append(f"{name} is {have.get(name, 'missing')} there and {tuple(value.shape)} here")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise RunError(f"The checkpoint in {where} does not fit the model: {'; '.join(problems[:3])}{more}.")
+
+
+def _intersect(abstract: Any, saved: Any) -> Any:
+    """The leaves of `abstract` whose paths `saved` has too."""
+    if not isinstance(abstract, dict):
+        return abstract
+    shared = {key: _intersect(abstract[key], saved[key]) for key in abstract if key in saved}
+    return {key: value for key, value in shared.items() if not (isinstance(value, dict) and not value)}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    changes = []
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes += _differences(before, now, f"{name}.")
+        elif before != now and not name.startswith(FREE_FIELDS):
+            changes.append(f"config.{name} was {before!r} and is {now!r}")
+    return changes

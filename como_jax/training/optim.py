@@ -1,0 +1,62 @@
+"""The optimiser: AdamW with warm-up and cosine, clipping by global norm."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from como_jax.training.sharding import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      learning_rate: peak, reached after `warmup_steps`.
+      final_learning_rate: end of the cosine, at the last step.
+      warmup_steps: of linear warm-up from 0.
+      weight_decay: on matrices only, not on biases, norms, tokens or positions.
+      beta1, beta2: Adam's averages.
+      clip_norm: largest global gradient norm; 0 turns clipping off.
+      ema_decay: of an exponential moving average of the parameters, used by evaluation; 0 turns it off.
+    """
+
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 5e-5
+    warmup_steps: int = 1000
+    weight_decay: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+
+
+def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=min(config.warmup_steps, max(1, num_steps - 1)),
+        decay_steps=num_steps,
+        end_value=config.final_learning_rate,
+    )
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW."""
+    adamw = optax.adamw(
+        make_schedule(config, num_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=_decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def _decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith("kernel"), params)

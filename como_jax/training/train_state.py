@@ -1,0 +1,207 @@
+"""The training state and the one step function that all recipes share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding
+
+from como_jax.training import sharding
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class Trainable(Protocol):
+    """What the step function needs of a model."""
+
+    def loss(self, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Scalar loss and its terms."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes; all of it is checkpointed.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: trained parameters, nested by module name.
+      frozen: parameters that no update touches.
+      opt_state: of optax, over `params` alone.
+      ema: moving average of `params`, or None.
+    """
+
+    step: jax.Array
+    params: Params
+    frozen: Params
+    opt_state: Any
+    ema: Params | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDef:
+    """A model without its parameters.
+
+    Attributes:
+      build: makes the module from random streams.
+      graphdef: the module's structure.
+      frozen_prefixes: paths of parameters that are not trained.
+    """
+
+    build: Callable[[nnx.Rngs], nnx.Module]
+    graphdef: nnx.GraphDef
+    frozen_prefixes: tuple[str, ...] = ()
+
+    @classmethod
+    def create(cls, build: Callable[[nnx.Rngs], nnx.Module], frozen_prefixes: tuple[str, ...] = ()) -> ModelDef:
+        """Traces `build` once, without computing anything."""
+        return cls(build, nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0], frozen_prefixes)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters, nested by module name."""
+        return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
+
+    def bind(self, params: Params) -> Any:
+        """The module with these parameters."""
+        return nnx.merge(self.graphdef, params)
+
+    def partition(self, params: Params) -> tuple[Params, Params]:
+        """Splits parameters into trained and frozen ones."""
+        trained, frozen = {}, {}
+        for path, value in traverse_util.flatten_dict(params).items():
+            is_frozen = any("/".join(path).startswith(f"{prefix}/") for prefix in self.frozen_prefixes)
+            (frozen if is_frozen else trained)[path] = value
+        return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+
+def merge_params(first: Params, second: Params) -> Params:
+    """Joins two disjoint nested dictionaries of parameters."""
+    flat = {**traverse_util.flatten_dict(first), **traverse_util.flatten_dict(second)}
+    return traverse_util.unflatten_dict(flat)
+
+
+def replace_params(state: TrainState, new: Params) -> TrainState:
+    """The state with some parameters, trained or frozen, in place of its own; the moving average starts from them."""
+
+    def replaced(old: Params | None) -> Params | None:
+        if old is None:
+            return None
+        flat_new = traverse_util.flatten_dict(new)
+        flat = {path: flat_new.get(path, value) for path, value in traverse_util.flatten_dict(old).items()}
+        return traverse_util.unflatten_dict(flat)
+
+    return dataclasses.replace(
+        state, params=replaced(state.params), frozen=replaced(state.frozen), ema=replaced(state.ema)
+    )
+
+
+def evaluation_params(state: TrainState) -> Params:
+    """All parameters, with the moving average in place of the trained ones where there is one."""
+    return merge_params(state.params if state.ema is None else state.ema, state.frozen)
+
+
+def init_state(
+    model: ModelDef, optimizer: optax.GradientTransformation, key: jax.Array, *, use_ema: bool
+) -> TrainState:
+    """A fresh state; run it under `jax.jit` with `abstract_state`'s shardings, so that it is made in place."""
+    params, frozen = model.partition(model.init(key))
+    ema = jax.tree.map(jnp.copy, params) if use_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), ema)
+
+
+def abstract_state(
+    model: ModelDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, use_ema: bool
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`."""
+    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key, use_ema=use_ema), jax.random.key(0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+
+
+def create_state(
+    model: ModelDef, optimizer: optax.GradientTransformation, abstract: TrainState, *, seed: int
+) -> TrainState:
+    """A fresh state with the shardings of `abstract`, never whole on one device."""
+    init = functools.partial(init_state, model, optimizer, use_ema=abstract.ema is not None)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def make_train_step(
+    model: ModelDef,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    abstract: TrainState,
+    *,
+    seed: int,
+    accumulation: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The jitted update. Randomness depends on seed and step alone, so that a resumed run repeats it.
+
+    Args:
+      model: what is trained.
+      optimizer: made for `TrainState.params`.
+      mesh: of devices.
+      abstract: the state's shapes and shardings, which every step keeps.
+      seed: of the model's randomness.
+      accumulation: microbatches whose gradients are averaged before one update.
+      ema_decay: of the moving average, when the state has one.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return model.bind(merge_params(params, frozen)).loss(batch, key)
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if accumulation == 1:
+            (loss, terms), grads = gradient(state.params, state.frozen, batch, key)
+        else:
+            (loss, terms), grads = _accumulate(gradient, state, batch, key, accumulation, mesh)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        metrics = {"loss": loss, **terms, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+def _accumulate(
+    gradient: Callable[..., Any], state: TrainState, batch: Any, key: jax.Array, count: int, mesh: Mesh
+) -> tuple[tuple[jax.Array, Metrics], Params]:
+    """Mean loss, terms and gradients over `count` microbatches, one in memory at a time."""
+    batch_sharding = NamedSharding(mesh, jax.sharding.PartitionSpec(None, *sharding.BATCH_SPEC))
+
+    def split(x: jax.Array) -> jax.Array:
+        # Strided, so that every microbatch takes equally from every device.
+        x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, batch_sharding)
+
+    def run(microbatch: Any, number: jax.Array) -> Any:
+        return gradient(state.params, state.frozen, microbatch, jax.random.fold_in(key, number))
+
+    microbatches = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], microbatches), jnp.zeros((), jnp.int32))
+    total, _ = jax.lax.scan(
+        lambda total, inputs: (jax.tree.map(jnp.add, total, run(*inputs)), None),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        (microbatches, jnp.arange(count)),
+    )
+    return jax.tree.map(lambda x: x / count, total)

@@ -1,0 +1,73 @@
+"""Where a run's numbers and pictures go: TensorBoard, metrics.jsonl and PNG files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import tensorboardX
+from etils import epath
+from PIL import Image
+
+from como_jax.files import write_atomic, write_text
+
+
+class MetricWriter:
+    """Writes scalars and pictures of one run; opening it at a step drops what was written after that step."""
+
+    def __init__(self, workdir: epath.PathLike, resume_step: int):
+        self._workdir = epath.Path(workdir)
+        self._metrics = self._workdir / "metrics.jsonl"
+        self._pictures = self._workdir / "pictures"
+        self._pictures.mkdir(parents=True, exist_ok=True)
+        self._keep_until(resume_step)
+        self._board = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one line to metrics.jsonl and a point to every curve."""
+        line = json.dumps({"step": step, **{key: _strict(value) for key, value in values.items()}})
+        with self._metrics.open("a") as file:
+            file.write(line + "\n")
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds a uint8 `[H, W, 3]` picture."""
+        path = self._pictures / f"{name.replace('/', '_')}_{step:07d}.png"
+        write_atomic(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._board.close()
+
+    def _keep_until(self, step: int) -> None:
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in self._metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break  # A killed run may leave its last line unfinished.
+        write_text(self._metrics, "".join(kept))
+
+
+class NullWriter:
+    """What every host but the first writes."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def _strict(value: float) -> float | None:
+    value = float(value)
+    return value if np.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""One file a recipe; every field can be overridden by a flag."""

@@ -1,0 +1,78 @@
+"""The sections that all pretraining recipes share, with the paper's values as defaults."""
+
+from ml_collections import ConfigDict
+
+# Width, depth and heads of the standard ViT sizes, all with 16-pixel patches (arXiv 2010.11929 and 2012.12877).
+VIT_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+
+
+def encoder(size: str) -> ConfigDict:
+    """A standard ViT encoder."""
+    width, depth, num_heads = VIT_SIZES[size]
+    return ConfigDict({"patch_size": 16, "width": width, "depth": depth, "num_heads": num_heads})
+
+
+def pretraining(family: str) -> ConfigDict:
+    """Everything but the model: data, optimiser, loop, evaluation, mesh."""
+    config = ConfigDict()
+    config.family = family
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.mixture = "datasets/tabletop"  # DIR[=WEIGHT],DIR[=WEIGHT]; --data replaces it.
+    config.data.camera = ""  # Observation key; empty for the first camera of every dataset.
+    config.data.image_size = 224
+    config.data.gap_seconds = 0.5
+    config.data.instants = 2  # Frames of a clip, one gap apart, each encoded once.
+    config.data.random_shift = 10  # Pixels, one shift for all frames of a clip.
+    config.data.min_motion = 0.0  # Mean change a step, in [0, 1], under which a clip is left out as still.
+    config.data.max_motion = 1.0  # Change of one step over which a clip is left out as cut.
+    config.data.batch_size = 256  # Clips of all hosts together.
+    config.data.num_threads = 16  # Decoding threads of a process.
+    config.data.num_workers = 0  # Decoding processes; 0 decodes in threads of the training process.
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 1e-4
+    config.optim.final_learning_rate = 5e-5
+    config.optim.warmup_steps = 1000
+    config.optim.weight_decay = 1e-4
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.99
+    config.optim.clip_norm = 1.0
+    config.optim.ema_decay = 0.0
+
+    config.train = ConfigDict()
+    config.train.num_steps = 100_000
+    config.train.stop_after = 0
+    config.train.accumulation = 1  # Microbatches of one update.
+    config.train.dtype = "bfloat16"  # Of compute; parameters and reductions are float32.
+    config.train.remat = "none"  # none, dots or full.
+    config.train.log_every = 50
+    config.train.evaluate_every = 5000
+    config.train.checkpoint_every = 5000
+    config.train.keep_checkpoints = 2
+
+    config.evaluation = ConfigDict()
+    config.evaluation.num_clips = 1024
+    config.evaluation.num_pictures = 6
+    config.evaluation.batch_size = 64
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """64 px and a small encoder, for minutes on a CPU."""
+    config.encoder.update({"patch_size": 8, "width": 128, "depth": 4, "num_heads": 4})
+    config.data.update({"image_size": 64, "batch_size": 32, "random_shift": 3, "num_threads": 2})
+    config.optim.update({"learning_rate": 1e-3, "final_learning_rate": 1e-5, "warmup_steps": 50})
+    config.train.update({"dtype": "float32", "evaluate_every": 500, "checkpoint_every": 500})
+    config.evaluation.num_clips = 256
+
+
+def shrink_to_smoke(config: ConfigDict) -> None:
+    """A few steps of a few samples, on top of `shrink`."""
+    config.encoder.update({"patch_size": 16, "width": 32, "depth": 1, "num_heads": 2})
+    config.data.update({"image_size": 32, "batch_size": 8})
+    config.train.update({"num_steps": 4, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2})
+    config.evaluation.update({"num_clips": 8, "num_pictures": 2, "batch_size": 8})

@@ -1,0 +1,193 @@
+"""Pretrains a motion model, or the encoder it starts from, on videos.
+
+    python -m experiments.pretrain --config configs/pretrain_como.py:tiny --workdir RUN --data DIR[=WEIGHT],DIR
+
+Run the same command again to resume.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from como_jax import cli
+from como_jax.data import pipeline
+from como_jax.data.clips import ClipConfig
+from como_jax.evaluation.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
+from como_jax.models.build import build_model
+from como_jax.training import sharding
+from como_jax.training.checkpoint import Checkpointer, claim_workdir, load_params
+from como_jax.training.loop import LoopConfig, fit
+from como_jax.training.optim import OptimConfig, make_optimizer
+from como_jax.training.train_state import (
+    ModelDef,
+    TrainState,
+    abstract_state,
+    create_state,
+    evaluation_params,
+    make_train_step,
+    replace_params,
+)
+from como_jax.training.writers import MetricWriter, NullWriter
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing run of an equal config is resumed.")
+DATA = flags.DEFINE_string("data", None, "DIR[=WEIGHT],DIR[=WEIGHT] instead of the config's own mixture.")
+
+logger = logging.getLogger("como_jax.pretrain")
+
+
+def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+    """Runs or resumes a pretraining run.
+
+    Args:
+      config: of configs/pretrain_*.py.
+      workdir: gets config.json, checkpoints, tensorboard, pictures and metrics.jsonl.
+
+    Raises:
+      UsageError: config, data and workdir do not fit together.
+      NonFiniteError: training diverged.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
+    model = build_model(config)
+    mixture, batches = make_batches(config)
+    evaluator = make_evaluator(config, model, mesh)
+    claim_workdir(workdir, config)
+
+    optim = OptimConfig(**config.optim)
+    optimizer = make_optimizer(optim, config.train.num_steps)
+    abstract = abstract_state(model, optimizer, mesh, use_ema=optim.ema_decay > 0)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        mesh,
+        abstract,
+        seed=config.seed,
+        accumulation=config.train.accumulation,
+        ema_decay=optim.ema_decay,
+    )
+
+    iterator = iter(batches)
+    checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints)
+    try:
+        if checkpointer.latest_step() is None:
+            state = create_state(model, optimizer, abstract, seed=config.seed)
+            state = start_encoder(config, state)
+        else:
+            state = checkpointer.restore(abstract, iterator)
+        writer = MetricWriter(workdir, int(state.step)) if jax.process_index() == 0 else NullWriter()
+        describe(config, workdir, mesh, mixture, state)
+        return fit(
+            state,
+            train_step,
+            iterator,
+            lambda batch: sharding.shard_batch(pipeline.to_frame_pairs(batch), mesh),
+            loop_config(config),
+            checkpointer=checkpointer,
+            writer=writer,
+            evaluate=lambda state, step: log_metrics(evaluator(evaluation_params(state), step, writer)),
+            samples_per_step=config.data.batch_size * (config.data.instants - 1),
+        )
+    finally:
+        checkpointer.close()
+
+
+def make_batches(config: ConfigDict) -> tuple[pipeline.Mixture, pipeline.grain.IterDataset]:
+    """The training mixture and this host's stream of batches."""
+    data = config.data
+    clips = ClipConfig(
+        gap_seconds=data.gap_seconds,
+        instants=data.instants,
+        offset_frames=config.family == "como" and config.model.tcl_weight > 0,
+        min_motion=data.min_motion,
+        max_motion=data.max_motion,
+    )
+    mixture = pipeline.open_mixture(pipeline.parse_mixture(data.mixture), "train", clips, data.camera)
+    loader = pipeline.ClipLoader(mixture.sources, mixture.indices, clips, data.image_size, data.random_shift)
+    batches = pipeline.train_batches(
+        mixture,
+        loader,
+        batch_size=data.batch_size // jax.process_count(),
+        seed=config.seed,
+        num_threads=data.num_threads,
+        num_workers=data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return mixture, batches
+
+
+def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEvaluator | MaeEvaluator:
+    """What judges the run while it trains."""
+    sets = EvaluationSet.open_all(
+        pipeline.parse_mixture(config.data.mixture),
+        gap_seconds=config.data.gap_seconds,
+        image_size=config.data.image_size,
+        camera=config.data.camera,
+    )
+    evaluator = MaeEvaluator if config.family == "mae" else MotionEvaluator
+    return evaluator(model, sets, mesh, EvaluationConfig(**config.evaluation))
+
+
+def start_encoder(config: ConfigDict, state: TrainState) -> TrainState:
+    """Puts the encoder of another run in place of the random one, where the config names a run."""
+    if not config.encoder.get("init_from"):
+        return state
+    wanted = {"encoder": state.params.get("encoder", state.frozen.get("encoder"))}
+    logger.info("Encoder from %s", config.encoder.init_from)
+    return replace_params(state, load_params(config.encoder.init_from, wanted))
+
+
+def loop_config(config: ConfigDict) -> LoopConfig:
+    """The loop's part of the config."""
+    train = config.train
+    return LoopConfig(train.num_steps, train.stop_after, train.log_every, train.evaluate_every, train.checkpoint_every)
+
+
+def describe(
+    config: ConfigDict, workdir: epath.PathLike, mesh: Mesh, mixture: pipeline.Mixture, state: TrainState
+) -> None:
+    """Says what is about to run, on what, and where the results go."""
+    devices = jax.devices()
+
+    def millions(params: dict) -> float:
+        return sum(leaf.size for leaf in traverse_util.flatten_dict(params).values()) / 1e6
+
+    lines = [
+        f"Run: {workdir} (config.json, metrics.jsonl, tensorboard/, pictures/, checkpoints/)",
+        f"Devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} hosts, mesh {dict(mesh.shape)}",
+        f"Model: {config.family}, {millions(state.params):.2f} M parameters trained, {millions(state.frozen):.2f} M "
+        f"frozen, compute in {config.train.dtype}",
+        *(f"Data: {line}" for line in mixture.describe()),
+        f"Training from step {int(state.step)} to {config.train.num_steps}, {config.data.batch_size} clips a step",
+    ]
+    for line in lines:
+        logger.info(line)
+
+
+def log_metrics(metrics: dict[str, float]) -> None:
+    """One line for the means over datasets."""
+    means = {key: value for key, value in metrics.items() if key.count("/") == 1}
+    logger.info("Evaluation: %s", "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the flags."""
+    cli.no_arguments(arguments)
+    config = CONFIG.value
+    if DATA.value is not None:
+        config.data.mixture = DATA.value
+    pretrain(config, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

@@ -1,0 +1,48 @@
+"""Package definition; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    "torch": ["torch>=2.4", "safetensors>=0.4"],
+    "dev": ["mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4"],
+}
+
+setup(
+    name="como_jax",
+    version="0.1.0",
+    description="Continuous latent motion from action-free videos, for robot learning, in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["como_jax", "como_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.6",
+        "av>=13.0",
+        "chex>=0.1.88",
+        "etils[epath]>=1.10",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "gymnasium>=1.0",
+        # tfds imports importlib_resources without requiring it.
+        "importlib_resources>=6.0",
+        "jax>=0.8",
+        "ml-collections>=1.0",
+        "numpy>=1.26",
+        "opencv-python-headless>=4.9",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11.20",
+        "pillow>=10.0",
+        "pyarrow>=15.0",
+        "simplejpeg>=1.7",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.7",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+)

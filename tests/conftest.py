@@ -1,0 +1,72 @@
+"""Fixtures for all tests."""
+
+import os
+
+# JAX reads these when it starts, so they come before every import that may load it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight virtual devices, and fast compilation of slow programs.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+)
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+from como_jax.models.motion import Como, MotionConfig  # noqa: E402
+from como_jax.models.vit import VitConfig  # noqa: E402
+from como_jax.training.train_state import ModelDef  # noqa: E402
+from tools.datasets.catalog import BUILDERS, make_settings  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # Grain's worker processes read absl flags, which nobody parses under pytest.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """The folder of real recordings; tests that need it are skipped where it is missing."""
+    folder = Path(os.environ.get("COMO_SAMPLE_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no sample data in {folder}; set COMO_SAMPLE_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_como() -> Callable[..., ModelDef]:
+    """Makes the smallest CoMo for 16-pixel pictures; keyword arguments are fields of `MotionConfig`."""
+
+    def make(remat: str = "none", **changes: Any) -> ModelDef:
+        sizes = {"idm_width": 16, "idm_depth": 2, "idm_heads": 2, "fdm_width": 16, "fdm_depth": 1, "fdm_heads": 2}
+        config = MotionConfig(**{"num_queries": 2, "latent_dim": 3, "fdm_patch_size": 8, **sizes, **changes})
+        vit = VitConfig(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
+        frozen = ("encoder",) if config.freeze_encoder else ()
+        return ModelDef.create(lambda rngs: Como(vit, config, remat=remat, rngs=rngs), frozen)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def como_params(make_como: Callable[..., ModelDef]) -> dict[str, Any]:
+    """Random parameters of a CoMo of `make_como`, which fit all its variants of equal sizes."""
+    return jax.jit(make_como().init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def tabletop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve demonstrations of the embedded environment, 64 px, with actions."""
+    directory = tmp_path_factory.mktemp("datasets") / "tabletop"
+    BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 12}), None).convert()
+    return directory

@@ -1,0 +1,227 @@
+"""Pretraining runs from end to end: resume, kill, refusal of what does not fit, pictures."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from como_jax.errors import ConfigError, DatasetError, MeshError, RunError
+from configs import pretrain_como, pretrain_mae
+from experiments.pretrain import pretrain
+from tests.conftest import REPOSITORY
+
+RECIPES = {"como": pretrain_como, "mae": pretrain_mae}
+
+
+def smoke(family: str, dataset: Path, **changes: object) -> ConfigDict:
+    config = RECIPES[family].get_config("smoke")
+    config.data.mixture = str(dataset)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def train_metrics(workdir: Path) -> dict[int, dict[str, float]]:
+    """What each step logged of its loss, by step."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        values = {key: value for key, value in entry.items() if key.startswith("train/")}
+        if values:
+            assert entry["step"] not in found, "a step was logged twice"
+            found[entry["step"]] = values
+    return found
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def finished(request: pytest.FixtureRequest, tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Family, workdir and last state of an uninterrupted smoke run."""
+    workdir = tmp_path_factory.mktemp("runs") / request.param
+    state = pretrain(smoke(request.param, tabletop_dataset), workdir)
+    return request.param, workdir, state
+
+
+def test_two_steps_and_two_more_equal_four(finished, tabletop_dataset: Path, tmp_path: Path):
+    family, whole, state = finished
+    halves = tmp_path / "run"
+    pretrain(smoke(family, tabletop_dataset, **{"train.stop_after": 2}), halves)
+    resumed = pretrain(smoke(family, tabletop_dataset), halves)
+    assert train_metrics(halves) == train_metrics(whole)
+    assert set(train_metrics(whole)) == {1, 2, 3, 4}
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
+
+
+def test_a_run_leaves_pictures_metrics_and_a_board(finished):
+    _, workdir, _ = finished
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    pictures = sorted((workdir / "pictures").glob("eval_val_*_0000004.png"))
+    assert pictures and np.asarray(Image.open(pictures[0])).std() > 0
+    keys = set().union(*(json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()))
+    assert {"speed/pairs_per_second", "train/loss", "train/grad_norm"} <= keys
+
+
+def test_como_reports_its_metrics_beside_their_baselines(finished):
+    family, workdir, _ = finished
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    if family == "como":
+        assert {"psnr", "psnr_copy", "s_pcfc", "lp_mse", "lp_mse_mean_action"} <= {
+            key.removeprefix("eval_val/") for key in last
+        }
+    else:
+        assert last["eval_val/masked_patch_mse"] > 0
+
+
+def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset: Path, tmp_path: Path):
+    family, workdir, state = finished
+    if family != "mae":
+        pytest.skip("needs the run of the masked autoencoder")
+    changes = {"encoder.init_from": str(workdir), "train.stop_after": 1}
+    started = pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, started.frozen["encoder"], state.params["encoder"])
+
+    with pytest.raises(RunError, match=r"encoder/.* is \(.*\) there and \(.*\) here"):
+        pretrain(smoke("como", tabletop_dataset, **changes, **{"encoder.width": 16}), tmp_path / "narrow")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data.batch_size": 6}, MeshError, "batch size 6 is not divisible by 8 devices"),
+        ({"mesh.data": 3}, MeshError, "does not fit 8 devices"),
+        ({"data.gap_seconds": 100.0}, DatasetError, "shorter than a clip of .*Lower data.gap_seconds"),
+        ({"data.camera": "wrist"}, DatasetError, "no camera 'wrist'; it has: image"),
+        ({"data.mixture": "/nowhere"}, DatasetError, "/nowhere is not a dataset directory"),
+        ({"data.mixture": ""}, DatasetError, "No dataset is named"),
+        ({"model.motion_input": "past"}, ConfigError, "model.motion_input 'past' is unknown"),
+        ({"data.image_size": 40}, ConfigError, "data.image_size 40 must be a multiple of encoder.patch_size"),
+        ({"train.dtype": "float8"}, ConfigError, "config.train.dtype 'float8'"),
+        ({"encoder.init_from": "/nowhere"}, RunError, "/nowhere holds no run"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tabletop_dataset: Path, tmp_path: Path, changes, error, message):
+    with pytest.raises(error, match=message):
+        pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
+
+
+def test_a_directory_of_another_config_is_refused(finished, tabletop_dataset: Path):
+    family, workdir, _ = finished
+    with pytest.raises(RunError, match=r"config.optim.learning_rate was .* and is 0.5"):
+        pretrain(smoke(family, tabletop_dataset, **{"optim.learning_rate": 0.5}), workdir)
+
+
+def test_an_unwritable_directory_is_refused(tabletop_dataset: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="--workdir .* cannot be written"):
+        pretrain(smoke("como", tabletop_dataset), tmp_path / "file" / "run")
+
+
+def command(workdir: Path, dataset: Path, *more: str, recipe: str = "configs/pretrain_como.py:smoke") -> list[str]:
+    flags = [f"--config={recipe}", f"--workdir={workdir}", f"--data={dataset}", *more]
+    return [sys.executable, "-m", "experiments.pretrain", *flags]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """One device, and compiled programs shared by the processes of a test."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return {**os.environ, **cache, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_restarted_equals_uninterrupted(
+    tabletop_dataset: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    steps = 400
+    flags = [
+        f"--config.train.num_steps={steps}",
+        "--config.train.checkpoint_every=7",
+        "--config.train.evaluate_every=0",
+    ]
+    run_env = {"env": environment(tmp_path_factory.mktemp("xla")), "cwd": REPOSITORY}
+
+    whole = tmp_path / "whole"
+    subprocess.run(command(whole, tabletop_dataset, *flags), check=True, capture_output=True, **run_env)
+
+    killed, moment, kills = tmp_path / "killed", random.Random(0), []
+    while len(kills) < 4:
+        process = subprocess.Popen(command(killed, tabletop_dataset, *flags), stderr=subprocess.DEVNULL, **run_env)
+        begin = kills[-1] if kills else 0
+        target = begin + moment.randint(5, 60)
+        while process.poll() is None and last_step(killed) < target:
+            time.sleep(0.01)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills.append(last_step(killed))
+    subprocess.run(command(killed, tabletop_dataset, *flags), check=True, capture_output=True, **run_env)
+
+    assert kills == sorted(kills) and kills[-1] < steps
+    assert train_metrics(killed) == train_metrics(whole)
+
+
+def last_step(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def test_sigterm_saves_and_exits_cleanly(tabletop_dataset: Path, tmp_path: Path):
+    flags = ["--config.train.num_steps=100000", "--config.train.checkpoint_every=0", "--config.train.evaluate_every=0"]
+    workdir = tmp_path / "run"
+    arguments = command(workdir, tabletop_dataset, *flags)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment(tmp_path), cwd=REPOSITORY)
+    while last_step(workdir) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.terminate()
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "run the same command to go on" in output
+    assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [last_step(workdir)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.model.latent_dmi=3", "no field 'latent_dmi'; did you mean 'latent_dim'?"),
+        ("--config.modle.latent_dim=3", "no field 'modle'; did you mean 'model'?"),
+        ("--config.model.latent_dim=many", "--config.model.latent_dim=many"),
+        ("--config=configs/pretrain_como.py:tny", "Unknown variant 'tny'; choose one of base, tiny, smoke"),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'"),
+        ("stray", "Unexpected argument 'stray'"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line_and_status_2(tabletop_dataset: Path, tmp_path: Path, flag: str, message: str):
+    arguments = command(tmp_path / "run", tabletop_dataset, flag)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(tmp_path), cwd=REPOSITORY)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_imports_neither_tensorflow_nor_torch(tabletop_dataset: Path, tmp_path: Path):
+    code = (
+        "import sys; from configs import pretrain_como; from experiments.pretrain import pretrain\n"
+        "config = pretrain_como.get_config('smoke'); config.data.mixture, config.train.stop_after = sys.argv[1], 1\n"
+        "pretrain(config, sys.argv[2])\n"
+        "sys.exit(' '.join({'tensorflow', 'torch'} & set(sys.modules)))"
+    )
+    arguments = [sys.executable, "-c", code, str(tabletop_dataset), str(tmp_path / "run")]
+    subprocess.run(arguments, check=True, env=environment(tmp_path), cwd=REPOSITORY)
+
+
+def test_the_package_imports_fast_and_starts_no_backend():
+    code = (
+        "import time; start = time.monotonic(); import como_jax; seconds = time.monotonic() - start\n"
+        "import sys; assert 'jax' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
+        "import como_jax.models.motion, como_jax.data.pipeline\n"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=environment(Path(".")))

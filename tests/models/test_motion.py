@@ -1,0 +1,185 @@
+"""What CoMo's inverse dynamics model is given, and how the parts make the loss."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from como_jax import types
+from como_jax.errors import ConfigError
+from como_jax.models.layers import normalize_frames
+from como_jax.models.motion import Como, InverseDynamics, MotionConfig
+from como_jax.training.train_state import ModelDef, Params
+
+MakeComo = Callable[..., ModelDef]
+
+
+def clips(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*shape, 16, 16, 3), dtype=np.uint8)
+
+
+def inputs_of_idm(model: ModelDef, params: Params, call: Callable[[Como], Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The `(condition, motion)` of every call of the inverse dynamics model."""
+
+    @jax.jit
+    def run(params: Params) -> list[tuple[jax.Array, jax.Array]]:
+        seen = []
+
+        def record(self: InverseDynamics, condition: jax.Array, motion: jax.Array) -> jax.Array:
+            seen.append((condition, motion))
+            return jnp.ones((len(condition), 2, 3))
+
+        with mock.patch.object(InverseDynamics, "__call__", record):
+            call(model.bind(params))
+        return seen
+
+    return jax.tree.map(np.asarray, run(params))
+
+
+@pytest.fixture(scope="module")
+def como(make_como: MakeComo) -> ModelDef:
+    return make_como()
+
+
+def features(model: ModelDef, params: Params, frames: np.ndarray) -> np.ndarray:
+    """The encoder's features of uint8 frames `[B, H, W, 3]`."""
+    return np.asarray(jax.jit(lambda params: model.bind(params).encoder(normalize_frames(frames)))(params))
+
+
+def test_a_still_clip_has_no_motion_at_all(como: ModelDef, como_params: Params) -> None:
+    frames = clips(3, 2)
+    frames[1, 1] = frames[1, 0]
+    [(_, motion)] = inputs_of_idm(como, como_params, lambda model: model.encode(frames))
+    np.testing.assert_array_equal(motion[1], 0.0)
+    assert np.abs(motion[[0, 2]]).max() > 0.1
+
+
+def test_the_idm_sees_the_future_only_as_a_difference(como: ModelDef, como_params: Params) -> None:
+    frames = clips(2, 2)
+    now, future = features(como, como_params, frames[:, 0]), features(como, como_params, frames[:, 1])
+    [(condition, motion)] = inputs_of_idm(como, como_params, lambda model: model.encode(frames))
+    np.testing.assert_allclose(condition, now, atol=1e-5)
+    np.testing.assert_allclose(motion, future - now, atol=1e-5)
+
+
+def test_without_the_difference_the_idm_sees_the_future_itself(make_como: MakeComo, como_params: Params) -> None:
+    model, frames = make_como(motion_input="future"), clips(2, 2)
+    [(condition, motion)] = inputs_of_idm(model, como_params, lambda model: model.encode(frames))
+    np.testing.assert_allclose(condition, features(model, como_params, frames[:, 0]), atol=1e-5)
+    np.testing.assert_allclose(motion, features(model, como_params, frames[:, 1]), atol=1e-5)
+
+
+def test_the_reversed_pair_starts_from_the_future_and_negates_the_difference(
+    como: ModelDef, como_params: Params
+) -> None:
+    batch = types.fake_frame_pairs(batch=2)
+    now, future = (features(como, como_params, batch.frames[:, k]) for k in (0, 1))
+    (_, forward), (condition, motion) = inputs_of_idm(
+        como, como_params, lambda model: model.loss(batch, jax.random.key(0))
+    )
+    np.testing.assert_allclose(condition[2:], future, atol=1e-5)
+    np.testing.assert_array_equal(motion[2:], -forward)
+    offset = features(como, como_params, batch.offset_frames[:, 0])
+    np.testing.assert_allclose(condition[:2], now, atol=1e-5)
+    np.testing.assert_allclose(motion[:2], offset - now, atol=1e-5)
+
+
+def test_every_frame_of_a_batch_is_encoded_once(como: ModelDef, como_params: Params) -> None:
+    batch, counts = types.fake_frame_pairs(batch=2, instants=3), []
+
+    def count(model: Como) -> None:
+        encoder = type(model.encoder)
+        forward = encoder.__call__
+        with mock.patch.object(encoder, "__call__", lambda self, x: counts.append(len(x)) or forward(self, x)):
+            model.loss(batch, jax.random.key(0))
+
+    inputs_of_idm(como, como_params, count)
+    assert counts == [2 * (3 + 2)]
+
+
+@pytest.fixture(scope="module")
+def two_pairs(make_como: MakeComo, como_params: Params) -> dict[str, Any]:
+    """Loss terms of clips of three instants, and the latents and predictions that they are made of."""
+    batch, model = types.fake_frame_pairs(batch=3, instants=3), make_como(tcl_weight=0.5, mse_weight=2.0)
+
+    def pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.stack([first, second], axis=2).reshape(6, 2, 16, 16, 3)
+
+    now, future = batch.frames[:, :2], batch.frames[:, 1:]
+
+    @jax.jit
+    def run(params: Params) -> dict[str, Any]:
+        como = model.bind(params)
+        loss, terms = como.loss(batch, jax.random.key(0))
+        forward = como.encode(pairs(now, future))[:, 0]
+        return {
+            "loss": loss,
+            "terms": terms,
+            "encoded": como.encode(batch.frames),
+            "forward": forward,
+            "offset": como.encode(pairs(now, batch.offset_frames))[:, 0],
+            "reverse": como.encode(pairs(future, now))[:, 0],
+            "prediction": como.fdm(normalize_frames(now.reshape(6, 16, 16, 3)), forward),
+            "target": normalize_frames(future.reshape(6, 16, 16, 3)),
+        }
+
+    return jax.tree.map(np.asarray, run(como_params))
+
+
+def test_instants_are_encoded_as_consecutive_pairs(two_pairs: dict[str, Any]) -> None:
+    np.testing.assert_allclose(two_pairs["encoded"].reshape(6, 2, 3), two_pairs["forward"], atol=1e-5)
+
+
+def test_mse_compares_predicted_with_future_frames(two_pairs: dict[str, Any]) -> None:
+    expected = np.mean((two_pairs["prediction"] - two_pairs["target"]) ** 2)
+    np.testing.assert_allclose(two_pairs["terms"]["mse"], expected, rtol=1e-5)
+
+
+def test_tcl_contrasts_the_latents_of_offset_and_reversed_pairs(two_pairs: dict[str, Any]) -> None:
+    forward, offset, reverse = (two_pairs[name].reshape(6, -1) for name in ("forward", "offset", "reverse"))
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+    logits = np.stack([cosine(offset, forward), cosine(offset, reverse), cosine(forward, reverse)], axis=1) / 0.1
+    expected = np.mean(logsumexp(logits, axis=1) - logits[:, 0])
+    np.testing.assert_allclose(two_pairs["terms"]["tcl"], expected, rtol=1e-3)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(two_pairs: dict[str, Any]) -> None:
+    terms = two_pairs["terms"]
+    np.testing.assert_allclose(two_pairs["loss"], 2.0 * terms["mse"] + 0.5 * terms["tcl"], rtol=1e-6)
+
+
+def test_a_residual_model_starts_by_copying_the_current_frame(make_como: MakeComo) -> None:
+    model, frame = make_como(residual=True), clips(2)
+    latent = jax.random.normal(jax.random.key(1), (2, 2, 3))
+    predicted = jax.jit(lambda key: model.bind(model.init(key)).predict(frame, latent))(jax.random.key(0))
+    np.testing.assert_allclose(predicted, frame / 255.0, atol=1e-6)
+
+
+def test_the_prediction_depends_on_the_latent_and_lies_in_the_range_of_pictures(
+    como: ModelDef, como_params: Params
+) -> None:
+    frame = clips(1).repeat(2, axis=0)
+    latent = jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])
+    predicted = np.asarray(jax.jit(lambda params: como.bind(params).predict(frame, latent))(como_params))
+    assert predicted.shape == (2, 16, 16, 3)
+    assert np.abs(predicted[0] - predicted[1]).max() > 1e-3
+    assert predicted.min() >= 0.0 and predicted.max() <= 1.0
+
+
+def test_tcl_without_offset_frames_is_refused(como: ModelDef, como_params: Params) -> None:
+    batch = types.fake_frame_pairs(offset=False)
+    with pytest.raises(ConfigError, match="Tcl needs offset frames"):
+        jax.eval_shape(lambda params: como.bind(params).loss(batch, jax.random.key(0)), como_params)
+
+
+def test_an_unknown_motion_input_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match="motion_input 'flow' is unknown; choose one of difference, future"):
+        MotionConfig(motion_input="flow")

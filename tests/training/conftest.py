@@ -1,0 +1,58 @@
+"""Short training runs of the tiny CoMo on meshes of virtual devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from como_jax import types
+from como_jax.training import sharding
+from como_jax.training.train_state import ModelDef, TrainState, abstract_state, create_state, make_train_step
+
+# Adam's usual epsilon would blow up the rounding of gradients that are 0 in exact arithmetic.
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, eps=1e-3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of three steps."""
+
+    mesh: Mesh
+    abstract: TrainState
+    state: TrainState
+    losses: list[float]
+
+
+@pytest.fixture(scope="session")
+def mesh_of() -> Callable[..., Mesh]:
+    """Makes a mesh of the first virtual devices."""
+
+    def make(*sizes: int) -> Mesh:
+        devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
+        return Mesh(devices, sharding.MESH_AXES)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(make_como: Callable[..., ModelDef], mesh_of: Callable[..., Mesh]) -> Callable[..., Run]:
+    """Trains three steps on a mesh of the given sizes; every run is done once."""
+
+    @functools.cache
+    def run(sizes: tuple[int, ...], accumulation: int) -> Run:
+        mesh, model = mesh_of(*sizes), make_como(freeze_encoder=False, tcl_weight=0.1)
+        abstract = abstract_state(model, OPTIMIZER, mesh, use_ema=True)
+        state = create_state(model, OPTIMIZER, abstract, seed=0)
+        step = make_train_step(model, OPTIMIZER, mesh, abstract, seed=0, accumulation=accumulation, ema_decay=0.9)
+        batch, losses = sharding.shard_batch(types.fake_frame_pairs(batch=16), mesh), []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return Run(mesh, abstract, state, losses)
+
+    return lambda *sizes, accumulation=1: run(sizes, accumulation)

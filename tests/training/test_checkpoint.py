@@ -1,0 +1,122 @@
+"""Checkpoints that fit, that do not fit, and directories of other runs."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from como_jax.errors import RunError
+from como_jax.training import checkpoint
+from como_jax.training.checkpoint import Checkpointer
+from como_jax.training.train_state import ModelDef, TrainState, abstract_state
+
+
+def make_iterator() -> grain.DatasetIterator:
+    return iter(grain.MapDataset.range(10).seed(0).shuffle().repeat().to_iter_dataset())
+
+
+@pytest.fixture
+def saved_run(train: Callable, tmp_path: Path) -> tuple[Path, TrainState]:
+    """The workdir of a run on eight data-parallel devices, saved after four batches, and its state."""
+    state, iterator = train(8, 1, 1).state, make_iterator()
+    for _ in range(4):
+        next(iterator)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(3, state, iterator)
+    checkpointer.close()
+    return tmp_path, state
+
+
+def test_a_state_comes_back_exactly_on_another_mesh_with_its_data_position(
+    saved_run: tuple[Path, TrainState], train: Callable
+) -> None:
+    (workdir, state), abstract, iterator = saved_run, train(2, 4, 1).abstract, make_iterator()
+    checkpointer = Checkpointer(workdir)
+    assert checkpointer.latest_step() == 3
+    restored = checkpointer.restore(abstract, iterator)
+    checkpointer.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    same = jax.tree.map(lambda x, plan: x.sharding.is_equivalent_to(plan.sharding, x.ndim), restored, abstract)
+    assert all(jax.tree.leaves(same))
+    expected = make_iterator()
+    assert next(iterator) == [next(expected) for _ in range(5)][-1]
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_parameter(
+    saved_run: tuple[Path, TrainState], make_como: Callable[..., ModelDef], mesh_of: Callable[..., Mesh]
+) -> None:
+    other = make_como(freeze_encoder=False, latent_dim=5)
+    abstract = abstract_state(other, optax.sgd(0.1), mesh_of(1, 1, 1), use_ema=False)
+    checkpointer = Checkpointer(saved_run[0])
+    with pytest.raises(RunError, match=r"idm/latent_out/.* there and \(.*5.*\) here"):
+        checkpointer.restore(abstract, make_iterator())
+    checkpointer.close()
+
+
+def test_a_part_of_a_run_is_loaded_from_its_moving_average(saved_run: tuple[Path, TrainState]) -> None:
+    workdir, state = saved_run
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {"encoder": state.params["encoder"]})
+    loaded = checkpoint.load_params(workdir, wanted)
+    assert set(loaded) == {"encoder"}
+    jax.tree.map(np.testing.assert_array_equal, loaded["encoder"], state.ema["encoder"])
+
+
+def test_a_part_that_the_run_lacks_is_named(saved_run: tuple[Path, TrainState]) -> None:
+    wanted = {"encoder": {"extra": {"kernel": jnp.zeros(3)}}}
+    with pytest.raises(RunError, match=r"encoder/extra/kernel is missing there and \(3,\) here"):
+        checkpoint.load_params(saved_run[0], wanted)
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        checkpoint.load_params(tmp_path, {})
+
+
+def test_old_checkpoints_are_dropped(tmp_path: Path) -> None:
+    state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.zeros(2)}, {}, (), None)
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpointer.save(step, dataclasses.replace(state, step=jnp.int32(step)), make_iterator())
+    checkpointer.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()) == ["2", "3"]
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    return ConfigDict({"model": {"latent_dim": 16}, "train": {"num_steps": 10, "log_every": 1}, "mesh": {"fsdp": 1}})
+
+
+def test_a_new_directory_gets_the_config(tmp_path: Path, config: ConfigDict) -> None:
+    checkpoint.claim_workdir(tmp_path / "new" / "run", config)
+    assert json.loads((tmp_path / "new" / "run" / "config.json").read_text()) == config.to_dict()
+
+
+def test_a_directory_of_another_config_is_refused_with_every_differing_field(
+    tmp_path: Path, config: ConfigDict
+) -> None:
+    checkpoint.claim_workdir(tmp_path, config)
+    config.model.latent_dim, config.train.num_steps = 32, 20
+    with pytest.raises(RunError, match="config.model.latent_dim was 16 and is 32; config.train.num_steps was 10"):
+        checkpoint.claim_workdir(tmp_path, config)
+
+
+def test_fields_that_change_no_result_may_differ(tmp_path: Path, config: ConfigDict) -> None:
+    checkpoint.claim_workdir(tmp_path, config)
+    config.train.log_every, config.mesh.fsdp = 50, 8
+    checkpoint.claim_workdir(tmp_path, config)
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, config: ConfigDict) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot be written"):
+        checkpoint.claim_workdir(tmp_path / "file" / "run", config)

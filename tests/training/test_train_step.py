@@ -1,0 +1,115 @@
+"""The update itself, on a model of one number."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from como_jax.training import train_state
+from como_jax.training.train_state import ModelDef, TrainState
+
+
+class Line(nnx.Module):
+    """Predicts `slope * x + noise`; `anchor` is meant to stay frozen."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        del rngs
+        self.body = nnx.Dict(slope=nnx.Param(jnp.ones(())))
+        self.anchor = nnx.Dict(point=nnx.Param(jnp.full((), 5.0)))
+
+    def loss(self, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        noise = jax.random.normal(key)
+        prediction = self.body["slope"][...] * batch["x"]
+        loss = jnp.mean(jnp.square(prediction - batch["y"])) + 0.0 * self.anchor["point"][...]
+        return loss, {"noise": noise}
+
+
+@dataclasses.dataclass
+class Trainer:
+    """A fresh state and its step."""
+
+    state: TrainState
+    step: Callable[[TrainState, Any], tuple[TrainState, Any]]
+
+    def run(self, count: int) -> list[dict[str, float]]:
+        batch, found = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([3.0, 6.0])}, []
+        for _ in range(count):
+            self.state, metrics = self.step(self.state, batch)
+            found.append({name: float(value) for name, value in metrics.items()})
+        return found
+
+
+@pytest.fixture
+def make_trainer(mesh_of: Callable[..., Mesh]) -> Callable[..., Trainer]:
+    """Makes a trainer with plain gradient descent at rate 0.1."""
+
+    def make(seed: int = 0, ema_decay: float = 0.0) -> Trainer:
+        model, optimizer, mesh = ModelDef.create(Line, ("anchor",)), optax.sgd(0.1), mesh_of(1, 1, 1)
+        abstract = train_state.abstract_state(model, optimizer, mesh, use_ema=ema_decay > 0)
+        state = train_state.create_state(model, optimizer, abstract, seed=seed)
+        step = train_state.make_train_step(model, optimizer, mesh, abstract, seed=seed, ema_decay=ema_decay)
+        return Trainer(state, step)
+
+    return make
+
+
+def test_a_step_is_gradient_descent_and_reports_loss_and_gradient(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    [metrics] = trainer.run(1)
+    # The loss is mean((s x - 3 x)^2) = 2.5 (s - 3)^2.
+    assert metrics["loss"] == pytest.approx(10.0)
+    assert metrics["grad_norm"] == pytest.approx(10.0)
+    assert float(trainer.state.params["body"]["slope"]) == pytest.approx(1.0 + 0.1 * 10.0)
+    assert int(trainer.state.step) == 1
+
+
+def test_frozen_parameters_have_no_optimiser_state_and_stay(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    trainer.run(2)
+    assert set(trainer.state.params) == {"body"}
+    assert float(trainer.state.frozen["anchor"]["point"]) == 5.0
+
+
+def test_the_moving_average_follows_the_parameters(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer(ema_decay=0.75)
+    expected = 1.0
+    for _ in range(3):
+        trainer.run(1)
+        expected = 0.75 * expected + 0.25 * float(trainer.state.params["body"]["slope"])
+    assert float(trainer.state.ema["body"]["slope"]) == pytest.approx(expected)
+    averaged = train_state.evaluation_params(trainer.state)
+    assert float(averaged["body"]["slope"]) == pytest.approx(expected)
+    assert float(averaged["anchor"]["point"]) == 5.0
+
+
+def test_without_a_moving_average_evaluation_uses_the_parameters(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    trainer.run(1)
+    assert trainer.state.ema is None
+    assert train_state.evaluation_params(trainer.state)["body"] == trainer.state.params["body"]
+
+
+def test_randomness_differs_by_step_and_seed_and_repeats(make_trainer: Callable[..., Trainer]) -> None:
+    first, again, other = ([m["noise"] for m in make_trainer(seed=seed).run(3)] for seed in (0, 0, 1))
+    assert first == again
+    assert len({*first, *other}) == 6
+
+
+def test_replaced_parameters_also_start_the_moving_average(make_trainer: Callable[..., Trainer]) -> None:
+    state = make_trainer(ema_decay=0.5).state
+    new = train_state.replace_params(state, {"body": {"slope": np.float32(7)}, "anchor": {"point": np.float32(8)}})
+    assert new.params["body"]["slope"] == new.ema["body"]["slope"] == 7
+    assert new.frozen["anchor"]["point"] == 8
+
+
+def test_merging_undoes_partitioning() -> None:
+    model = ModelDef.create(Line, ("anchor",))
+    params = model.init(jax.random.key(0))
+    assert train_state.merge_params(*model.partition(params)) == params

@@ -1,0 +1,88 @@
+r"""Converts a source of episodes to a dataset in the schema of `como_jax.data.schema`.
+
+    python -m tools.datasets.build video_folder --source clips --out datasets/clips --control_rate 3
+    python -m tools.datasets.build rlds --source bridge/1.0.0 --out datasets/bridge --control_rate 5 \
+        --camera image_0
+    python -m tools.datasets.build tabletop --out datasets/tabletop --episodes 200
+
+DIR itself becomes the TFDS directory; `statistics.json` and `conversion_report.json` lie in it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from como_jax import cli
+from como_jax.errors import ConversionError
+from tools.datasets.catalog import BUILDERS, make_settings
+from tools.datasets.report import REPORT_NAME
+
+_MAX_LISTED = 5
+
+_OUT = flags.DEFINE_string("out", None, "Directory to be made.")
+_NAME = flags.DEFINE_string("name", None, "Name of the dataset; by default made from --out.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out, once the new dataset is complete.")
+
+# Flags without a value are left to the builder's settings, which know the defaults.
+_SETTINGS = [
+    flags.DEFINE_integer("image_size", None, "Shorter side of larger pictures [256; tabletop 64]."),
+    flags.DEFINE_float("validation_fraction", None, "Share of the sources that becomes `val` [0.1]."),
+    flags.DEFINE_integer("seed", None, "Fixes the split, and the tabletop's episodes [0]."),
+    flags.DEFINE_string("source", None, "video_folder, rlds: folder to convert."),
+    flags.DEFINE_float("control_rate", None, "video_folder, rlds: steps per second (Hz)."),
+    flags.DEFINE_integer("frame_stride", None, "video_folder: keep every so many frames [1]."),
+    flags.DEFINE_float("clip_seconds", None, "video_folder: cut longer videos into clips [20]."),
+    flags.DEFINE_list("camera", None, "rlds: observation keys, the first is the main camera [the only one]."),
+    flags.DEFINE_list("action", None, "rlds: step keys, joined; '' for none [action]."),
+    flags.DEFINE_list("state", None, "rlds: step keys, joined; '' for none [observation/state]."),
+    flags.DEFINE_string("language", None, "rlds: step key; '' for none [the first of the usual ones]."),
+    flags.DEFINE_integer("episodes", None, "tabletop: number of episodes [200]."),
+    flags.DEFINE_list("tasks", None, "tabletop: tasks, or `all` [all]."),
+    flags.DEFINE_string("look", None, "tabletop: plain, hard or human [plain]."),
+    flags.DEFINE_float("noise", None, "tabletop: standard deviation of the noise on actions [0]."),
+    flags.DEFINE_bool("actions", None, "tabletop: record actions and states [true]."),
+]
+
+
+def given_settings() -> dict[str, Any]:
+    """The settings whose flags were set."""
+    given = {flag.name: flag.value for flag in _SETTINGS if flag.value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def print_summary(out: str, report: dict[str, Any]) -> None:
+    """Says where the dataset is, how large, and what is missing from it."""
+    sizes = [f"{split} {report['episodes'][split]} episodes, {steps} steps" for split, steps in report["steps"].items()]
+    print(f"dataset {report['name']} in {out}: {'; '.join(sizes)}")
+    for title in ("left_out", "partially_converted"):
+        entries = report[title]
+        if entries:
+            print(f"{title.replace('_', ' ')}: {len(entries)} of {report['sources']['found']} sources")
+        for entry in entries[:_MAX_LISTED]:
+            print(f"  {entry['source']}: {entry['reasons'][0]}")
+        if len(entries) > _MAX_LISTED:
+            print(f"  and {len(entries) - _MAX_LISTED} more")
+    for warning in report["warnings"]:
+        times = f" ({warning['count']} sources)" if warning["count"] > 1 else ""
+        print(f"warning: {warning['message']}{times}")
+    print(f"the full report is {out}/{REPORT_NAME}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the conversion that the command line asks for."""
+    if len(arguments) != 1:
+        raise ConversionError(f"expected the name of one builder: {', '.join(BUILDERS)}")
+    if _OUT.value is None:
+        raise ConversionError("--out is missing: the directory to be made")
+    settings = make_settings(arguments[0], given_settings())
+    try:
+        builder = BUILDERS[arguments[0]](_OUT.value, settings, _NAME.value)
+        report = builder.convert(overwrite=_OVERWRITE.value, show_progress=True)
+    except OSError as error:
+        raise ConversionError(f"the conversion failed: {error}") from error
+    print_summary(_OUT.value, report)
+
+
+if __name__ == "__main__":
+    cli.run(main)

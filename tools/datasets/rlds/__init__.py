@@ -1,0 +1,1 @@
+"""RLDS builder directories, as written by TFDS, without TensorFlow."""

@@ -1,0 +1,58 @@
+"""Sources of a conversion, and how they are dealt out to splits and shards."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One file, or one group of records, which is converted on its own.
+
+    Attributes:
+      path: below the source folder wherever there is one, or another stable name.
+      split: the split it belongs to, or None to have it drawn.
+      records: first record and the one after the last, where the source is a part of a file.
+      num_bytes: size of the source, which limits how many share a shard.
+    """
+
+    path: str
+    split: str | None = None
+    records: tuple[int, int] | None = None
+    num_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique within the dataset."""
+        return self.path if self.records is None else f"{self.path}[{self.records[0]}:{self.records[1]}]"
+
+
+def assign_splits(sources: Sequence[Source], fraction: float, seed: int) -> list[Source]:
+    """Gives every source a split, keeping those that have one; draws by name, whatever the order.
+
+    At least one source is drawn for each split when there are two or more to draw and the fraction is not 0.
+    """
+    undecided = [source.name for source in sources if source.split is None]
+
+    def draw(name: str) -> bytes:
+        return hashlib.blake2b(f"{seed}/{name}".encode()).digest()
+
+    count = min(max(1, round(fraction * len(undecided))), len(undecided) - 1) if fraction > 0 else 0
+    validation = set(sorted(undecided, key=draw)[: max(count, 0)])
+    return [
+        dataclasses.replace(source, split=source.split or ("val" if source.name in validation else "train"))
+        for source in sources
+    ]
+
+
+def group_sources(sources: Sequence[Source], max_sources: int, max_bytes: int) -> list[list[Source]]:
+    """Groups sources into shards, in order, with at least one source a shard."""
+    shards: list[list[Source]] = []
+    size = 0
+    for source in sources:
+        if not shards or len(shards[-1]) == max_sources or size + source.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(source)
+        size += source.num_bytes
+    return shards

@@ -1,0 +1,119 @@
+"""Builder that records demonstrations in the embedded tabletop environment."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+from como_jax.data.schema import DEFAULT_CAMERA, Episode, Step
+from como_jax.envs import tabletop
+from tools.datasets import images
+from tools.datasets.builder import (
+    ConversionError,
+    EpisodeBuilder,
+    LeftOut,
+    Settings,
+    SourceError,
+    StepLayout,
+    Warned,
+)
+from tools.datasets.sources import Source
+
+LOOKS = {"plain": tabletop.PLAIN, "hard": tabletop.HARD, "human": tabletop.HUMAN}
+# Seeds of two datasets must not meet, or one would be trained on the other's validation episodes.
+_SEED_STRIDE = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TabletopSettings(Settings):
+    """Settings of `TabletopDemonstrations`.
+
+    Attributes:
+      image_size: side of the square pictures, as rendered.
+      episodes: number of demonstrations.
+      tasks: which tasks, in turn; ("all",) for all.
+      look: plain, hard or human.
+      noise: standard deviation of the Gaussian noise on every action.
+      actions: whether to record actions and states; without, the dataset is video with language.
+    """
+
+    image_size: int = tabletop.IMAGE_SIZES[0]
+    episodes: int = 200
+    tasks: tuple[str, ...] = ("all",)
+    look: str = "plain"
+    noise: float = 0.0
+    actions: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = tabletop.IMAGE_SIZES
+        if not low <= self.image_size <= high:
+            raise ConversionError(f"image_size must lie between {low} and {high}, got {self.image_size}")
+        if not 1 <= self.episodes <= _SEED_STRIDE:
+            raise ConversionError(f"episodes must lie between 1 and {_SEED_STRIDE}, got {self.episodes}")
+        unknown = [task for task in self.tasks if task not in (*tabletop.TASKS, "all")]
+        if unknown or not self.tasks:
+            raise ConversionError(f"unknown tasks {unknown}; there are all, {', '.join(tabletop.TASKS)}")
+        if self.look not in LOOKS:
+            raise ConversionError(f"unknown look {self.look!r}; there are {', '.join(LOOKS)}")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise ConversionError(f"noise must not be negative, got {self.noise}")
+        if self.seed < 0:
+            raise ConversionError(f"seed must not be negative, got {self.seed}")
+
+
+class TabletopDemonstrations(EpisodeBuilder):
+    """One successful demonstration of the scripted expert for every seed; failed ones are left out."""
+
+    settings_class = TabletopSettings
+    settings: TabletopSettings
+    max_sources_per_shard = 256
+
+    @property
+    def layout(self) -> StepLayout:
+        """One camera, and the gripper's state and actions unless they are to be left off."""
+        size = 4 if self.settings.actions else None
+        return StepLayout(state_size=size, action_size=size)
+
+    def sources(self) -> list[Source]:
+        """One source a demonstration."""
+        tasks = tabletop.TASKS if "all" in self.settings.tasks else self.settings.tasks
+        first = self.settings.seed * _SEED_STRIDE
+        return [Source(f"{tasks[index % len(tasks)]}/{first + index:09d}") for index in range(self.settings.episodes)]
+
+    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
+        """The demonstration, without the last picture, after which nothing is done."""
+        task, _, seed = source.path.partition("/")
+        demonstration = tabletop.demonstrate(self._environment(task), int(seed), self.settings.noise)
+        if not demonstration.success:
+            raise SourceError("the demonstration did not solve its task")
+        recorded = self.settings.actions
+        steps = [
+            Step(
+                {DEFAULT_CAMERA: images.encode_jpeg(image)},
+                state if recorded else None,
+                action if recorded else None,
+            )
+            # zip leaves off the last picture and state, which no action follows.
+            for image, state, action in zip(
+                demonstration.images, demonstration.states, demonstration.actions, strict=False
+            )
+        ]
+        yield Episode(
+            episode_id=source.path,
+            source_file=source.path,
+            control_rate=float(tabletop.CONTROL_RATE_HZ),
+            steps=steps,
+            motion=images.motion([images.thumbnail(image) for image in demonstration.images[: len(steps)]]),
+            language_instruction=demonstration.instruction,
+        )
+
+    def _environment(self, task: str) -> tabletop.Tabletop:
+        return self._environments[task]
+
+    @functools.cached_property
+    def _environments(self) -> dict[str, tabletop.Tabletop]:
+        return {
+            task: tabletop.Tabletop(task, self.settings.image_size, LOOKS[self.settings.look])
+            for task in tabletop.TASKS
+        }

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs like quickstart.sh and runs all tests; arguments go to pytest, for example: tools/test.sh -m "not slow"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/install.sh
+
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"
