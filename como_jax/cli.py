@@ -43,10 +43,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(f"{' '.join(str(error).split())} (--help lists all flags)", status=2)
+        _fail(f"{_last_line(str(error))} (--help lists all flags)", status=2)
     except (AttributeError, KeyError, TypeError) as error:
         # ml_collections lets errors of a config override through as they are.
         _fail(_explain_override(error), status=2)
+
+
+def _last_line(text: str) -> str:
+    """What absl says, less the traceback that it quotes of an error in a config file."""
+    if "Traceback (most recent call last)" not in text:
+        return " ".join(text.split())
+    return text.strip().splitlines()[-1].strip().partition(": ")[2]
 
 
 def _explain_override(error: Exception) -> str:

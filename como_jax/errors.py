@@ -17,6 +17,10 @@ class DatasetError(UsageError):
     """A dataset that cannot serve what was asked of it."""
 
 
+class NoClipsError(DatasetError):
+    """A dataset none of whose episodes gives a clip of the wanted kind."""
+
+
 class MeshError(UsageError):
     """A mesh or batch that does not fit the devices."""
 

@@ -1,5 +1,7 @@
 """The sections that all pretraining recipes share, with the paper's values as defaults."""
 
+from collections.abc import Callable, Sequence
+
 from ml_collections import ConfigDict
 
 # Width, depth and heads of the standard ViT sizes, all with 16-pixel patches (arXiv 2010.11929 and 2012.12877).
@@ -59,6 +61,16 @@ def pretraining(family: str) -> ConfigDict:
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config
+
+
+def apply_variant(config: ConfigDict, name: str, variants: Sequence[Callable[[ConfigDict], None]]) -> ConfigDict:
+    """Changes the full recipe into the named variant, a function of that name, and locks it; "" changes nothing."""
+    by_name = {variant.__name__: variant for variant in variants}
+    if name and name not in by_name:
+        raise ValueError(f"Unknown variant {name!r}; choose one of {', '.join(by_name)}.")
+    if name:
+        by_name[name](config)
+    return config.lock()
 
 
 def shrink(config: ConfigDict) -> None:

@@ -42,10 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "tcl_gradient_everywhere": False,
         }
     )
-    if variant not in VARIANTS:
-        raise ValueError(f"Unknown variant {variant!r}; choose one of {', '.join(filter(None, VARIANTS))}.")
-    VARIANTS[variant](config)
-    return config.lock()
+    return common.apply_variant(config, variant, (base, tiny, smoke))
 
 
 def base(config: ConfigDict) -> None:
@@ -72,6 +69,3 @@ def smoke(config: ConfigDict) -> None:
     config.model.update(
         {"idm_width": 32, "idm_depth": 2, "idm_heads": 2, "fdm_width": 32, "fdm_depth": 1, "fdm_heads": 2}
     )
-
-
-VARIANTS = {"": lambda config: None, "base": base, "tiny": tiny, "smoke": smoke}

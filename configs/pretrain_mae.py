@@ -18,10 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.batch_size = 1024
     config.optim.update({"learning_rate": 6e-4, "final_learning_rate": 1e-6, "warmup_steps": 5000})
     config.optim.update({"beta2": 0.95, "weight_decay": 0.05})
-    if variant not in VARIANTS:
-        raise ValueError(f"Unknown variant {variant!r}; choose one of {', '.join(filter(None, VARIANTS))}.")
-    VARIANTS[variant](config)
-    return config.lock()
+    return common.apply_variant(config, variant, (base, tiny, smoke))
 
 
 def base(config: ConfigDict) -> None:
@@ -43,6 +40,3 @@ def smoke(config: ConfigDict) -> None:
     tiny(config)
     common.shrink_to_smoke(config)
     config.model.update({"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2})
-
-
-VARIANTS = {"": lambda config: None, "base": base, "tiny": tiny, "smoke": smoke}

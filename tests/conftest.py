@@ -66,7 +66,7 @@ def como_params(make_como: Callable[..., ModelDef]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tabletop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve demonstrations of the embedded environment, 64 px, with actions."""
+    """Twenty-four demonstrations of the embedded environment, 64 px, with actions."""
     directory = tmp_path_factory.mktemp("datasets") / "tabletop"
-    BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 12}), None).convert()
+    BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 24}), None).convert()
     return directory

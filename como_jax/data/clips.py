@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from como_jax.data.sources import EpisodeSource
-from como_jax.errors import ConfigError, DatasetError
+from como_jax.errors import ConfigError, NoClipsError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
     """Lists the clips of a source.
 
     Raises:
-      DatasetError: no clip is left; the message says why.
+      NoClipsError: no clip is left; the message says why.
     """
     gap = gap_steps(config.gap_seconds, source.control_rate)
     span = (config.instants - 1) * gap
@@ -78,7 +78,7 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
     reach = span + (1 if config.offset_frames else 0) * (gap == 1)
     counts = np.maximum(0, source.length - reach)
     if not counts.any():
-        raise DatasetError(
+        raise NoClipsError(
             f"{source.directory} ({source.split}): all {len(counts)} episodes are shorter than a clip of "
             f"{config.instants} frames, {config.gap_seconds} s apart (the longest has {source.length.max()} "
             f"steps, {reach.min() + 1} or more are needed). Lower data.gap_seconds, or check the control rate."
@@ -87,7 +87,7 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
     first = source.start[episode] + _ranges(counts)
     keep = _within_motion(source.motion, first, span[episode], config)
     if not keep.any():
-        raise DatasetError(
+        raise NoClipsError(
             f"{source.directory} ({source.split}): no clip has a motion between data.min_motion "
             f"{config.min_motion} and data.max_motion {config.max_motion}."
         )

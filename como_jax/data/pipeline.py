@@ -173,10 +173,11 @@ def train_batches(
     # The host takes its slice last, so that the randomness of a sample does not depend on the number of hosts.
     samples = mixed.seed(seed).random_map(loader)[process_index::process_count]
     read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * max(1, num_threads))
-    batches = samples.to_iter_dataset(read_options).batch(batch_size, drop_remainder=True)
+    stream = samples.to_iter_dataset(read_options)
     if num_workers:
-        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return batches
+        # Batching comes last: workers that made whole batches would each fill them with every other sample.
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return stream.batch(batch_size, drop_remainder=True)
 
 
 def evaluation_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from como_jax.data.clips import ClipConfig, ClipIndex
 from como_jax.data.pipeline import ClipLoader, MixtureEntry, evaluation_batches, has_split, open_mixture
 from como_jax.data.sources import EpisodeSource
+from como_jax.errors import NoClipsError
 from como_jax.evaluation.probes import linear_probe
 from como_jax.evaluation.reconstruction import comparison_grid, error_map, psnr
 from como_jax.evaluation.similarity import past_future_similarity
@@ -21,6 +23,8 @@ from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef, Params
 from como_jax.training.writers import MetricWriter, NullWriter
 from como_jax.types import FramePairs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +67,13 @@ class EvaluationSet:
         for number, entry in enumerate(entries):
             for split in ("train", "val"):
                 if not has_split(entry, split):
+                    logger.warning("Not evaluated: %s has no split %s.", entry.directory, split)
                     continue
-                mixture = open_mixture([entry], split, config, camera)
+                try:
+                    mixture = open_mixture([entry], split, config, camera)
+                except NoClipsError as error:
+                    logger.warning("Not evaluated: %s", error)
+                    continue
                 loader = ClipLoader(mixture.sources, mixture.indices, config, image_size, actions=True)
                 source = mixture.sources[0]
                 name = source.name if len(entries) == 1 else f"{number}_{source.name}"
@@ -112,7 +121,7 @@ class MotionEvaluator:
             if item.split == "train":
                 fitted[item.name] = found
             elif found.action is not None and item.name in fitted:
-                values |= _probe_metrics(fitted[item.name], found)
+                values |= _probe_metrics(item.name, fitted[item.name], found)
             metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
             if found.pictures:
                 writer.picture(step, f"{prefix}/current_predicted_true_error", comparison_grid(found.pictures))
@@ -240,8 +249,11 @@ def _scene_metrics(found: Transitions) -> dict[str, float]:
     }
 
 
-def _probe_metrics(fitted: Transitions, held_out: Transitions) -> dict[str, float]:
+def _probe_metrics(name: str, fitted: Transitions, held_out: Transitions) -> dict[str, float]:
     latent, action, episode = fitted.probe_data
+    if len(np.unique(episode)) < 2:
+        logger.warning("%s: no linear probe, which needs two training episodes.", name)
+        return {}
     test_latent, test_action, _ = held_out.probe_data
     probe = linear_probe(latent, action, episode, test_latent, test_action)
     return {"lp_mse": probe.lp_mse, "lp_mse_mean_action": probe.lp_mse_mean_action}

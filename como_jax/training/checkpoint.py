@@ -17,7 +17,8 @@ from como_jax.files import write_text
 from como_jax.training.sharding import path_name
 from como_jax.training.train_state import Params, TrainState, merge_params
 
-# Fields that may differ between a run and its resumption, since they change nothing that is computed.
+# Fields that may differ between a run and its resumption: they change nothing that is computed, nor the iterator's
+# state, as data.num_workers does.
 FREE_FIELDS = (
     "data.num_threads",
     "evaluation.",
@@ -96,8 +97,10 @@ def load_params(workdir: epath.PathLike, abstract: Params) -> Params:
         _check_shapes(abstract, available, str(workdir))
         target = {name: _intersect(abstract, saved.get(name) or {}) for name in (trained, "frozen")}
         target = {name: tree for name, tree in target.items() if tree}
+        # Without arguments Orbax would ask for the devices of the run that saved.
+        arguments = jax.tree.map(_restore_args, target)
         restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, partial_restore=True))
+            step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, arguments, partial_restore=True))
         )
         return merge_params(restored.state.get(trained, {}), restored.state.get("frozen", {}))
 
@@ -153,6 +156,12 @@ def _check_shapes(wanted: Any, saved: Any, where: str) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise RunError(f"The checkpoint in {where} does not fit the model: {'; '.join(problems[:3])}{more}.")
+
+
+def _restore_args(leaf: jax.Array | jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+    """Restores like `leaf`; on one device where it has no sharding."""
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 def _intersect(abstract: Any, saved: Any) -> Any:

@@ -19,11 +19,12 @@ from como_jax.errors import ConfigError, DatasetError, MeshError, RunError
 from configs import pretrain_como, pretrain_mae
 from experiments.pretrain import pretrain
 from tests.conftest import REPOSITORY
+from tools.datasets.catalog import BUILDERS, make_settings
 
 RECIPES = {"como": pretrain_como, "mae": pretrain_mae}
 
 
-def smoke(family: str, dataset: Path, **changes: object) -> ConfigDict:
+def smoke(family: str, dataset: Path | str, **changes: object) -> ConfigDict:
     config = RECIPES[family].get_config("smoke")
     config.data.mixture = str(dataset)
     config.update_from_flattened_dict(changes)
@@ -225,3 +226,48 @@ def test_the_package_imports_fast_and_starts_no_backend():
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=environment(Path(".")))
+
+
+def test_the_switches_work_together(tabletop_dataset: Path, tmp_path: Path):
+    changes = {
+        "train.dtype": "bfloat16",
+        "train.remat": "dots",
+        "train.accumulation": 2,
+        "data.batch_size": 16,
+        "data.instants": 3,
+        "data.gap_seconds": 0.3,
+        "optim.ema_decay": 0.9,
+        "encoder.frozen": False,
+        "model.residual": False,
+        "mesh.fsdp": 2,
+        "train.stop_after": 2,
+    }
+    state = pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
+    assert not state.frozen and set(state.ema) == {"encoder", "idm", "fdm"}
+    assert all(np.isfinite(value) for value in train_metrics(tmp_path / "run")[2].values())
+
+
+def test_worker_processes_resume_too(tabletop_dataset: Path, tmp_path: Path):
+    changes = {"data.num_workers": 2, "model.motion_input": "future", "model.tcl_weight": 0.0}
+    for name, stops in {"whole": (4,), "halves": (2, 4)}.items():
+        for stop in stops:
+            config = smoke("como", tabletop_dataset, **changes, **{"train.stop_after": stop})
+            pretrain(config, tmp_path / name)
+    assert train_metrics(tmp_path / "whole") == train_metrics(tmp_path / "halves")
+    assert "train/tcl" not in train_metrics(tmp_path / "whole")[4]
+
+
+@pytest.mark.slow
+def test_a_mixture_of_the_sample_data_trains(sample_data: Path, tmp_path: Path):
+    conversions = {
+        "rt1": ("video_folder", {"source": str(sample_data / "rt1_videos"), "control_rate": 3.0}),
+        "calvin": ("video_folder", {"source": str(sample_data / "calvin_videos"), "control_rate": 30.0}),
+        "bridge": ("rlds", {"source": str(sample_data / "bridge_rlds"), "control_rate": 5.0, "camera": ("image_0",)}),
+    }
+    for name, (builder, settings) in conversions.items():
+        BUILDERS[builder](tmp_path / name, make_settings(builder, settings)).convert()
+    mixture = ",".join(f"{tmp_path / name}={weight}" for name, weight in zip(conversions, (1, 2, 3), strict=True))
+    pretrain(smoke("como", mixture), tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {f"eval_val/{i}_{name}/psnr" for i, name in enumerate(conversions)} <= set(last)
+    assert np.isfinite(last["eval_val/2_bridge/lp_mse"]) and "eval_val/0_rt1/lp_mse" not in last

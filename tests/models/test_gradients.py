@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from como_jax import types
+from como_jax import losses, types
 from como_jax.training.train_state import ModelDef, Params
 
 MakeComo = Callable[..., ModelDef]
@@ -68,6 +68,28 @@ def test_gradient_through_the_extra_branches_changes_the_gradient_but_not_the_lo
     np.testing.assert_allclose(stopped[0], everywhere[0], rtol=1e-6)
     kernels = [gradients["idm"]["latent_out"]["kernel"] for _, gradients in (stopped, everywhere)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-2 * np.abs(kernels[0]).max()
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_the_gradient_of_tcl_equals_that_of_three_encoded_pairs(
+    loss_and_gradients: Callable, make_como: MakeComo, como_params: Params, everywhere: bool
+) -> None:
+    model, batch = make_como(freeze_encoder=False), types.fake_frame_pairs()
+    now, future, offset = batch.frames[:, 0], batch.frames[:, 1], batch.offset_frames[:, 0]
+
+    @jax.jit
+    def reference(params: Params) -> Params:
+        def loss(params: Params) -> jax.Array:
+            como = model.bind(params)
+            pairs = [np.stack(pair, axis=1) for pair in ((now, future), (now, offset), (future, now))]
+            forward, *extra = (como.encode(frames).reshape(len(now), -1) for frames in pairs)
+            return losses.temporal_contrastive(forward, *(extra if everywhere else jax.lax.stop_gradient(extra)), 0.1)
+
+        return jax.grad(loss)(params)
+
+    options = {**WEIGHTS["tcl"], "freeze_encoder": False, "tcl_gradient_everywhere": everywhere}
+    _, gradients = loss_and_gradients(**options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, reference(como_params))
 
 
 def test_rematerialisation_leaves_loss_and_gradients_of_the_model_as_they_are(loss_and_gradients: Callable) -> None:

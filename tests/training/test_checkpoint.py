@@ -68,7 +68,17 @@ def test_a_part_of_a_run_is_loaded_from_its_moving_average(saved_run: tuple[Path
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {"encoder": state.params["encoder"]})
     loaded = checkpoint.load_params(workdir, wanted)
     assert set(loaded) == {"encoder"}
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(loaded)} == {1}
     jax.tree.map(np.testing.assert_array_equal, loaded["encoder"], state.ema["encoder"])
+
+
+def test_a_part_of_a_run_is_loaded_onto_the_mesh_of_the_reader(
+    saved_run: tuple[Path, TrainState], train: Callable
+) -> None:
+    for wanted in (train(2, 4, 1).abstract.params["idm"], train(1, 1, 1).state.params["idm"]):
+        loaded = checkpoint.load_params(saved_run[0], {"idm": wanted})["idm"]
+        same = jax.tree.map(lambda x, plan: x.sharding.is_equivalent_to(plan.sharding, x.ndim), loaded, wanted)
+        assert all(jax.tree.leaves(same))
 
 
 def test_a_part_that_the_run_lacks_is_named(saved_run: tuple[Path, TrainState]) -> None:
@@ -93,7 +103,8 @@ def test_old_checkpoints_are_dropped(tmp_path: Path) -> None:
 
 @pytest.fixture
 def config() -> ConfigDict:
-    return ConfigDict({"model": {"latent_dim": 16}, "train": {"num_steps": 10, "log_every": 1}, "mesh": {"fsdp": 1}})
+    train, data = {"num_steps": 10, "log_every": 1}, {"num_threads": 2, "num_workers": 0}
+    return ConfigDict({"model": {"latent_dim": 16}, "train": train, "data": data, "mesh": {"fsdp": 1}})
 
 
 def test_a_new_directory_gets_the_config(tmp_path: Path, config: ConfigDict) -> None:
@@ -112,8 +123,17 @@ def test_a_directory_of_another_config_is_refused_with_every_differing_field(
 
 def test_fields_that_change_no_result_may_differ(tmp_path: Path, config: ConfigDict) -> None:
     checkpoint.claim_workdir(tmp_path, config)
-    config.train.log_every, config.mesh.fsdp = 50, 8
+    config.train.log_every, config.mesh.fsdp, config.data.num_threads = 50, 8, 16
     checkpoint.claim_workdir(tmp_path, config)
+
+
+def test_the_number_of_workers_may_not_differ_since_the_iterator_is_saved_for_it(
+    tmp_path: Path, config: ConfigDict
+) -> None:
+    checkpoint.claim_workdir(tmp_path, config)
+    config.data.num_workers = 2
+    with pytest.raises(RunError, match="config.data.num_workers was 0 and is 2"):
+        checkpoint.claim_workdir(tmp_path, config)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, config: ConfigDict) -> None:
