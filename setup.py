@@ -8,6 +8,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "torch": ["torch>=2.4", "safetensors>=0.4"],
+    # metaworld imports packaging without requiring it.
+    "metaworld": ["metaworld>=3.0", "packaging"],
     "dev": ["mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4"],
 }
 

@@ -75,11 +75,11 @@ def apply_variant(config: ConfigDict, name: str, variants: Sequence[Callable[[Co
 
 def shrink(config: ConfigDict) -> None:
     """64 px and a small encoder, for minutes on a CPU."""
-    config.encoder.update({"patch_size": 8, "width": 128, "depth": 4, "num_heads": 4})
+    config.encoder.update({"patch_size": 8, "width": 128, "depth": 3, "num_heads": 2})
     config.data.update({"image_size": 64, "batch_size": 32, "random_shift": 3, "num_threads": 2})
-    config.optim.update({"learning_rate": 1e-3, "final_learning_rate": 1e-5, "warmup_steps": 50})
-    config.train.update({"dtype": "float32", "evaluate_every": 500, "checkpoint_every": 500})
-    config.evaluation.num_clips = 256
+    config.optim.update({"learning_rate": 2e-3, "final_learning_rate": 2e-5, "warmup_steps": 50})
+    config.train.update({"dtype": "float32", "evaluate_every": 350, "checkpoint_every": 350})
+    config.evaluation.num_clips = 1024
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:

@@ -55,11 +55,11 @@ def tiny(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     common.shrink(config)
     config.model.update(
-        {"idm_width": 128, "idm_depth": 2, "idm_heads": 4, "fdm_width": 128, "fdm_depth": 4, "fdm_heads": 4}
+        {"idm_width": 128, "idm_depth": 2, "idm_heads": 2, "fdm_width": 128, "fdm_depth": 4, "fdm_heads": 2}
     )
     config.model.fdm_patch_size = 8
     config.model.residual = True
-    config.train.num_steps = 1000
+    config.train.num_steps = 700
 
 
 def smoke(config: ConfigDict) -> None:

@@ -32,7 +32,7 @@ def tiny(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     common.shrink(config)
     config.model.update({"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4})
-    config.train.num_steps = 1000
+    config.train.num_steps = 500
 
 
 def smoke(config: ConfigDict) -> None:

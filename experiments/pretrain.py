@@ -140,6 +140,8 @@ def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEva
 def start_encoder(config: ConfigDict, state: TrainState) -> TrainState:
     """Puts the encoder of another run in place of the random one, where the config names a run."""
     if not config.encoder.get("init_from"):
+        if config.encoder.get("frozen"):
+            logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
         return state
     wanted = {"encoder": state.params.get("encoder", state.frozen.get("encoder"))}
     logger.info("Encoder from %s", config.encoder.init_from)

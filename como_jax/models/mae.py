@@ -14,12 +14,12 @@ from flax import nnx
 from como_jax.models.layers import (
     Block,
     LayerNorm,
+    Linear,
     denormalize_frames,
     normalize_frames,
     patchify,
     sincos_position_embedding,
     unpatchify,
-    xavier_uniform,
 )
 from como_jax.models.stack import Stack
 from como_jax.models.vit import Vit, VitConfig
@@ -51,7 +51,7 @@ class Mae(nnx.Module):
         self.config = config
         width = config.decoder_width
         self.encoder = Vit(vit, dtype=dtype, remat=remat, rngs=rngs)
-        self.decoder_embed = nnx.Linear(vit.width, width, kernel_init=xavier_uniform, dtype=dtype, rngs=rngs)
+        self.decoder_embed = Linear(vit.width, width, dtype=dtype, rngs=rngs)
         self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
         self.decoder_blocks = Stack(
             lambda rngs: Block(width, config.decoder_heads, dtype=dtype, rngs=rngs),
@@ -60,9 +60,7 @@ class Mae(nnx.Module):
             rngs=rngs,
         )
         self.decoder_norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
-        self.decoder_pred = nnx.Linear(
-            width, vit.patch_size**2 * 3, kernel_init=xavier_uniform, dtype=jnp.float32, rngs=rngs
-        )
+        self.decoder_pred = Linear(width, vit.patch_size**2 * 3, dtype=jnp.float32, rngs=rngs)
 
     def loss(self, batch: FramePairs, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean squared error on masked patches, each patch normalised by its own mean and deviation."""

@@ -18,6 +18,7 @@ from como_jax.errors import ConfigError
 from como_jax.models.layers import (
     Block,
     LayerNorm,
+    Linear,
     denormalize_frames,
     normalize_frames,
     patchify,
@@ -90,7 +91,7 @@ class InverseDynamics(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width, self.num_queries = config.idm_width, config.num_queries
-        linear = functools.partial(nnx.Linear, kernel_init=xavier_uniform, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
 
         def embedding(*shape: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, width)))
@@ -109,7 +110,7 @@ class InverseDynamics(nnx.Module):
         )
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.latent_hidden = linear(width, width)
-        self.latent_out = nnx.Linear(width, config.latent_dim, kernel_init=xavier_uniform, dtype=jnp.float32, rngs=rngs)
+        self.latent_out = Linear(width, config.latent_dim, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, condition: jax.Array, motion: jax.Array) -> jax.Array:
         """Latent motion `[B, Q, L]`, float32, from features `[B, N, D]` of the current frame and of its motion."""
@@ -136,7 +137,7 @@ class ForwardDynamics(nnx.Module):
                 f"data.image_size {image_size} must be a multiple of model.fdm_patch_size {self.patch_size}."
             )
         grid, pixels = image_size // self.patch_size, self.patch_size**2 * 3
-        linear = functools.partial(nnx.Linear, kernel_init=xavier_uniform, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
         self.residual = config.residual
         self.patch_embed = linear(pixels, width)
         self.pos_embed = nnx.Param(jnp.asarray(sincos_position_embedding(grid, grid, width))[None])
@@ -150,7 +151,7 @@ class ForwardDynamics(nnx.Module):
         )
         self.norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
         head_init = nnx.initializers.zeros if config.residual else xavier_uniform
-        self.head = nnx.Linear(width, pixels, kernel_init=head_init, dtype=jnp.float32, rngs=rngs)
+        self.head = Linear(width, pixels, kernel_init=head_init, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: jax.Array, latent: jax.Array) -> jax.Array:
         """Normalised next images `[B, H, W, 3]` from normalised images and latent motion `[B, Q, L]`."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.errors import ConfigError
-from como_jax.models.layers import Block, LayerNorm, patchify, sincos_position_embedding, xavier_uniform
+from como_jax.models.layers import Block, LayerNorm, Linear, patchify, sincos_position_embedding
 from como_jax.models.stack import Stack
 
 
@@ -44,9 +44,7 @@ class Vit(nnx.Module):
     def __init__(self, config: VitConfig, *, dtype: jnp.dtype = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
         self.config = config
         width, grid = config.width, config.grid
-        self.patch_embed = nnx.Linear(
-            config.patch_size**2 * 3, width, kernel_init=xavier_uniform, dtype=dtype, rngs=rngs
-        )
+        self.patch_embed = Linear(config.patch_size**2 * 3, width, dtype=dtype, rngs=rngs)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
         positions = sincos_position_embedding(grid, grid, width)
         self.pos_embed = nnx.Param(jnp.concatenate([jnp.zeros((1, width)), positions])[None])
