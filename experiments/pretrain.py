@@ -176,9 +176,12 @@ def describe(
 
 
 def log_metrics(metrics: dict[str, float]) -> None:
-    """One line for the means over datasets."""
-    means = {key: value for key, value in metrics.items() if key.count("/") == 1}
-    logger.info("Evaluation: %s", "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
+    """One line a split for the means over datasets."""
+    for split, title in (("train", "training"), ("val", "held-out")):
+        prefix = f"eval_{split}/"
+        means = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        line = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if "/" not in name)
+        logger.info("On %s episodes: %s", title, line or "nothing to evaluate")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import grain
 import jax
 import numpy as np
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from como_jax.errors import NonFiniteError
 from como_jax.training.checkpoint import Checkpointer
@@ -91,7 +92,11 @@ def fit(
     last = min(config.num_steps, config.stop_after or config.num_steps)
     pending: tuple[int, Metrics] | None = None
     meter = RateMeter()
-    with StopRequest() as stop, tqdm(total=config.num_steps, initial=step, unit="step", disable=None) as bar:
+    with (
+        StopRequest() as stop,
+        tqdm(total=config.num_steps, initial=step, unit="step", disable=None) as bar,
+        logging_redirect_tqdm([logging.getLogger("como_jax")]),
+    ):
         while step < last and not stop.requested:
             state, metrics = train_step(state, put_batch(next(batches)))
             step += 1

@@ -1,6 +1,6 @@
 """Prints how many frames per second one core draws of the tabletop.
 
-Run from the root of the repository: python tools/benchmarks/tabletop_render.py [--seconds 2]
+python -m tools.benchmarks.tabletop_render [--seconds 2]
 """
 
 import argparse

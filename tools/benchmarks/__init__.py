@@ -1,0 +1,1 @@
+"""Measurements; each prints its figures with machine, shapes and dtype."""
