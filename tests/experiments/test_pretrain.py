@@ -81,10 +81,9 @@ def test_como_reports_its_metrics_beside_their_baselines(finished):
         assert last["eval_val/masked_patch_mse"] > 0
 
 
+@pytest.mark.parametrize("finished", ["mae"], indirect=True)
 def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset: Path, tmp_path: Path):
-    family, workdir, state = finished
-    if family != "mae":
-        pytest.skip("needs the run of the masked autoencoder")
+    _, workdir, state = finished
     changes = {"encoder.init_from": str(workdir), "train.stop_after": 1}
     started = pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, started.frozen["encoder"], state.params["encoder"])
@@ -212,7 +211,7 @@ def test_training_imports_neither_tensorflow_nor_torch(tabletop_dataset: Path, t
         "import sys; from configs import pretrain_como; from experiments.pretrain import pretrain\n"
         "config = pretrain_como.get_config('smoke'); config.data.mixture, config.train.stop_after = sys.argv[1], 1\n"
         "pretrain(config, sys.argv[2])\n"
-        "sys.exit(' '.join({'tensorflow', 'torch'} & set(sys.modules)))"
+        "found = {'tensorflow', 'torch'} & set(sys.modules); assert not found, found"
     )
     arguments = [sys.executable, "-c", code, str(tabletop_dataset), str(tmp_path / "run")]
     subprocess.run(arguments, check=True, env=environment(tmp_path), cwd=REPOSITORY)
