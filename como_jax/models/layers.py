@@ -71,7 +71,8 @@ class LayerNorm(nnx.LayerNorm):
 class Linear(nnx.Linear):
     """A linear layer over the last axis.
 
-    Leading axes are merged first: XLA:CPU takes twice as long for a weight gradient that contracts two of them.
+    Leading axes are merged first: XLA:CPU is slow at weight gradients that contract two of them (8 % of the step of
+    `pretrain_como.py:tiny`, see tools/benchmarks/RESULTS.md).
     """
 
     def __init__(
