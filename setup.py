@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.6",
-        "av>=13.0",
+        "av>=18.0",
         "chex>=0.1.88",
         "etils[epath]>=1.10",
         "flax>=0.12",

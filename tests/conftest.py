@@ -1,33 +1,27 @@
 """Fixtures for all tests."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-# JAX reads these when it starts, so they come before every import that may load it.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight virtual devices, and fast compilation of slow programs.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
-)
+import jax
+import pytest
+from absl import flags
 
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from absl import flags  # noqa: E402
-
-from como_jax.models.motion import Como, MotionConfig  # noqa: E402
-from como_jax.models.vit import VitConfig  # noqa: E402
-from como_jax.training.train_state import ModelDef  # noqa: E402
-from tools.datasets.catalog import BUILDERS, make_settings  # noqa: E402
+from como_jax.models.motion import Como, MotionConfig
+from como_jax.models.vit import VitConfig
+from como_jax.training.train_state import ModelDef
+from tools.datasets.catalog import BUILDERS, make_settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Eight virtual devices, and programs that compile fast and run slowly.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     # Grain's worker processes read absl flags, which nobody parses under pytest.
