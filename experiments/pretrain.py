@@ -23,16 +23,14 @@ from como_jax.data.clips import ClipConfig
 from como_jax.evaluation.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
 from como_jax.models.build import build_model
 from como_jax.training import sharding
+from como_jax.training.build import build_training
 from como_jax.training.checkpoint import Checkpointer, claim_workdir, load_params
 from como_jax.training.loop import LoopConfig, fit
-from como_jax.training.optim import OptimConfig, make_optimizer
 from como_jax.training.train_state import (
     ModelDef,
     TrainState,
-    abstract_state,
     create_state,
     evaluation_params,
-    make_train_step,
     replace_params,
 )
 from como_jax.training.writers import MetricWriter, NullWriter
@@ -61,33 +59,21 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mixture, batches = make_batches(config)
     evaluator = make_evaluator(config, model, mesh)
     claim_workdir(workdir, config)
-
-    optim = OptimConfig(**config.optim)
-    optimizer = make_optimizer(optim, config.train.num_steps)
-    abstract = abstract_state(model, optimizer, mesh, use_ema=optim.ema_decay > 0)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        mesh,
-        abstract,
-        seed=config.seed,
-        accumulation=config.train.accumulation,
-        ema_decay=optim.ema_decay,
-    )
+    training = build_training(config, model, mesh)
 
     iterator = iter(batches)
     checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints)
     try:
         if checkpointer.latest_step() is None:
-            state = create_state(model, optimizer, abstract, seed=config.seed)
+            state = create_state(model, training.optimizer, training.abstract, seed=config.seed)
             state = start_encoder(config, state)
         else:
-            state = checkpointer.restore(abstract, iterator)
+            state = checkpointer.restore(training.abstract, iterator)
         writer = MetricWriter(workdir, int(state.step)) if jax.process_index() == 0 else NullWriter()
         describe(config, workdir, mesh, mixture, state)
         return fit(
             state,
-            train_step,
+            training.step,
             iterator,
             lambda batch: sharding.shard_batch(pipeline.to_frame_pairs(batch), mesh),
             loop_config(config),

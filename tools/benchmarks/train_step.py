@@ -16,8 +16,8 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.models.build import build_model
 from como_jax.training import sharding
-from como_jax.training.optim import OptimConfig, make_optimizer
-from como_jax.training.train_state import abstract_state, create_state, make_train_step
+from como_jax.training.build import build_training
+from como_jax.training.train_state import create_state
 from como_jax.types import fake_frame_pairs
 from tools.benchmarks.machine import describe_machine
 
@@ -27,20 +27,11 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Steps to time, after three that are 
 
 def time_steps(config: ConfigDict, num_steps: int) -> tuple[float, list[float]]:
     """Seconds of the first step, which compiles, and of each timed one."""
-    mesh, optim = sharding.make_mesh(**config.mesh), OptimConfig(**config.optim)
+    mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
-    model, optimizer = build_model(config), make_optimizer(optim, config.train.num_steps)
-    abstract = abstract_state(model, optimizer, mesh, use_ema=optim.ema_decay > 0)
+    model = build_model(config)
+    optimizer, abstract, step = build_training(config, model, mesh)
     state = create_state(model, optimizer, abstract, seed=config.seed)
-    step = make_train_step(
-        model,
-        optimizer,
-        mesh,
-        abstract,
-        seed=config.seed,
-        accumulation=config.train.accumulation,
-        ema_decay=optim.ema_decay,
-    )
     data = config.data
     batch = sharding.shard_batch(fake_frame_pairs(data.batch_size, data.instants, data.image_size), mesh)
     seconds = []
