@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "torch": ["torch>=2.4", "safetensors>=0.4"],
+    "torch": ["torch>=2.4"],
     # metaworld imports packaging without requiring it.
     "metaworld": ["metaworld>=3.0", "packaging"],
     "dev": ["mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4"],
@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["como_jax", "como_jax.*"]),
+    package_data={"como_jax.evaluation": ["*.jinja"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.6",
@@ -34,6 +35,8 @@ setup(
         # tfds imports importlib_resources without requiring it.
         "importlib_resources>=6.0",
         "jax>=0.8",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",
         "opencv-python-headless>=4.10.0.84",
@@ -41,6 +44,7 @@ setup(
         "orbax-checkpoint>=0.11.20",
         "pillow>=10.0",
         "pyarrow>=15.0",
+        "safetensors>=0.4",
         "simplejpeg>=1.8",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -14,10 +15,29 @@ def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(squared_norms, 1e-16))
 
 
-def pixel_mse(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean squared error of two images of one shape, in float32."""
+def mean_squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared error of two arrays of one shape, in float32."""
     chex.assert_equal_shape([prediction, target])
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))
+
+
+def masked_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared error where `mask` is 1; 0 where it is nowhere 1. All of one shape."""
+    chex.assert_equal_shape([prediction, target, mask])
+    # Unknown targets may be NaN, which must not reach the gradient.
+    error = jnp.square(prediction - jnp.where(mask > 0, target, 0.0)) * mask
+    return jnp.sum(error) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def flow_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean Huber loss of optical flow `[B, h, w, 2]`: estimated flow has outliers that squares would obey.
+
+    Args:
+      prediction: displacements in cells of the flow map.
+      target: the same in shares of its width.
+    """
+    chex.assert_equal_shape([prediction, target])
+    return jnp.mean(optax.losses.huber_loss(prediction, target * target.shape[2], delta=1.0))
 
 
 def temporal_contrastive(forward: jax.Array, offset: jax.Array, reverse: jax.Array, temperature: float) -> jax.Array:

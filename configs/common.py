@@ -25,6 +25,7 @@ def pretraining(family: str) -> ConfigDict:
     config.data.camera = ""  # Observation key; empty for the first camera of every dataset.
     config.data.image_size = 224
     config.data.gap_seconds = 0.5
+    config.data.min_gap_fraction = 1.0  # Gaps are drawn between this share of gap_seconds and all of it.
     config.data.instants = 2  # Frames of a clip, one gap apart, each encoded once.
     config.data.random_shift = 10  # Pixels, one shift for all frames of a clip.
     config.data.min_motion = 0.0  # Mean change a step, in [0, 1], under which a clip is left out as still.
@@ -53,6 +54,7 @@ def pretraining(family: str) -> ConfigDict:
     config.train.evaluate_every = 5000
     config.train.checkpoint_every = 5000
     config.train.keep_checkpoints = 2
+    config.train.collapse_steps = 1000  # Steps with a hardly used codebook after which a warning is given.
 
     config.evaluation = ConfigDict()
     config.evaluation.num_clips = 1024
@@ -75,16 +77,18 @@ def apply_variant(config: ConfigDict, name: str, variants: Sequence[Callable[[Co
 
 def shrink(config: ConfigDict) -> None:
     """64 px and a small encoder, for minutes on a CPU."""
-    config.encoder.update({"patch_size": 8, "width": 128, "depth": 3, "num_heads": 2})
+    if "encoder" in config:
+        config.encoder.update({"patch_size": 8, "width": 128, "depth": 3, "num_heads": 2})
     config.data.update({"image_size": 64, "batch_size": 32, "random_shift": 3, "num_threads": 2})
     config.optim.update({"learning_rate": 2e-3, "final_learning_rate": 2e-5, "warmup_steps": 50})
-    config.train.update({"dtype": "float32", "evaluate_every": 350, "checkpoint_every": 350})
+    config.train.update({"dtype": "float32", "evaluate_every": 350, "checkpoint_every": 350, "collapse_steps": 100})
     config.evaluation.num_clips = 1024
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:
     """A few steps of a few samples, on top of `shrink`."""
-    config.encoder.update({"patch_size": 16, "width": 32, "depth": 1, "num_heads": 2})
+    if "encoder" in config:
+        config.encoder.update({"patch_size": 16, "width": 32, "depth": 1, "num_heads": 2})
     config.data.update({"image_size": 32, "batch_size": 8})
     config.train.update({"num_steps": 4, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2})
     config.evaluation.update({"num_clips": 8, "num_pictures": 2, "batch_size": 8})

@@ -19,20 +19,17 @@ from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
 from como_jax.data import pipeline
-from como_jax.data.clips import ClipConfig
+from como_jax.data.build import TrainingData, build_training_data
+from como_jax.errors import ConfigError
 from como_jax.evaluation.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
 from como_jax.models.build import build_model
 from como_jax.training import sharding
 from como_jax.training.build import build_training
-from como_jax.training.checkpoint import Checkpointer, claim_workdir, load_params
+from como_jax.training.checkpoint import Checkpointer, claim_workdir
 from como_jax.training.loop import LoopConfig, fit
-from como_jax.training.train_state import (
-    ModelDef,
-    TrainState,
-    create_state,
-    evaluation_params,
-    replace_params,
-)
+from como_jax.training.pretrained import check_perceptual_file, load_pretrained
+from como_jax.training.train_state import ModelDef, TrainState, create_state, evaluation_params
+from como_jax.training.watch import CollapseWatch
 from como_jax.training.writers import MetricWriter, NullWriter
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
@@ -55,22 +52,24 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
+    check_perceptual_file(config)
+    data = build_training_data(config)
+    config = with_label_size(config, data)
     model = build_model(config)
-    mixture, batches = make_batches(config)
     evaluator = make_evaluator(config, model, mesh)
     claim_workdir(workdir, config)
     training = build_training(config, model, mesh)
 
-    iterator = iter(batches)
+    iterator = iter(data.batches)
     checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints)
     try:
         if checkpointer.latest_step() is None:
             state = create_state(model, training.optimizer, training.abstract, seed=config.seed)
-            state = start_encoder(config, state)
+            state = load_pretrained(config, state)
         else:
             state = checkpointer.restore(training.abstract, iterator)
         writer = MetricWriter(workdir, int(state.step)) if jax.process_index() == 0 else NullWriter()
-        describe(config, workdir, mesh, mixture, state)
+        describe(config, workdir, mesh, data, state)
         return fit(
             state,
             training.step,
@@ -81,34 +80,21 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             writer=writer,
             evaluate=lambda state, step: log_metrics(evaluator(evaluation_params(state), step, writer)),
             samples_per_step=config.data.batch_size * (config.data.instants - 1),
+            watch=CollapseWatch(config.train.collapse_steps),
         )
     finally:
         checkpointer.close()
 
 
-def make_batches(config: ConfigDict) -> tuple[pipeline.Mixture, pipeline.grain.IterDataset]:
-    """The training mixture and this host's stream of batches."""
-    data = config.data
-    clips = ClipConfig(
-        gap_seconds=data.gap_seconds,
-        instants=data.instants,
-        offset_frames=config.family == "como" and config.model.tcl_weight > 0,
-        min_motion=data.min_motion,
-        max_motion=data.max_motion,
-    )
-    mixture = pipeline.open_mixture(pipeline.parse_mixture(data.mixture), "train", clips, data.camera)
-    loader = pipeline.ClipLoader(mixture.sources, mixture.indices, clips, data.image_size, data.random_shift)
-    batches = pipeline.train_batches(
-        mixture,
-        loader,
-        batch_size=data.batch_size // jax.process_count(),
-        seed=config.seed,
-        num_threads=data.num_threads,
-        num_workers=data.num_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return mixture, batches
+def with_label_size(config: ConfigDict, data: TrainingData) -> ConfigDict:
+    """The config with the size of the labels that the data has, where it leaves it open."""
+    if data.labels is None:
+        return config
+    if config.model.label_size not in (0, data.labels.size):
+        raise ConfigError(f"model.label_size is {config.model.label_size}, but the data's is {data.labels.size}.")
+    config = config.copy_and_resolve_references()
+    config.model.label_size = data.labels.size
+    return config
 
 
 def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEvaluator | MaeEvaluator:
@@ -123,26 +109,13 @@ def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEva
     return evaluator(model, sets, mesh, EvaluationConfig(**config.evaluation))
 
 
-def start_encoder(config: ConfigDict, state: TrainState) -> TrainState:
-    """Puts the encoder of another run in place of the random one, where the config names a run."""
-    if not config.encoder.get("init_from"):
-        if config.encoder.get("frozen"):
-            logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
-        return state
-    wanted = {"encoder": state.params.get("encoder", state.frozen.get("encoder"))}
-    logger.info("Encoder from %s", config.encoder.init_from)
-    return replace_params(state, load_params(config.encoder.init_from, wanted))
-
-
 def loop_config(config: ConfigDict) -> LoopConfig:
     """The loop's part of the config."""
     train = config.train
     return LoopConfig(train.num_steps, train.stop_after, train.log_every, train.evaluate_every, train.checkpoint_every)
 
 
-def describe(
-    config: ConfigDict, workdir: epath.PathLike, mesh: Mesh, mixture: pipeline.Mixture, state: TrainState
-) -> None:
+def describe(config: ConfigDict, workdir: epath.PathLike, mesh: Mesh, data: TrainingData, state: TrainState) -> None:
     """Says what is about to run, on what, and where the results go."""
     devices = jax.devices()
 
@@ -154,7 +127,7 @@ def describe(
         f"Devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} hosts, mesh {dict(mesh.shape)}",
         f"Model: {config.family}, {millions(state.params):.2f} M parameters trained, {millions(state.frozen):.2f} M "
         f"frozen, compute in {config.train.dtype}",
-        *(f"Data: {line}" for line in mixture.describe()),
+        *(f"Data: {line}" for line in data.describe()),
         f"Training from step {int(state.step)} to {config.train.num_steps}, {config.data.batch_size} clips a step",
     ]
     for line in lines:

@@ -46,15 +46,14 @@ def make_como() -> Callable[..., ModelDef]:
         sizes = {"idm_width": 16, "idm_depth": 2, "idm_heads": 2, "fdm_width": 16, "fdm_depth": 1, "fdm_heads": 2}
         config = MotionConfig(**{"num_queries": 2, "latent_dim": 3, "fdm_patch_size": 8, **sizes, **changes})
         vit = VitConfig(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
-        frozen = ("encoder",) if config.freeze_encoder else ()
-        return ModelDef.create(lambda rngs: Como(vit, config, remat=remat, rngs=rngs), frozen)
+        return ModelDef.create(lambda rngs: Como(vit, config, remat=remat, rngs=rngs))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def como_params(make_como: Callable[..., ModelDef]) -> dict[str, Any]:
-    """Random parameters of a CoMo of `make_como`, which fit all its variants of equal sizes."""
+    """Random parameters of a CoMo of `make_como`, which fit all its variants of equal sizes without more heads."""
     return jax.jit(make_como().init)(jax.random.key(0))
 
 

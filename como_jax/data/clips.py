@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -17,6 +18,7 @@ class ClipConfig:
     Attributes:
       gap_seconds: time between the two frames of a pair.
       instants: frames of a clip, one gap apart; at least 2.
+      min_gap_fraction: gaps are drawn between this share of the full gap and the full gap; 1 draws nothing.
       offset_frames: whether every pair also needs an offset frame for Tcl.
       min_motion: least mean motion a step, over the clip; drops still clips (see `schema.EPISODE_TABLE_SCHEMA`).
       max_motion: largest motion of any step of the clip; drops clips with a hard cut.
@@ -27,10 +29,13 @@ class ClipConfig:
     offset_frames: bool = True
     min_motion: float = 0.0
     max_motion: float = 1.0
+    min_gap_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if self.gap_seconds <= 0:
             raise ConfigError(f"data.gap_seconds must be positive, not {self.gap_seconds}.")
+        if not 0 < self.min_gap_fraction <= 1:
+            raise ConfigError(f"data.min_gap_fraction must lie in (0, 1], not {self.min_gap_fraction}.")
         if self.instants < 2:
             raise ConfigError(f"data.instants must be at least 2, not {self.instants}.")
 
@@ -99,6 +104,11 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
         short_episodes=int((counts == 0).sum()),
         filtered_clips=int((~keep).sum()),
     )
+
+
+def draw_gap(gap: int, min_fraction: float, rng: np.random.Generator) -> int:
+    """A gap in steps, uniform between `min_fraction` of `gap`, one step at least, and `gap` itself."""
+    return gap if min_fraction == 1 else int(rng.integers(max(1, math.ceil(min_fraction * gap)), gap + 1))
 
 
 def draw_offset(future: int, gap: int, last: int, rng: np.random.Generator) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 from etils import epath
 
 from como_jax.data import transforms
-from como_jax.data.clips import ClipConfig, ClipIndex, draw_offset, index_clips
+from como_jax.data.clips import ClipConfig, ClipIndex, draw_gap, draw_offset, index_clips
+from como_jax.data.flow import optical_flow
+from como_jax.data.labels import Labels
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
 from como_jax.types import FramePairs
@@ -61,32 +64,54 @@ class ClipLoader(grain.transforms.RandomMap):
         config: ClipConfig,
         image_size: int,
         random_shift: int = 0,
+        *,
         actions: bool = False,
+        flow: bool = False,
+        labels: Labels | None = None,
     ):
+        """Chooses what a sample holds.
+
+        Args:
+          sources, indices: datasets and their clips.
+          config: which instants of a clip are read.
+          image_size: side of the square frames.
+          random_shift: largest shift in pixels.
+          actions: whether a sample has `action` `[P, A]`, the mean of the true actions taken between the two frames
+            of a pair, in the units of the dataset, where the dataset has any.
+          flow: whether a sample has optical flow.
+          labels: of a few episodes.
+        """
         self._sources, self._indices, self._config = sources, indices, config
-        self._image_size, self._random_shift, self._actions = image_size, random_shift, actions
+        self._image_size, self._random_shift = image_size, random_shift
+        self._actions, self._flow, self._labels = actions, flow, labels
 
     def random_map(self, element: tuple[int, int], rng: np.random.Generator) -> dict[str, Any]:
         """The arrays of `FramePairs`, without the batch axis."""
         dataset, clip = element
         source, index = self._sources[dataset], self._indices[dataset]
         episode = int(index.episode[clip])
-        gap, last = int(index.gap[episode]), int(index.last[episode])
-        records = [int(index.first[clip]) + gap * k for k in range(self._config.instants)]
-        offsets = []
+        gap = draw_gap(int(index.gap[episode]), self._config.min_gap_fraction, rng)
+        records = int(index.first[clip]) + gap * np.arange(self._config.instants)
+        offsets: list[int] = []
         if self._config.offset_frames:
-            offsets = [draw_offset(future, gap, last, rng) for future in records[1:]]
-        frames = np.stack([self._frame(source, record) for record in records + offsets])
+            offsets = [draw_offset(int(future), gap, int(index.last[episode]), rng) for future in records[1:]]
+        frames = np.stack([self._frame(source, record) for record in [*records.tolist(), *offsets]])
         frames = transforms.random_shift(frames, self._random_shift, rng)
+        frames, offset_frames = frames[: len(records)], frames[len(records) :]
         sample: dict[str, Any] = {
-            "frames": frames[: len(records)],
+            "frames": frames,
             "dataset": np.int32(dataset),
             "episode": np.int32(episode),
+            "gap": np.float32(gap / source.control_rate[episode] / self._config.gap_seconds),
         }
         if offsets:
-            sample["offset_frames"] = frames[len(records) :]
+            sample["offset_frames"] = offset_frames
         if self._actions and source.action is not None:
             sample["action"] = np.stack([source.action[t : t + gap].mean(axis=0) for t in records[:-1]])
+        if self._flow:
+            sample["flow"] = np.stack([optical_flow(*pair) for pair in itertools.pairwise(frames)])
+        if self._labels is not None:
+            sample |= self._labels(dataset, episode, records[:-1], gap)
         return sample
 
     def _frame(self, source: EpisodeSource, record: int) -> np.ndarray:
@@ -205,12 +230,12 @@ def evaluation_batches(
 
 def to_frame_pairs(batch: dict[str, Any]) -> FramePairs:
     """Names the arrays of a batch."""
+    optional = ("offset_frames", "gap", "flow", "labels", "labelled")
     return FramePairs(
         frames=batch["frames"],
-        offset_frames=batch.get("offset_frames"),
-        action=batch.get("action"),
         dataset=batch["dataset"],
         episode=batch["episode"],
+        **{name: batch.get(name) for name in optional},
     )
 
 

@@ -6,30 +6,51 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
+from como_jax.models.laq import Laq, LaqConfig
 from como_jax.models.mae import Mae, MaeConfig
 from como_jax.models.motion import Como, MotionConfig
+from como_jax.models.quantizers import BottleneckConfig
 from como_jax.models.vit import VitConfig
 from como_jax.training.train_state import ModelDef
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+FAMILIES = ("como", "laq", "mae")
+
+
 def build_model(config: ConfigDict) -> ModelDef:
     """The model that a pretraining config describes.
 
     Raises:
-      ValueError: a name or size in the config makes no model; the message names it.
+      ConfigError: a name or size in the config makes no model; the message names it.
     """
     if config.train.dtype not in DTYPES:
         raise ConfigError(f"config.train.dtype {config.train.dtype!r} must be one of {', '.join(DTYPES)}.")
-    dtype, remat = DTYPES[config.train.dtype], config.train.remat
-    encoder = config.encoder
-    vit = VitConfig(config.data.image_size, encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads)
+    options = {"dtype": DTYPES[config.train.dtype], "remat": config.train.remat}
+    if config.family == "laq":
+        laq = LaqConfig(**config.model)
+        return ModelDef.create(lambda rngs: Laq(config.data.image_size, laq, **options, rngs=rngs))
     if config.family == "mae":
-        mae = MaeConfig(**config.model)
-        return ModelDef.create(lambda rngs: Mae(vit, mae, dtype=dtype, remat=remat, rngs=rngs))
+        vit, mae = vit_config(config), MaeConfig(**config.model)
+        return ModelDef.create(lambda rngs: Mae(vit, mae, **options, rngs=rngs))
     if config.family == "como":
-        motion = MotionConfig(**config.model, freeze_encoder=encoder.frozen)
-        frozen = ("encoder",) if encoder.frozen else ()
-        return ModelDef.create(lambda rngs: Como(vit, motion, dtype=dtype, remat=remat, rngs=rngs), frozen)
-    raise ConfigError(f"config.family {config.family!r} must be one of como, mae.")
+        vit, motion = vit_config(config), motion_config(config)
+        return ModelDef.create(lambda rngs: Como(vit, motion, **options, rngs=rngs))
+    raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(FAMILIES)}.")
+
+
+def vit_config(config: ConfigDict) -> VitConfig:
+    """The encoder's part of the config."""
+    encoder = config.encoder
+    return VitConfig(config.data.image_size, encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads)
+
+
+def motion_config(config: ConfigDict) -> MotionConfig:
+    """CoMo's part of the config."""
+    fields = dict(config.model)
+    fields.pop("perceptual_file")
+    bottleneck = BottleneckConfig(**fields.pop("bottleneck"))
+    if config.model.gap_weight and config.data.min_gap_fraction == 1:
+        raise ConfigError("model.gap_weight needs gaps that differ: set data.min_gap_fraction under 1.")
+    return MotionConfig(**fields, bottleneck=bottleneck, freeze_encoder=config.encoder.frozen)

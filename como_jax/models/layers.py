@@ -41,10 +41,10 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(patches: jax.Array, patch_size: int, height: int, width: int) -> jax.Array:
-    """Inverse of `patchify` (a pixel shuffle) for RGB: `[B, N, p * p * 3]` to `[B, height, width, 3]`."""
+    """Inverse of `patchify` (a pixel shuffle): `[B, N, p * p * C]` to `[B, height, width, C]`."""
     rows, columns = height // patch_size, width // patch_size
-    x = patches.reshape(-1, rows, columns, patch_size, patch_size, 3)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, 3)
+    x = patches.reshape(-1, rows, columns, patch_size, patch_size, patches.shape[-1] // patch_size**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, x.shape[-1])
 
 
 def sincos_position_embedding(rows: int, columns: int, width: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from como_jax.models.layers import (
 )
 from como_jax.models.stack import Stack
 from como_jax.models.vit import Vit, VitConfig
-from como_jax.types import FramePairs
+from como_jax.types import FramePairs, LossOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Mae(nnx.Module):
         self.decoder_norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
         self.decoder_pred = Linear(width, vit.patch_size**2 * 3, dtype=jnp.float32, rngs=rngs)
 
-    def loss(self, batch: FramePairs, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, batch: FramePairs, key: jax.Array) -> LossOutput:
         """Mean squared error on masked patches, each patch normalised by its own mean and deviation."""
         images = normalize_frames(batch.frames.reshape(-1, *batch.frames.shape[2:]))
         target = _standardize_patches(patchify(images, self.encoder.config.patch_size))[0]
         prediction, masked = self._reconstruct(images, key)
         error = jnp.mean(jnp.square(prediction - target), axis=-1)
         loss = jnp.sum(error * masked) / jnp.sum(masked)
-        return loss, {"masked_patch_mse": loss}
+        return LossOutput(loss, {"masked_patch_mse": loss})
 
     def reconstruct(self, frames: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pictures of a reconstruction.

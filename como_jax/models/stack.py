@@ -34,20 +34,21 @@ class Stack(nnx.Module):
         params = jax.vmap(lambda key: nnx.split(make_layer(nnx.Rngs(key)))[1])(keys)
         self.layers = nnx.merge(graphdef, params)
 
-    def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
-        """Runs all layers on `[B, N, D]`.
+    def __call__(self, x: jax.Array, *context: jax.Array, num_outputs: int | None = None) -> jax.Array:
+        """Runs all layers on `x`, which they keep in shape.
 
         Args:
-          x: input tokens.
+          x: input tokens, `[B, N, D]` or what the layers take.
+          *context: further arguments, the same for every layer.
           num_outputs: when set, the last layer computes only its first `num_outputs` tokens.
         """
         graphdef, params = nnx.split(self.layers)
 
         def body(x: jax.Array, layer_params: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer_params)(x).astype(x.dtype), None
+            return nnx.merge(graphdef, layer_params)(x, *context).astype(x.dtype), None
 
         def last(x: jax.Array, layer_params: nnx.State) -> jax.Array:
-            return nnx.merge(graphdef, layer_params)(x, num_outputs)
+            return nnx.merge(graphdef, layer_params)(x, *context, num_outputs)
 
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]

@@ -18,12 +18,14 @@ from como_jax.training.sharding import path_name
 from como_jax.training.train_state import Params, TrainState, merge_params
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed, nor the iterator's
-# state, as data.num_workers does.
+# state, as data.num_workers does. The size of a label follows from the data fields.
 FREE_FIELDS = (
     "data.num_threads",
     "evaluation.",
     "mesh.",
+    "model.label_size",
     "train.checkpoint_every",
+    "train.collapse_steps",
     "train.evaluate_every",
     "train.keep_checkpoints",
     "train.log_every",

@@ -68,6 +68,7 @@ def fit(
     writer: MetricWriter | NullWriter,
     evaluate: Callable[[TrainState, int], None],
     samples_per_step: int,
+    watch: Callable[[int, Metrics], None] | None = None,
 ) -> TrainState:
     """Trains until the last step, a requested stop or a number that is not finite.
 
@@ -81,6 +82,7 @@ def fit(
       writer: takes the numbers.
       evaluate: called with state and step, writes what it finds itself.
       samples_per_step: pairs that a step trains on, for the displayed rate.
+      watch: called with every step and its metrics, at least once.
 
     Returns:
       The last state, which is also saved.
@@ -92,6 +94,12 @@ def fit(
     last = min(config.num_steps, config.stop_after or config.num_steps)
     pending: tuple[int, Metrics] | None = None
     meter = RateMeter()
+
+    def inspect(step: int, metrics: Metrics) -> None:
+        check_finite(step, metrics)
+        if watch is not None:
+            watch(step, metrics)
+
     with (
         StopRequest() as stop,
         tqdm(total=config.num_steps, initial=step, unit="step", disable=None) as bar,
@@ -102,7 +110,7 @@ def fit(
             step += 1
             # Reading the metrics of the step before leaves the device at work on this one.
             if pending is not None:
-                check_finite(*pending)
+                inspect(*pending)
             pending = (step, metrics)
             bar.update()
             evaluation_due = _due(step, config.evaluate_every) or step == config.num_steps
@@ -111,7 +119,7 @@ def fit(
                 rate = meter.rate(step, metrics)
                 _log(writer, bar, step, config.num_steps, metrics, rate, samples_per_step)
             if evaluation_due or checkpoint_due:
-                check_finite(step, metrics)
+                inspect(step, metrics)
             if evaluation_due:
                 evaluate(state, step)
             if checkpoint_due:
@@ -119,7 +127,7 @@ def fit(
             if evaluation_due or checkpoint_due:
                 meter.restart(step)
         if pending is not None:
-            check_finite(*pending)
+            inspect(*pending)
         if stop.requested:
             logger.info("Stopping at step %d on SIGTERM; run the same command to go on.", step)
             checkpointer.save(step, state, batches)

@@ -24,6 +24,8 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/qkv/kernel", ("embed", None, "heads", None)),
     (r"attn/qkv/bias", (None, "heads", None)),
+    (r"attn/q/kernel", ("embed", "heads", None)),
+    (r"attn/kv/kernel", ("embed", None, "heads", None)),
     (r"attn/proj/kernel", ("heads", None, "embed")),
     (r"mlp/fc1/kernel", ("embed", "mlp")),
     (r"mlp/fc1/bias", ("mlp",)),

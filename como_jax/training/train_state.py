@@ -14,6 +14,7 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from como_jax.training import sharding
+from como_jax.types import LossOutput
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -22,8 +23,11 @@ Metrics = dict[str, jax.Array]
 class Trainable(Protocol):
     """What the step function needs of a model."""
 
-    def loss(self, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Scalar loss and its terms."""
+    def loss(self, batch: Any, key: jax.Array) -> LossOutput:
+        """What is minimised, its terms, and statistics for `maintain`."""
+
+    def maintain(self, statistics: Any, step: jax.Array, key: jax.Array) -> tuple[Params, Metrics]:
+        """Parameters to replace after an update; only called where the loss gave statistics."""
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +38,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates done.
       params: trained parameters, nested by module name.
-      frozen: parameters that no update touches.
+      frozen: parameters that the optimiser does not touch.
       opt_state: of optax, over `params` alone.
       ema: moving average of `params`, or None.
     """
@@ -53,17 +57,18 @@ class ModelDef:
     Attributes:
       build: makes the module from random streams.
       graphdef: the module's structure.
-      frozen_prefixes: paths of parameters that are not trained.
+      untrained: paths of parameters, or of modules, that the optimiser leaves alone.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
     graphdef: nnx.GraphDef
-    frozen_prefixes: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, build: Callable[[nnx.Rngs], nnx.Module], frozen_prefixes: tuple[str, ...] = ()) -> ModelDef:
-        """Traces `build` once, without computing anything."""
-        return cls(build, nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0], frozen_prefixes)
+    def create(cls, build: Callable[[nnx.Rngs], nnx.Module]) -> ModelDef:
+        """Traces `build` once, without computing anything; a module without `untrained_paths` is trained whole."""
+        module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        return cls(build, nnx.split(module)[0], getattr(module, "untrained_paths", tuple)())
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, nested by module name."""
@@ -77,7 +82,7 @@ class ModelDef:
         """Splits parameters into trained and frozen ones."""
         trained, frozen = {}, {}
         for path, value in traverse_util.flatten_dict(params).items():
-            is_frozen = any("/".join(path).startswith(f"{prefix}/") for prefix in self.frozen_prefixes)
+            is_frozen = any(f"{'/'.join(path)}/".startswith(f"{prefix}/") for prefix in self.untrained)
             (frozen if is_frozen else trained)[path] = value
         return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
@@ -160,24 +165,31 @@ def make_train_step(
       ema_decay: of the moving average, when the state has one.
     """
 
-    def loss_fn(params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return model.bind(merge_params(params, frozen)).loss(batch, key)
+    def loss_fn(params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        output = model.bind(merge_params(params, frozen)).loss(batch, key)
+        return output.total, (output.terms, output.statistics)
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key, upkeep_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         if accumulation == 1:
-            (loss, terms), grads = gradient(state.params, state.frozen, batch, key)
+            (loss, (terms, statistics)), grads = gradient(state.params, state.frozen, batch, key)
         else:
-            (loss, terms), grads = _accumulate(gradient, state, batch, key, accumulation, mesh)
+            (loss, (terms, statistics)), grads = _accumulate(gradient, state, batch, key, accumulation, mesh)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
         metrics = {"loss": loss, **terms, "grad_norm": optax.global_norm(grads)}
-        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+        state = TrainState(state.step + 1, params, state.frozen, opt_state, ema)
+        if statistics:
+            # The whole batch's statistics, so that all hosts replace the same.
+            module = model.bind(merge_params(state.params, state.frozen))
+            replaced, upkeep_metrics = module.maintain(statistics, state.step, upkeep_key)
+            state, metrics = replace_params(state, replaced), metrics | upkeep_metrics
+        return state, metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
@@ -186,7 +198,7 @@ def make_train_step(
 def _accumulate(
     gradient: Callable[..., Any], state: TrainState, batch: Any, key: jax.Array, count: int, mesh: Mesh
 ) -> tuple[tuple[jax.Array, Metrics], Params]:
-    """Mean loss, terms and gradients over `count` microbatches, one in memory at a time."""
+    """Mean loss, terms, statistics and gradients over `count` microbatches, one in memory at a time."""
     batch_sharding = NamedSharding(mesh, jax.sharding.PartitionSpec(None, *sharding.BATCH_SPEC))
 
     def split(x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from como_jax.data import pipeline
 from como_jax.data.clips import ClipConfig
+from como_jax.data.flow import optical_flow
 from como_jax.data.pipeline import ClipLoader, MixtureEntry, parse_mixture
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
@@ -56,12 +57,12 @@ def open_loader(tabletop_dataset: Path) -> Callable[..., tuple[pipeline.Mixture,
     """Opens a mixture of the dataset with the given weights; keyword arguments are those of `ClipConfig`."""
 
     def make(
-        weights: tuple[float, ...] = (1.0,), size: int = 16, shift: int = 0, **clips: Any
+        weights: tuple[float, ...] = (1.0,), size: int = 16, shift: int = 0, flow: bool = False, **clips: Any
     ) -> tuple[pipeline.Mixture, ClipLoader]:
         config = ClipConfig(**{"gap_seconds": 0.5, **clips})
         entries = [MixtureEntry(str(tabletop_dataset), weight) for weight in weights]
         mixture = pipeline.open_mixture(entries, "train", config)
-        return mixture, ClipLoader(mixture.sources, mixture.indices, config, size, shift, actions=True)
+        return mixture, ClipLoader(mixture.sources, mixture.indices, config, size, shift, actions=True, flow=flow)
 
     return make
 
@@ -148,7 +149,7 @@ def test_a_batch_fits_the_data_contract(stream: Callable) -> None:
     pairs = pipeline.to_frame_pairs(batch)
     pairs.check_shapes()
     assert pairs.frames.shape == (4, 3, 16, 16, 3)
-    assert pairs.action.shape == (4, 2, 4)
+    assert batch["action"].shape == (4, 2, 4)
 
 
 def test_what_is_not_asked_for_is_not_read(stream: Callable) -> None:
@@ -270,3 +271,33 @@ def test_a_record_that_cannot_be_decoded_is_named(open_loader: Callable, monkeyp
     monkeypatch.setattr(EpisodeSource, "read_jpeg", lambda self, record: b"damaged")
     with pytest.raises(DatasetError, match=r"\(train\): record 0, camera 'image', cannot be decoded"):
         loader.random_map((0, 0), np.random.default_rng(0))
+
+
+def test_a_drawn_gap_spaces_the_instants_and_is_reported(open_loader: Callable) -> None:
+    mixture, loader = open_loader(min_gap_fraction=0.4, instants=3, offset_frames=True)
+    source, index = mixture.sources[0], mixture.indices[0]
+    nominal, rate, seen = int(index.gap[0]), source.control_rate[0], set()
+    for clip in range(0, len(index), max(1, len(index) // 60)):
+        sample = loader.random_map((0, clip), np.random.default_rng(clip))
+        gap = round(float(sample["gap"]) * 0.5 * rate)
+        first = int(index.first[clip])
+        frames = [loader._frame(source, first + gap * k) for k in range(3)]
+        np.testing.assert_array_equal(sample["frames"], frames)
+        expected = [source.action[first + gap * k : first + gap * (k + 1)].mean(axis=0) for k in range(2)]
+        np.testing.assert_allclose(sample["action"], expected, rtol=1e-5)
+        seen.add(gap)
+    assert seen == set(range(-(-4 * nominal // 10), nominal + 1))
+
+
+def test_flow_is_that_of_the_augmented_frames(open_loader: Callable) -> None:
+    _, loader = open_loader(size=32, shift=4, flow=True, instants=3)
+    sample = loader.random_map((0, 5), np.random.default_rng(0))
+    pairs = itertools.pairwise(sample["frames"])
+    np.testing.assert_array_equal(sample["flow"], [optical_flow(first, second) for first, second in pairs])
+    assert sample["flow"].shape == (2, 8, 8, 2)
+
+
+def test_without_flow_and_labels_a_batch_has_none(open_loader: Callable) -> None:
+    _, loader = open_loader()
+    pairs = pipeline.to_frame_pairs(loader.random_map((0, 0), np.random.default_rng(0)))
+    assert pairs.flow is None and pairs.labels is None and pairs.labelled is None

@@ -71,7 +71,7 @@ def test_every_setting_has_a_flag():
 @pytest.mark.parametrize(
     ("builder", "given", "message"),
     [
-        ("lerobot", {}, "unknown builder 'lerobot'; there are rlds, tabletop, video_folder"),
+        ("libero", {}, "unknown builder 'libero'; there are lerobot, rlds, tabletop, video_folder"),
         ("tabletop", {"camera": ("a",)}, "--camera does not apply to tabletop"),
         ("video_folder", {"source": "clips", "episodes": 3}, "--episodes does not apply to video_folder"),
         ("video_folder", {}, "video_folder needs --source"),

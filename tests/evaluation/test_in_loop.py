@@ -9,8 +9,10 @@ import pytest
 from como_jax.data.clips import gap_steps
 from como_jax.data.pipeline import MixtureEntry
 from como_jax.data.transforms import decode_jpeg
-from como_jax.evaluation.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
+from como_jax.evaluation.in_loop import EvaluationConfig, MaeEvaluator, MotionEvaluator
+from como_jax.evaluation.latents import effective_rank
 from como_jax.evaluation.probes import linear_probe
+from como_jax.evaluation.transitions import EvaluationSet
 from como_jax.models.mae import Mae, MaeConfig
 from como_jax.models.vit import VitConfig
 from como_jax.training import sharding
@@ -76,11 +78,23 @@ def test_motion_metrics_equal_a_plain_computation(sets, make_como, como_params):
         cosine = np.sum(past * back, 1) / np.linalg.norm(past, axis=1) / np.linalg.norm(back, axis=1)
         assert metrics[f"eval_{item.split}/s_pcfc"] == pytest.approx(cosine.mean(), abs=1e-4)
 
+        rank = effective_rank(np.concatenate([past, future]))
+        assert metrics[f"eval_{item.split}/effective_rank"] == pytest.approx(rank, rel=1e-2)
+
     latent, action, episode = found["train"]
     probe = linear_probe(latent, action, np.tile(episode, 2), *found["val"][:2])
     assert metrics["eval_val/lp_mse"] == pytest.approx(probe.lp_mse, rel=1e-2)
     assert metrics["eval_val/lp_mse_mean_action"] == pytest.approx(probe.lp_mse_mean_action, rel=1e-5)
+    assert metrics["eval_val/lp_r2"] == pytest.approx(probe.r2, abs=1e-2)
     assert recorder.values == metrics and len(recorder.pictures) == 2
+
+
+def test_too_few_episodes_for_the_probe_are_a_warning_and_no_number(sets, make_como, como_params, caplog):
+    # One clip of the training episodes comes from one episode.
+    config = EvaluationConfig(num_clips=1, num_pictures=1, batch_size=8)
+    metrics = MotionEvaluator(make_como(), sets, sharding.make_mesh(), config)(como_params, 0, Recorder())
+    assert "the linear probe needs 2 episodes" in caplog.text
+    assert "eval_val/psnr" in metrics and "eval_val/lp_mse" not in metrics
 
 
 def test_a_picture_shows_current_predicted_true_and_error(sets, make_como, como_params):

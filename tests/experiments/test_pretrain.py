@@ -16,16 +16,36 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from como_jax.errors import ConfigError, DatasetError, MeshError, RunError
-from configs import pretrain_como, pretrain_mae
+from como_jax.models.perceptual import load_perceptual
+from configs import (
+    pretrain_como,
+    pretrain_discrete,
+    pretrain_future_features,
+    pretrain_laom,
+    pretrain_lapo,
+    pretrain_laq,
+    pretrain_mae,
+    pretrain_rgb_difference,
+)
 from experiments.pretrain import pretrain
 from tests.conftest import REPOSITORY
+from tests.models.test_perceptual import save, torchvision_weights
 from tools.datasets.catalog import BUILDERS, make_settings
 
-RECIPES = {"como": pretrain_como, "mae": pretrain_mae}
+RECIPES = {
+    "como": pretrain_como,
+    "mae": pretrain_mae,
+    "laq": pretrain_laq,
+    "discrete": pretrain_discrete,
+    "future_features": pretrain_future_features,
+    "rgb_difference": pretrain_rgb_difference,
+    "lapo": pretrain_lapo,
+    "laom": pretrain_laom,
+}
 
 
-def smoke(family: str, dataset: Path | str, **changes: object) -> ConfigDict:
-    config = RECIPES[family].get_config("smoke")
+def smoke(recipe: str, dataset: Path | str, **changes: object) -> ConfigDict:
+    config = RECIPES[recipe].get_config("smoke")
     config.data.mixture = str(dataset)
     config.update_from_flattened_dict(changes)
     return config
@@ -45,17 +65,17 @@ def train_metrics(workdir: Path) -> dict[int, dict[str, float]]:
 
 @pytest.fixture(scope="module", params=RECIPES)
 def finished(request: pytest.FixtureRequest, tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Family, workdir and last state of an uninterrupted smoke run."""
+    """Recipe, workdir and last state of an uninterrupted smoke run."""
     workdir = tmp_path_factory.mktemp("runs") / request.param
     state = pretrain(smoke(request.param, tabletop_dataset), workdir)
     return request.param, workdir, state
 
 
 def test_two_steps_and_two_more_equal_four(finished, tabletop_dataset: Path, tmp_path: Path):
-    family, whole, state = finished
+    recipe, whole, state = finished
     halves = tmp_path / "run"
-    pretrain(smoke(family, tabletop_dataset, **{"train.stop_after": 2}), halves)
-    resumed = pretrain(smoke(family, tabletop_dataset), halves)
+    pretrain(smoke(recipe, tabletop_dataset, **{"train.stop_after": 2}), halves)
+    resumed = pretrain(smoke(recipe, tabletop_dataset), halves)
     assert train_metrics(halves) == train_metrics(whole)
     assert set(train_metrics(whole)) == {1, 2, 3, 4}
     jax.tree.map(np.testing.assert_array_equal, resumed, state)
@@ -70,15 +90,17 @@ def test_a_run_leaves_pictures_metrics_and_a_board(finished):
     assert {"speed/pairs_per_second", "train/loss", "train/grad_norm"} <= keys
 
 
-def test_como_reports_its_metrics_beside_their_baselines(finished):
-    family, workdir, _ = finished
+def test_a_run_reports_its_metrics_beside_their_baselines(finished):
+    recipe, workdir, _ = finished
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    if family == "como":
+    if recipe == "mae":
+        assert last["eval_val/masked_patch_mse"] > 0
+    else:
         assert {"psnr", "psnr_copy", "s_pcfc", "lp_mse", "lp_mse_mean_action"} <= {
             key.removeprefix("eval_val/") for key in last
         }
-    else:
-        assert last["eval_val/masked_patch_mse"] > 0
+    if recipe in ("laq", "discrete", "lapo"):
+        assert all(values["train/perplexity"] >= 1 for values in train_metrics(workdir).values())
 
 
 @pytest.mark.parametrize("finished", ["mae"], indirect=True)
@@ -105,6 +127,15 @@ def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset:
         ({"data.image_size": 40}, ConfigError, "data.image_size 40 must be a multiple of encoder.patch_size"),
         ({"train.dtype": "float8"}, ConfigError, "config.train.dtype 'float8'"),
         ({"encoder.init_from": "/nowhere"}, RunError, "/nowhere holds no run"),
+        (
+            {"model.perceptual_weight": 1.0},
+            ConfigError,
+            "name a .safetensors or .npz file by --config.model.perceptual",
+        ),
+        ({"model.bottleneck.kind": "pq"}, ConfigError, "model.bottleneck.kind 'pq' must be one of none, vq"),
+        ({"model.gap_weight": 1.0}, ConfigError, "set data.min_gap_fraction under 1"),
+        ({"model.label_weight": 1.0, "data.labels": "torque"}, ConfigError, "data.labels 'torque'"),
+        ({"model.label_weight": 1.0, "model.label_size": 9}, ConfigError, "model.label_size is 9, but the data's is 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(tabletop_dataset: Path, tmp_path: Path, changes, error, message):
@@ -112,10 +143,11 @@ def test_what_does_not_fit_is_refused(tabletop_dataset: Path, tmp_path: Path, ch
         pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize("finished", ["como"], indirect=True)
 def test_a_directory_of_another_config_is_refused(finished, tabletop_dataset: Path):
-    family, workdir, _ = finished
+    recipe, workdir, _ = finished
     with pytest.raises(RunError, match=r"config.optim.learning_rate was .* and is 0.5"):
-        pretrain(smoke(family, tabletop_dataset, **{"optim.learning_rate": 0.5}), workdir)
+        pretrain(smoke(recipe, tabletop_dataset, **{"optim.learning_rate": 0.5}), workdir)
 
 
 def test_an_unwritable_directory_is_refused(tabletop_dataset: Path, tmp_path: Path):
@@ -244,6 +276,36 @@ def test_the_switches_work_together(tabletop_dataset: Path, tmp_path: Path):
     state = pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
     assert not state.frozen and set(state.ema) == {"encoder", "idm", "fdm"}
     assert all(np.isfinite(value) for value in train_metrics(tmp_path / "run")[2].values())
+
+
+def test_all_objectives_work_together(tabletop_dataset: Path, tmp_path: Path):
+    weights = ("perceptual", "feature", "flow", "gap", "label")
+    changes = {
+        **{f"model.{name}_weight": 0.5 for name in weights},
+        "model.perceptual_space": "encoder",
+        "data.min_gap_fraction": 0.5,
+        "data.labels": "action,state",
+        "data.labelled_fraction": 0.3,
+        "model.bottleneck.kind": "kl",
+        "train.accumulation": 1,
+        "train.stop_after": 3,
+    }
+    pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
+    found = train_metrics(tmp_path / "run")[3]
+    assert {f"train/{name}" for name in (*weights, "mse", "tcl", "kl")} <= set(found)
+    assert all(np.isfinite(value) for value in found.values())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["label_size"] == 8
+    resumed = pretrain(smoke("como", tabletop_dataset, **changes, **{"train.log_every": 2}), tmp_path / "run")
+    assert int(resumed.step) == 3
+
+
+def test_the_perceptual_network_comes_from_its_file_and_is_kept_by_the_run(tabletop_dataset: Path, tmp_path: Path):
+    path = save(tmp_path / "alexnet.npz", torchvision_weights("alexnet"))
+    changes = {"model.perceptual_weight": 1.0, "model.perceptual_space": "alexnet", "model.perceptual_file": str(path)}
+    state = pretrain(smoke("como", tabletop_dataset, **changes, **{"train.stop_after": 1}), tmp_path / "run")
+    kernel = np.asarray(state.frozen["perceptual"]["conv0"]["kernel"])
+    np.testing.assert_array_equal(kernel, load_perceptual(path, "alexnet")["conv0"]["kernel"])
+    assert train_metrics(tmp_path / "run")[1]["train/perceptual"] > 0
 
 
 def test_worker_processes_resume_too(tabletop_dataset: Path, tmp_path: Path):

@@ -41,12 +41,12 @@ def test_cosine_of_a_zero_vector_is_zero(latents: list[np.ndarray]) -> None:
     np.testing.assert_array_equal(losses.cosine_similarity(jnp.zeros((5, 7)), latents[0]), 0.0)
 
 
-def test_pixel_mse_is_the_mean_squared_difference(latents: list[np.ndarray]) -> None:
+def test_the_mean_squared_error_is_the_mean_squared_difference(latents: list[np.ndarray]) -> None:
     np.testing.assert_allclose(
-        losses.pixel_mse(latents[0], latents[1]), np.mean((latents[0] - latents[1]) ** 2), rtol=1e-6
+        losses.mean_squared_error(latents[0], latents[1]), np.mean((latents[0] - latents[1]) ** 2), rtol=1e-6
     )
 
 
-def test_pixel_mse_refuses_to_broadcast() -> None:
+def test_the_mean_squared_error_refuses_to_broadcast() -> None:
     with pytest.raises(AssertionError):
-        losses.pixel_mse(jnp.zeros((2, 4, 4, 3)), jnp.zeros((4, 4, 3)))
+        losses.mean_squared_error(jnp.zeros((2, 4, 4, 3)), jnp.zeros((4, 4, 3)))

@@ -30,7 +30,7 @@ class Runner:
 
     def _loss_of(self, params: Params, frames: jax.Array) -> jax.Array:
         none = np.zeros(len(frames), np.int32)
-        return self.model.bind(params).loss(FramePairs(frames, None, None, none, none), KEY)[0]
+        return self.model.bind(params).loss(FramePairs(frames, none, none), KEY)[0]
 
     def loss(self, params: Params, frames: np.ndarray) -> tuple[float, Params]:
         """Loss and gradients for uint8 frames `[NUM_IMAGES, H, W, 3]`, as clips of two."""

@@ -12,8 +12,10 @@ from scipy.special import logsumexp
 
 from como_jax import types
 from como_jax.errors import ConfigError
+from como_jax.models.dynamics import InverseDynamics
 from como_jax.models.layers import normalize_frames
-from como_jax.models.motion import Como, InverseDynamics, MotionConfig
+from como_jax.models.motion import Como, MotionConfig
+from como_jax.models.quantizers import BottleneckConfig
 from como_jax.training.train_state import ModelDef, Params
 
 MakeComo = Callable[..., ModelDef]
@@ -115,7 +117,7 @@ def two_pairs(make_como: MakeComo, como_params: Params) -> dict[str, Any]:
     @jax.jit
     def run(params: Params) -> dict[str, Any]:
         como = model.bind(params)
-        loss, terms = como.loss(batch, jax.random.key(0))
+        loss, terms, _ = como.loss(batch, jax.random.key(0))
         forward = como.encode(pairs(now, future))[:, 0]
         return {
             "loss": loss,
@@ -183,3 +185,129 @@ def test_tcl_without_offset_frames_is_refused(como: ModelDef, como_params: Param
 def test_an_unknown_motion_input_is_refused_with_the_choices() -> None:
     with pytest.raises(ConfigError, match="motion_input 'flow' is unknown; choose one of difference, future"):
         MotionConfig(motion_input="flow")
+
+
+def test_the_future_alone_gives_one_latent_whatever_came_before(make_como: MakeComo) -> None:
+    model = make_como(motion_input="future_only")
+    frames = clips(2, 2)
+    frames[1, 1] = frames[0, 1]
+    latent = jax.jit(lambda key: model.bind(model.init(key)).encode(frames))(jax.random.key(0))
+    np.testing.assert_allclose(latent[0], latent[1], atol=1e-6)
+
+
+def test_the_pixel_difference_is_encoded_and_the_reversed_pair_negates_it(
+    make_como: MakeComo, como_params: Params
+) -> None:
+    model, batch = make_como(motion_input="rgb_difference"), types.fake_frame_pairs(batch=2)
+    (_, forward), (condition, motion) = inputs_of_idm(
+        model, como_params, lambda model: model.loss(batch, jax.random.key(0))
+    )
+    now, future, offset = (
+        np.asarray(normalize_frames(frames))
+        for frames in (batch.frames[:, 0], batch.frames[:, 1], batch.offset_frames[:, 0])
+    )
+    encode = jax.jit(lambda params, images: model.bind(params).encoder(images))
+    np.testing.assert_allclose(forward, encode(como_params, future - now), atol=1e-4)
+    np.testing.assert_allclose(motion[2:], encode(como_params, now - future), atol=1e-4)
+    np.testing.assert_allclose(motion[:2], encode(como_params, offset - now), atol=1e-4)
+    np.testing.assert_allclose(condition[2:], features(model, como_params, batch.frames[:, 1]), atol=1e-5)
+
+
+def test_a_discrete_latent_is_made_of_codes(make_como: MakeComo) -> None:
+    model, frames = make_como(bottleneck=BottleneckConfig("vq", 8), tcl_weight=0.0), clips(3, 3)
+
+    @jax.jit
+    def run(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        como = model.bind(model.init(key))
+        return como.encode(frames), como.codes(frames), como.bottleneck.codebook[...]
+
+    latent, codes, codebook = jax.tree.map(np.asarray, run(jax.random.key(0)))
+    assert codes.shape == (3, 2, 2) and latent.shape == (3, 2, 2, 3)
+    np.testing.assert_allclose(latent, codebook[codes], atol=1e-6)
+
+
+def test_a_continuous_latent_has_no_codes(make_como: MakeComo, como_params: Params) -> None:
+    with pytest.raises(ConfigError, match="none"):
+        make_como().bind(como_params).codes(clips(1, 2))
+
+
+def objective(make_como: MakeComo, name: str, **options: Any) -> tuple[dict[str, np.ndarray], Params, ModelDef]:
+    """The terms of a model with one objective, its parameters and itself."""
+    model = make_como(tcl_weight=0.0, **{f"{name}_weight": 1.0}, **options)
+    params = jax.jit(model.init)(jax.random.key(0))
+    batch = types.fake_frame_pairs(batch=3, instants=3, flow=True, label_size=4)
+    terms = jax.jit(lambda params: model.bind(params).loss(batch, jax.random.key(0)).terms)(params)
+    return jax.tree.map(np.asarray, terms), params, model
+
+
+def latent_of(model: ModelDef, params: Params) -> np.ndarray:
+    batch = types.fake_frame_pairs(batch=3, instants=3)
+    latent = jax.jit(lambda params: model.bind(params).encode(batch.frames))(params)
+    return np.asarray(latent).reshape(3, 2, -1)
+
+
+@pytest.mark.parametrize("target", ["future", "difference"])
+def test_the_feature_target_is_what_the_encoder_sees_of_the_next_frame(make_como: MakeComo, target: str) -> None:
+    terms, params, model = objective(make_como, "feature", feature_target=target)
+    params["feature_head"] = jax.tree.map(jnp.zeros_like, params["feature_head"])
+    batch = types.fake_frame_pairs(batch=3, instants=3, flow=True, label_size=4)
+    terms = jax.jit(lambda params: model.bind(params).loss(batch, jax.random.key(0)).terms)(params)
+    seen = np.stack([features(model, params, batch.frames[:, k])[:, 1:] for k in range(3)], axis=1)
+    expected = seen[:, 1:] if target == "future" else seen[:, 1:] - seen[:, :-1]
+    np.testing.assert_allclose(terms["feature"], np.mean(expected**2), rtol=1e-4)
+
+
+def test_the_gap_is_predicted_in_octaves(make_como: MakeComo) -> None:
+    terms, params, model = objective(make_como, "gap")
+    head = params["gap_head"]
+    predicted = (latent_of(model, params) @ head["kernel"] + head["bias"])[..., 0]
+    gap = types.fake_frame_pairs(batch=3, instants=3).gap
+    np.testing.assert_allclose(terms["gap"], np.mean((predicted - np.log2(gap)[:, None]) ** 2), rtol=1e-4)
+
+
+def test_labels_are_read_by_a_linear_layer(make_como: MakeComo) -> None:
+    terms, params, model = objective(make_como, "label", label_size=4)
+    head = params["label_head"]
+    predicted = latent_of(model, params) @ head["kernel"] + head["bias"]
+    labels = types.fake_frame_pairs(batch=3, instants=3, flow=True, label_size=4).labels
+    np.testing.assert_allclose(terms["label"], np.mean((predicted - labels) ** 2), rtol=1e-4)
+
+
+def test_what_is_not_labelled_does_not_count(make_como: MakeComo) -> None:
+    model = make_como(tcl_weight=0.0, mse_weight=0.0, label_weight=1.0, label_size=4)
+    params = jax.jit(model.init)(jax.random.key(0))
+    batch = types.fake_frame_pairs(label_size=4)
+    batch.labelled[1:] = 0.0
+    batch.labels[1:] = np.nan
+
+    def loss(params: Params, batch: types.FramePairs) -> jax.Array:
+        return model.bind(params).loss(batch, jax.random.key(0)).total
+
+    some, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
+    first = jax.tree.map(lambda x: x[:1], batch)
+    np.testing.assert_allclose(some, jax.jit(loss)(params, first), rtol=1e-5)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature_weight": 1.0, "freeze_encoder": False}, "model.feature_weight needs encoder.frozen=True"),
+        ({"feature_weight": 1.0, "fdm_patch_size": 4}, "model.feature_weight needs equal patches"),
+        ({"feature_weight": 1.0, "feature_target": "past"}, "model.feature_target 'past' is unknown"),
+        ({"flow_weight": 1.0, "fdm_patch_size": 2}, "model.fdm_patch_size to be a multiple of 4, not 2"),
+        ({"label_weight": 1.0}, "model.label_weight needs labels: set data.labels"),
+        ({"perceptual_weight": 1.0, "perceptual_space": "resnet"}, "model.perceptual_space 'resnet' is unknown"),
+    ],
+)
+def test_objectives_that_cannot_be_are_refused(make_como: MakeComo, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_como(**options)
+
+
+@pytest.mark.parametrize("name", ["flow", "label"])
+def test_a_batch_without_what_a_term_needs_is_refused(make_como: MakeComo, name: str) -> None:
+    model = make_como(**{f"{name}_weight": 1.0}, label_size=4)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    with pytest.raises(ConfigError, match="whose data the batch lacks"):
+        jax.eval_shape(lambda params: model.bind(params).loss(types.fake_frame_pairs(), jax.random.key(0)), params)

@@ -110,7 +110,7 @@ def test_rematerialisation_changes_neither_output_nor_gradients(num_outputs: int
 
     def run(remat: str) -> tuple[jax.Array, Params]:
         model = make_stack(remat)
-        loss = lambda params: jnp.sum(jnp.square(model.bind(params)(x, num_outputs)))  # noqa: E731
+        loss = lambda params: jnp.sum(jnp.square(model.bind(params)(x, num_outputs=num_outputs)))  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(params)
 
     value, gradients = run("none")

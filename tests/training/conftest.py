@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import Mesh
 
 from como_jax import types
+from como_jax.models.laq import Laq, LaqConfig
+from como_jax.models.quantizers import BottleneckConfig
 from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef, TrainState, abstract_state, create_state, make_train_step
 
@@ -41,11 +43,19 @@ def mesh_of() -> Callable[..., Mesh]:
 
 @pytest.fixture(scope="session")
 def train(make_como: Callable[..., ModelDef], mesh_of: Callable[..., Mesh]) -> Callable[..., Run]:
-    """Trains three steps on a mesh of the given sizes; every run is done once."""
+    """Trains three steps on a mesh of the given sizes, CoMo or another model; every run is done once."""
+
+    laq = LaqConfig(4, 16, 2, 8, spatial_depth=1, temporal_depth=1, decoder_depth=1, latent_dim=6, codebook_size=5)
+    codebook = BottleneckConfig("vq_ema", 8, replace_below=0.1)
+    models: dict[str, Callable[[], ModelDef]] = {
+        "como": lambda: make_como(freeze_encoder=False, tcl_weight=0.1),
+        "discrete": lambda: make_como(motion_input="future", bottleneck=codebook, tcl_weight=0.0),
+        "laq": lambda: ModelDef.create(lambda rngs: Laq(16, laq, rngs=rngs)),
+    }
 
     @functools.cache
-    def run(sizes: tuple[int, ...], accumulation: int) -> Run:
-        mesh, model = mesh_of(*sizes), make_como(freeze_encoder=False, tcl_weight=0.1)
+    def run(sizes: tuple[int, ...], accumulation: int, name: str) -> Run:
+        mesh, model = mesh_of(*sizes), models[name]()
         abstract = abstract_state(model, OPTIMIZER, mesh, use_ema=True)
         state = create_state(model, OPTIMIZER, abstract, seed=0)
         step = make_train_step(model, OPTIMIZER, mesh, abstract, seed=0, accumulation=accumulation, ema_decay=0.9)
@@ -55,4 +65,4 @@ def train(make_como: Callable[..., ModelDef], mesh_of: Callable[..., Mesh]) -> C
             losses.append(float(metrics["loss"]))
         return Run(mesh, abstract, state, losses)
 
-    return lambda *sizes, accumulation=1: run(sizes, accumulation)
+    return lambda *sizes, accumulation=1, model="como": run(sizes, accumulation, model)

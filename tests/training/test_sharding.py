@@ -9,6 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from como_jax.errors import MeshError
 from como_jax.training import sharding
+from como_jax.training.train_state import merge_params
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,18 @@ def test_losses_and_parameters_equal_those_of_one_device(
         leaves = jax.tree_util.tree_leaves_with_path(getattr(run.state, tree))
         for (path, leaf), expected in zip(leaves, jax.tree.leaves(getattr(reference.state, tree)), strict=True):
             np.testing.assert_allclose(leaf, expected, rtol=1e-3, atol=2e-5, err_msg=sharding.path_name(path))
+
+
+@pytest.mark.parametrize("model", ["discrete", "laq"])
+def test_a_codebook_is_the_same_on_any_mesh(train: Callable, model: str) -> None:
+    reference, run = train(1, 1, 1, model=model), train(2, 2, 2, model=model)
+    np.testing.assert_allclose(run.losses, reference.losses, rtol=1e-4)
+    found, expected = (
+        merge_params(result.state.params, result.state.frozen)["bottleneck"] for result in (run, reference)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+    usage = np.asarray(run.state.frozen["bottleneck"]["usage"])
+    np.testing.assert_allclose(usage.sum(), 3.0, rtol=1e-5)
 
 
 def test_three_steps_change_every_trained_parameter_and_lower_the_loss(train: Callable) -> None:

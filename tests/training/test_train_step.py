@@ -14,21 +14,45 @@ from jax.sharding import Mesh
 
 from como_jax.training import train_state
 from como_jax.training.train_state import ModelDef, TrainState
+from como_jax.types import LossOutput
 
 
 class Line(nnx.Module):
-    """Predicts `slope * x + noise`; `anchor` is meant to stay frozen."""
+    """Predicts `slope * x`; `anchor` is meant to stay frozen."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         del rngs
         self.body = nnx.Dict(slope=nnx.Param(jnp.ones(())))
         self.anchor = nnx.Dict(point=nnx.Param(jnp.full((), 5.0)))
 
-    def loss(self, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def untrained_paths(self) -> tuple[str, ...]:
+        return ("anchor",)
+
+    def loss(self, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
         noise = jax.random.normal(key)
         prediction = self.body["slope"][...] * batch["x"]
         loss = jnp.mean(jnp.square(prediction - batch["y"])) + 0.0 * self.anchor["point"][...]
-        return loss, {"noise": noise}
+        return LossOutput(loss, {"noise": noise})
+
+
+class MaintainedLine(Line):
+    """Rounds its slope after every update, and counts what it saw."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(rngs)
+        self.seen = nnx.Param(jnp.zeros(()))
+
+    def untrained_paths(self) -> tuple[str, ...]:
+        return ("anchor", "seen")
+
+    def loss(self, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
+        return super().loss(batch, key)._replace(statistics={"mean_x": jnp.mean(batch["x"])})
+
+    def maintain(
+        self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        seen = self.seen[...] + statistics["mean_x"]
+        return {"seen": seen, "body": {"slope": jnp.round(self.body["slope"][...])}}, {"upkeep_step": step}
 
 
 @dataclasses.dataclass
@@ -50,11 +74,13 @@ class Trainer:
 def make_trainer(mesh_of: Callable[..., Mesh]) -> Callable[..., Trainer]:
     """Makes a trainer with plain gradient descent at rate 0.1."""
 
-    def make(seed: int = 0, ema_decay: float = 0.0) -> Trainer:
-        model, optimizer, mesh = ModelDef.create(Line, ("anchor",)), optax.sgd(0.1), mesh_of(1, 1, 1)
+    def make(line: type[Line] = Line, seed: int = 0, ema_decay: float = 0.0, accumulation: int = 1) -> Trainer:
+        model, optimizer, mesh = ModelDef.create(line), optax.sgd(0.1), mesh_of(1, 1, 1)
         abstract = train_state.abstract_state(model, optimizer, mesh, use_ema=ema_decay > 0)
         state = train_state.create_state(model, optimizer, abstract, seed=seed)
-        step = train_state.make_train_step(model, optimizer, mesh, abstract, seed=seed, ema_decay=ema_decay)
+        step = train_state.make_train_step(
+            model, optimizer, mesh, abstract, seed=seed, ema_decay=ema_decay, accumulation=accumulation
+        )
         return Trainer(state, step)
 
     return make
@@ -75,6 +101,18 @@ def test_frozen_parameters_have_no_optimiser_state_and_stay(make_trainer: Callab
     trainer.run(2)
     assert set(trainer.state.params) == {"body"}
     assert float(trainer.state.frozen["anchor"]["point"]) == 5.0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_upkeep_sees_the_new_parameters_and_the_whole_batch(
+    make_trainer: Callable[..., Trainer], accumulation: int
+) -> None:
+    trainer = make_trainer(MaintainedLine, accumulation=accumulation, ema_decay=0.5)
+    metrics = trainer.run(2)
+    # 1 -> 2 -> 2.5, which rounds to 2; the average starts anew from what upkeep puts in place.
+    assert float(trainer.state.params["body"]["slope"]) == float(trainer.state.ema["body"]["slope"]) == 2.0
+    assert float(trainer.state.frozen["seen"]) == pytest.approx(2 * 1.5)
+    assert [entry["upkeep_step"] for entry in metrics] == [1, 2]
 
 
 def test_the_moving_average_follows_the_parameters(make_trainer: Callable[..., Trainer]) -> None:
@@ -110,6 +148,6 @@ def test_replaced_parameters_also_start_the_moving_average(make_trainer: Callabl
 
 
 def test_merging_undoes_partitioning() -> None:
-    model = ModelDef.create(Line, ("anchor",))
+    model = ModelDef.create(Line)
     params = model.init(jax.random.key(0))
     assert train_state.merge_params(*model.partition(params)) == params

@@ -33,7 +33,14 @@ def time_steps(config: ConfigDict, num_steps: int) -> tuple[float, list[float]]:
     optimizer, abstract, step = build_training(config, model, mesh)
     state = create_state(model, optimizer, abstract, seed=config.seed)
     data = config.data
-    batch = sharding.shard_batch(fake_frame_pairs(data.batch_size, data.instants, data.image_size), mesh)
+    batch = fake_frame_pairs(
+        data.batch_size,
+        data.instants,
+        data.image_size,
+        flow=bool(config.model.get("flow_weight")),
+        label_size=config.model.get("label_size") or None,
+    )
+    batch = sharding.shard_batch(batch, mesh)
     seconds = []
     for _ in range(num_steps + 3):
         begin = time.monotonic()

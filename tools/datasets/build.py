@@ -3,6 +3,7 @@ r"""Converts a source of episodes to a dataset in the schema of `como_jax.data.s
     python -m tools.datasets.build video_folder --source clips --out datasets/clips --control_rate 3
     python -m tools.datasets.build rlds --source bridge/1.0.0 --out datasets/bridge --control_rate 5 \
         --camera image_0
+    python -m tools.datasets.build lerobot --source pusht --out datasets/pusht
     python -m tools.datasets.build tabletop --out datasets/tabletop --episodes 200
 
 DIR itself becomes the TFDS directory; `statistics.json` and `conversion_report.json` lie in it.
@@ -29,17 +30,17 @@ _SETTINGS = [
     flags.DEFINE_integer("image_size", None, "Shorter side of larger pictures [256; tabletop 64]."),
     flags.DEFINE_float("validation_fraction", None, "Share of the sources that becomes `val` [0.1]."),
     flags.DEFINE_integer("seed", None, "Fixes the split, and the tabletop's episodes [0]."),
-    flags.DEFINE_string("source", None, "video_folder, rlds: folder to convert."),
-    flags.DEFINE_float("control_rate", None, "video_folder, rlds: steps per second (Hz)."),
+    flags.DEFINE_string("source", None, "video_folder, rlds, lerobot: folder to convert."),
+    flags.DEFINE_float("control_rate", None, "video_folder, rlds, lerobot: steps per second (Hz)."),
     flags.DEFINE_integer("frame_stride", None, "video_folder: keep every so many frames [1]."),
     flags.DEFINE_float("clip_seconds", None, "video_folder: cut longer videos into clips [20]."),
-    flags.DEFINE_list("camera", None, "rlds: observation keys, the first is the main camera [the only one]."),
-    flags.DEFINE_list("action", None, "rlds: step keys, joined; '' for none [action]."),
-    flags.DEFINE_list("state", None, "rlds: step keys, joined; '' for none [observation/state]."),
+    flags.DEFINE_list("camera", None, "rlds, lerobot: keys, the first is the main camera [the only one; lerobot all]."),
+    flags.DEFINE_list("action", None, "rlds, lerobot: step keys, joined; '' for none [action]."),
+    flags.DEFINE_list("state", None, "rlds, lerobot: step keys, joined; '' for none [the usual one]."),
     flags.DEFINE_string("language", None, "rlds: step key; '' for none [the first of the usual ones]."),
     flags.DEFINE_integer("episodes", None, "tabletop: number of episodes [200]."),
     flags.DEFINE_list("tasks", None, "tabletop: tasks, or `all` [all]."),
-    flags.DEFINE_string("look", None, "tabletop: plain, hard or human [plain]."),
+    flags.DEFINE_string("look", None, "tabletop: plain, moving, hard or human [plain]."),
     flags.DEFINE_float("noise", None, "tabletop: standard deviation of the noise on actions [0]."),
     flags.DEFINE_bool("actions", None, "tabletop: record actions and states [true]."),
 ]

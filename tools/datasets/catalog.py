@@ -6,11 +6,13 @@ from typing import Any
 
 from como_jax.errors import ConversionError
 from tools.datasets.builder import EpisodeBuilder, Settings
+from tools.datasets.lerobot.builder import LeRobot
 from tools.datasets.rlds.builder import Rlds
 from tools.datasets.tabletop.builder import TabletopDemonstrations
 from tools.datasets.video_folder.builder import VideoFolder
 
 BUILDERS: dict[str, type[EpisodeBuilder]] = {
+    "lerobot": LeRobot,
     "rlds": Rlds,
     "tabletop": TabletopDemonstrations,
     "video_folder": VideoFolder,

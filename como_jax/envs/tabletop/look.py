@@ -47,5 +47,7 @@ PLAIN = Look()
 """A clean table and nothing that moves but the robot."""
 HARD = Look(background="textured", distractors=3, camera_shake=0.02, lighting=0.6)
 """Every disturbance switched on."""
+MOVING = Look(distractors=3, camera_shake=0.02)
+"""What moves besides the robot, on a clean table: distractors and the camera."""
 HUMAN = Look(agent="hand")
 """A human hand in place of the gripper."""

@@ -19,7 +19,7 @@ from tools.datasets.builder import (
 )
 from tools.datasets.sources import Source
 
-LOOKS = {"plain": tabletop.PLAIN, "hard": tabletop.HARD, "human": tabletop.HUMAN}
+LOOKS = {"plain": tabletop.PLAIN, "moving": tabletop.MOVING, "hard": tabletop.HARD, "human": tabletop.HUMAN}
 # Seeds of two datasets must not meet, or one would be trained on the other's validation episodes.
 _SEED_STRIDE = 1_000_000
 
@@ -32,7 +32,7 @@ class TabletopSettings(Settings):
       image_size: side of the square pictures, as rendered.
       episodes: number of demonstrations.
       tasks: which tasks, in turn; ("all",) for all.
-      look: plain, hard or human.
+      look: plain, moving, hard or human.
       noise: standard deviation of the Gaussian noise on every action.
       actions: whether to record actions and states; without, the dataset is video with language.
     """

@@ -1,0 +1,67 @@
+"""From a config to the stream of batches that a run trains on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import grain
+import jax
+from ml_collections import ConfigDict
+
+from como_jax.data.clips import ClipConfig
+from como_jax.data.labels import Labels
+from como_jax.data.pipeline import ClipLoader, Mixture, open_mixture, parse_mixture, train_batches
+
+
+class TrainingData(NamedTuple):
+    """The mixture, this host's stream of batches, and labels of a few episodes where a loss term reads them."""
+
+    mixture: Mixture
+    batches: grain.IterDataset
+    labels: Labels | None
+
+    def describe(self) -> list[str]:
+        """One line a dataset, and one for the labels."""
+        return self.mixture.describe() + ([] if self.labels is None else [self.labels.describe()])
+
+
+def build_training_data(config: ConfigDict) -> TrainingData:
+    """The data of a pretraining config: it holds what the loss terms need that are on, and nothing else.
+
+    Raises:
+      DatasetError: a dataset is missing, damaged, or lacks what a loss term needs.
+    """
+    data, model = config.data, config.model
+    clips = ClipConfig(
+        gap_seconds=data.gap_seconds,
+        instants=data.instants,
+        offset_frames=bool(model.get("tcl_weight")),
+        min_motion=data.min_motion,
+        max_motion=data.max_motion,
+        min_gap_fraction=data.min_gap_fraction,
+    )
+    mixture = open_mixture(parse_mixture(data.mixture), "train", clips, data.camera)
+    labels = None
+    if model.get("label_weight"):
+        kinds = [kind.strip() for kind in data.labels.split(",") if kind.strip()]
+        labels = Labels(mixture.sources, mixture.indices, kinds, data.labelled_fraction)
+    loader = ClipLoader(
+        mixture.sources,
+        mixture.indices,
+        clips,
+        data.image_size,
+        data.random_shift,
+        flow=bool(model.get("flow_weight")),
+        labels=labels,
+    )
+    batches = train_batches(
+        mixture,
+        loader,
+        batch_size=data.batch_size // jax.process_count(),
+        seed=config.seed,
+        num_threads=data.num_threads,
+        num_workers=data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return TrainingData(mixture, batches, labels)

@@ -1,0 +1,201 @@
+"""The cells of a sweep: one run for every recipe, value of every swept field, and seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from etils import epath
+from flax import traverse_util
+from ml_collections import ConfigDict, config_flags
+
+from como_jax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+      recipe: PATH or PATH:VARIANT of its config file.
+      swept: value of every swept field, as it was given.
+      seed: of the run.
+      overrides: FIELD=VALUE for all in which the config differs from the recipe.
+      config: the recipe with the overrides.
+      workdir: of the run.
+    """
+
+    recipe: str
+    swept: Mapping[str, str]
+    seed: int
+    overrides: tuple[str, ...]
+    config: ConfigDict
+    workdir: epath.Path
+
+    @property
+    def label(self) -> str:
+        """The recipe as tables name it: `pretrain_como:tiny`."""
+        path, colon, variant = self.recipe.partition(":")
+        return f"{Path(path).stem}{colon}{variant}"
+
+    @property
+    def latent_size(self) -> int | None:
+        """Numbers of a latent, all query tokens together; None for a model without `latent_dim`."""
+        model = self.config.model
+        return model.latent_dim * model.get("num_queries", 1) if "latent_dim" in model else None
+
+
+def make_cells(
+    out: epath.PathLike,
+    recipes: Sequence[str],
+    swept: Mapping[str, Sequence[str]],
+    fixed: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+) -> list[Cell]:
+    """Every combination, settings in the order given and the seeds of a setting next to each other.
+
+    Args:
+      out: directory of the sweep; a run lies in OUT/SETTING/seedN.
+      recipes: PATH or PATH:VARIANT of config files.
+      swept: values by field of the config.
+      fixed: FIELD=VALUE for all cells whose recipe has the field.
+      seeds: values of the field `seed`.
+
+    Raises:
+      ConfigError: a recipe, field or value is wrong, or two cells are the same.
+    """
+    fields = [*swept, "seed", *(text.partition("=")[0] for text in fixed)]
+    for field in fields:
+        if fields.count(field) > 1:
+            raise ConfigError(
+                f"{field} is set twice, by --sweep, --latent_dims, --seeds, --set or --data; set it once."
+            )
+    fixed_of = _share_fixed(recipes, fixed)
+    cells: dict[epath.Path, Cell] = {}
+    for recipe, values, seed in itertools.product(recipes, itertools.product(*swept.values()), seeds):
+        setting = dict(zip(swept, values, strict=True))
+        overrides = (*fixed_of[recipe], *(f"{field}={value}" for field, value in setting.items()), f"seed={seed}")
+        config = load_recipe(recipe, overrides)
+        cell = Cell(recipe, setting, seed, overrides, config, epath.Path(out))
+        name = _file_name("_".join([cell.label, *(f"{field}={value}" for field, value in setting.items())]))
+        cell = dataclasses.replace(cell, workdir=cell.workdir / name / f"seed{seed}")
+        if cell.workdir in cells:
+            raise ConfigError(f"Two cells would share {cell.workdir}; give every recipe, value and seed once.")
+        cells[cell.workdir] = cell
+    return list(cells.values())
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of `--config RECIPE --config.FIELD=VALUE ...`, as every command reads it.
+
+    Raises:
+      ConfigError: no such file, variant or field, or a value of another type.
+    """
+    known = _fields_of(recipe)
+    for text in overrides:
+        field = text.partition("=")[0]
+        if field not in known:
+            raise ConfigError(f"{recipe} has no field {field!r}{_nearest(field, known)}")
+    return _parse(recipe, overrides)
+
+
+def expand_recipes(recipes: Sequence[str], variants: Sequence[str]) -> list[str]:
+    """Gives every recipe without a variant all of `variants`; ["all"] stands for the file's own tuple `VARIANTS`."""
+    found = []
+    for recipe in recipes:
+        if ":" in recipe or not variants:
+            found.append(recipe)
+        else:
+            names = _variants_of(recipe) if list(variants) == ["all"] else variants
+            found += [f"{recipe}:{name}" for name in names]
+    return found
+
+
+def parse_swept(texts: Sequence[str]) -> dict[str, list[str]]:
+    """FIELD=V1,V2 to values by field; values that hold commas are separated by semicolons.
+
+    Raises:
+      ConfigError: no field, no value, or a field twice.
+    """
+    swept: dict[str, list[str]] = {}
+    for text in texts:
+        field, _, values = text.partition("=")
+        if not field or not values:
+            raise ConfigError(f"--sweep {text!r} is not FIELD=VALUE,VALUE.")
+        if field in swept:
+            raise ConfigError(f"{field} is swept twice; name all its values at once.")
+        swept[field] = values.split(";" if ";" in values else ",")
+    return swept
+
+
+def _share_fixed(recipes: Sequence[str], fixed: Sequence[str]) -> dict[str, list[str]]:
+    """The overrides of each recipe's fields; a field that no recipe has is an error."""
+    fields_of = {recipe: _fields_of(recipe) for recipe in recipes}
+    shared: dict[str, list[str]] = {recipe: [] for recipe in recipes}
+    for text in fixed:
+        having = [recipe for recipe in shared if text.partition("=")[0] in fields_of[recipe]]
+        for recipe in having or recipes[:1]:
+            load_recipe(recipe, [text])
+            shared[recipe].append(text)
+        if len(having) < len(shared):
+            others = ", ".join(recipe for recipe in shared if recipe not in having)
+            logger.warning("%s is left out of what has no such field: %s", text, others)
+    return shared
+
+
+def _fields_of(recipe: str) -> set[str]:
+    _check_file(recipe.partition(":")[0])
+    return set(traverse_util.flatten_dict(_parse(recipe, ()).to_dict(), sep="."))
+
+
+def _parse(recipe: str, overrides: Sequence[str]) -> ConfigDict:
+    arguments = ["recipe", f"--config={recipe}", *(f"--config.{text}" for text in overrides)]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{recipe}: {_last_line(str(error))}") from error
+    return config.value
+
+
+def _last_line(text: str) -> str:
+    """What is wrong, without the traceback that an error inside a config file comes with."""
+    line = text.strip().splitlines()[-1]
+    return line.partition(": ")[2] if "Traceback" in text else line
+
+
+def _variants_of(path: str) -> Sequence[str]:
+    _check_file(path)
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "VARIANTS"):
+        raise ConfigError(f"{path} has no tuple VARIANTS; name its variants, as --variants A,B.")
+    return module.VARIANTS
+
+
+def _check_file(path: str) -> None:
+    if not (path.endswith(".py") and Path(path).is_file()):
+        raise ConfigError(f"--config {path}: there is no such Python file.")
+
+
+def _nearest(field: str, known: Iterable[str]) -> str:
+    """The known field that was probably meant: one of equal last name in another section, or of similar spelling."""
+    known = sorted(known)
+    moved = [name for name in known if name.rpartition(".")[2] == field.rpartition(".")[2]]
+    guesses = moved + difflib.get_close_matches(field, known, n=1)
+    return f"; did you mean {guesses[0]!r}?" if guesses else "."
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", text)

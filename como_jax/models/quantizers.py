@@ -1,0 +1,355 @@
+"""What a latent has to pass on its way from inverse to forward dynamics: nothing, a codebook, a grid, or noise.
+
+Axes: N latent vectors of a batch, K codes, L latent size of one vector; `...` any leading axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from como_jax.errors import ConfigError
+
+KINDS = ("none", "vq", "vq_ema", "nsvq", "fsq", "kl")
+# A code is called dead when its share of the last few hundred updates is under this part of an equal share.
+DEAD_SHARE = 0.01
+SHARE_DECAY = 0.98
+MAX_LOG_VARIANCE = 10.0
+
+
+class Bottlenecked(NamedTuple):
+    """What a bottleneck makes of latents.
+
+    Attributes:
+      latent: `[..., L]`, what the forward dynamics model gets.
+      loss: weighted scalar.
+      terms: scalars for a dashboard.
+      statistics: means over the batch that `Bottleneck.maintain` reads; empty without a codebook.
+    """
+
+    latent: jax.Array
+    loss: jax.Array
+    terms: dict[str, jax.Array]
+    statistics: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class BottleneckConfig:
+    """Which bottleneck, and its settings.
+
+    Attributes:
+      kind: none; vq, codes trained by a loss (VQ-VAE, arXiv 1711.00937); vq_ema, codes that follow moving averages
+        (same paper, appendix A.1); nsvq, noise in place of the error of quantisation (arXiv 2202.07388, as in LAPA);
+        fsq, a fixed grid (arXiv 2309.15505); kl, a Gaussian whose distance to N(0, I) is penalised (beta-VAE).
+      codebook_size: codes of vq, vq_ema and nsvq.
+      commitment: weight of the commitment loss of vq and vq_ema.
+      ema_decay: of the averages of vq_ema.
+      replace_below: codes used less than this share of the mean usage are replaced by latents of the batch (0.1 in
+        LAPA, on the schedule of `replacement_due`); 0 replaces none.
+      fsq_levels: values of every latent number.
+      kl_weight: of the divergence, a sum over the numbers of a vector; small, since pixel errors are means.
+    """
+
+    kind: str = "none"
+    codebook_size: int = 128
+    commitment: float = 0.25
+    ema_decay: float = 0.99
+    replace_below: float = 0.0
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
+    kl_weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
+        checks = {
+            "kind": (self.kind in KINDS, f"must be one of {', '.join(KINDS)}"),
+            "codebook_size": (self.codebook_size >= 2, "must be at least 2"),
+            "commitment": (self.commitment >= 0, "must not be negative"),
+            "ema_decay": (0 <= self.ema_decay < 1, "must lie in [0, 1)"),
+            "replace_below": (0 <= self.replace_below < 1, "must lie in [0, 1)"),
+            "fsq_levels": (all(level >= 2 for level in self.fsq_levels), "must all be at least 2"),
+            "kl_weight": (self.kl_weight >= 0, "must not be negative"),
+        }
+        for field, (holds, rule) in checks.items():
+            if not holds:
+                raise ConfigError(f"model.bottleneck.{field} {getattr(self, field)!r} {rule}.")
+
+
+class Bottleneck(nnx.Module):
+    """No bottleneck at all, and what all others have in common.
+
+    Attributes:
+      input_dim: numbers of a vector that goes in.
+      latent_dim: numbers of a vector that comes out.
+      untrained: own parameters that no gradient trains.
+    """
+
+    untrained: tuple[str, ...] = ()
+
+    def __init__(self, latent_dim: int):
+        self.input_dim = self.latent_dim = latent_dim
+
+    def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Bottlenecked:
+        """Passes `[..., input_dim]`; with a key as in training, without one as for labels: nothing is drawn."""
+        del key
+        return Bottlenecked(z, jnp.zeros(()), {}, {})
+
+    def center(self, z: jax.Array) -> jax.Array:
+        """The continuous latent `[..., L]` before anything is rounded or drawn."""
+        return z
+
+    def codes(self, z: jax.Array) -> jax.Array:
+        """Number of the code of every vector, int32 `[...]`.
+
+        Raises:
+          ConfigError: this bottleneck has no codes.
+        """
+        raise ConfigError("model.bottleneck.kind is none or kl, whose latents have no codes; choose a discrete one.")
+
+    def maintain(
+        self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """New values of own parameters after an update, and diagnostics."""
+        del statistics, step, key
+        return {}, {}
+
+
+class Gaussian(Bottleneck):
+    """Mean and log variance, drawn from in training."""
+
+    def __init__(self, latent_dim: int, weight: float):
+        super().__init__(latent_dim)
+        self.input_dim, self.weight = 2 * latent_dim, weight
+
+    def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Bottlenecked:
+        mean, log_variance = jnp.split(z, 2, axis=-1)
+        log_variance = jnp.clip(log_variance, -MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
+        divergence = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance, axis=-1)
+        kl = jnp.mean(divergence)
+        noise = 0.0 if key is None else jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        return Bottlenecked(mean + noise, self.weight * kl, {"kl": kl}, {})
+
+    def center(self, z: jax.Array) -> jax.Array:
+        return jnp.split(z, 2, axis=-1)[0]
+
+
+class FiniteScalar(Bottleneck):
+    """Every number rounded to a few values in [-1, 1]: a codebook that needs no learning."""
+
+    def __init__(self, levels: Sequence[int]):
+        super().__init__(len(levels))
+        self.levels = tuple(levels)
+        self.codebook_size = math.prod(levels)
+
+    def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Bottlenecked:
+        del key
+        bounded = self._bound(z)
+        steps = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
+        half = np.asarray(self.levels) // 2
+        statistics = {"frequency": _frequency(self.codes(z), self.codebook_size)}
+        return Bottlenecked(steps / half, jnp.zeros(()), {}, statistics)
+
+    def codes(self, z: jax.Array) -> jax.Array:
+        digits = jnp.round(self._bound(z)).astype(jnp.int32) + np.asarray(self.levels) // 2
+        radix = np.concatenate([[1], np.cumprod(self.levels)[:-1]])
+        return jnp.sum(digits * radix, axis=-1).astype(jnp.int32)
+
+    def maintain(
+        self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        return {}, _perplexity(statistics["frequency"])
+
+    def _bound(self, z: jax.Array) -> jax.Array:
+        """Numbers that round to `levels` integers around 0; an even number of them leans to the negative side."""
+        levels = np.asarray(self.levels)
+        half_width = (levels - 1) * (1 - 1e-3) / 2
+        offset = np.where(levels % 2 == 0, 0.5, 0.0)
+        return jnp.tanh(z + np.arctanh(offset / half_width)) * half_width - offset
+
+
+class Codebook(Bottleneck):
+    """Nearest of K learned codes; the kinds differ in how gradients pass and in how the codes learn."""
+
+    untrained = ("usage", "share")
+
+    def __init__(self, latent_dim: int, config: BottleneckConfig, *, rngs: nnx.Rngs):
+        super().__init__(latent_dim)
+        self.config = config
+        # Latents start out with numbers of order 1; smaller codes would all lie at the centre, and one win everything.
+        codes = jax.random.normal(rngs.params(), (config.codebook_size, latent_dim))
+        self.codebook = nnx.Param(codes)
+        self.usage = nnx.Param(jnp.zeros(config.codebook_size))
+        self.share = nnx.Param(jnp.full(config.codebook_size, 1.0 / config.codebook_size))
+
+    def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Bottlenecked:
+        chex.assert_axis_dimension(z, -1, self.latent_dim)
+        codes = self.codes(z)
+        nearest = self.codebook[...][codes]
+        loss, terms = self._loss(z, nearest)
+        latent = nearest if key is None else self._pass(z, nearest, key)
+        return Bottlenecked(latent, loss, terms, self._statistics(z, codes))
+
+    def codes(self, z: jax.Array) -> jax.Array:
+        codebook = self.codebook[...]
+        # The square of z is the same for all codes.
+        distance = jnp.sum(jnp.square(codebook), axis=-1) - 2.0 * jnp.einsum(
+            "...l,kl->...k", z, codebook, precision=jax.lax.Precision.HIGHEST
+        )
+        return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+
+    def maintain(
+        self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        frequency = statistics["frequency"]
+        share = SHARE_DECAY * self.share[...] + (1.0 - SHARE_DECAY) * frequency
+        dead = jnp.sum(share < DEAD_SHARE / self.config.codebook_size)
+        new = {"share": share, "usage": self.usage[...] + frequency, **self._follow(statistics)}
+        if self.config.replace_below:
+            new |= self._replace(new, statistics["candidates"], step, key)
+        return new, {**_perplexity(frequency), "dead_codes": dead}
+
+    def _loss(self, z: jax.Array, nearest: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del z, nearest
+        return jnp.zeros(()), {}
+
+    def _pass(self, z: jax.Array, nearest: jax.Array, key: jax.Array) -> jax.Array:
+        """The straight-through estimator: the code forward, the identity backward."""
+        del key
+        return z + jax.lax.stop_gradient(nearest - z)
+
+    def _statistics(self, z: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
+        statistics = {"frequency": _frequency(codes, self.config.codebook_size)}
+        if self.config.replace_below:
+            vectors = jax.lax.stop_gradient(z).reshape(-1, self.latent_dim)
+            spread = np.linspace(0, len(vectors) - 1, self.config.codebook_size).astype(int)
+            statistics["candidates"] = vectors[spread]
+        return statistics
+
+    def _follow(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Parameters that follow the batch rather than a gradient."""
+        del statistics
+        return {}
+
+    def _replace(
+        self, new: dict[str, jax.Array], candidates: jax.Array, step: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Puts latents of the batch in place of codes hardly used, and starts counting anew."""
+        codebook, usage = new.get("codebook", self.codebook[...]), new["usage"]
+        due = replacement_due(step)
+        rare = due & (usage < self.config.replace_below * jnp.mean(usage))
+        equal_share = jnp.full_like(usage, 1.0 / self.config.codebook_size)
+        return {
+            "codebook": jnp.where(rare[:, None], jax.random.permutation(key, candidates), codebook),
+            "usage": jnp.where(due, 0.0, usage),
+            "share": jnp.where(rare, equal_share, new["share"]),
+        }
+
+
+class LossCodebook(Codebook):
+    """VQ: codes move to their latents, and latents to their codes, by a loss."""
+
+    def _loss(self, z: jax.Array, nearest: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        codebook = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - nearest))
+        commitment = jnp.mean(jnp.square(z - jax.lax.stop_gradient(nearest)))
+        return codebook + self.config.commitment * commitment, {"commitment": commitment}
+
+
+class AveragedCodebook(Codebook):
+    """VQ whose codes are the moving averages of their latents."""
+
+    untrained = (*Codebook.untrained, "codebook", "code_count", "code_sum")
+
+    def __init__(self, latent_dim: int, config: BottleneckConfig, *, rngs: nnx.Rngs):
+        super().__init__(latent_dim, config, rngs=rngs)
+        self.code_count = nnx.Param(self.share[...])
+        self.code_sum = nnx.Param(self.codebook[...] / config.codebook_size)
+
+    def _loss(self, z: jax.Array, nearest: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        commitment = jnp.mean(jnp.square(z - jax.lax.stop_gradient(nearest)))
+        return self.config.commitment * commitment, {"commitment": commitment}
+
+    def _pass(self, z: jax.Array, nearest: jax.Array, key: jax.Array) -> jax.Array:
+        return super()._pass(z, jax.lax.stop_gradient(nearest), key)
+
+    def _statistics(self, z: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
+        vectors = jax.lax.stop_gradient(z).reshape(-1, self.latent_dim)
+        total = jax.ops.segment_sum(vectors, codes.reshape(-1), self.config.codebook_size)
+        return {**super()._statistics(z, codes), "code_sum": total / len(vectors)}
+
+    def _follow(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        decay = self.config.ema_decay
+        count = decay * self.code_count[...] + (1.0 - decay) * statistics["frequency"]
+        total = decay * self.code_sum[...] + (1.0 - decay) * statistics["code_sum"]
+        # Laplace smoothing: a code that nothing is near keeps a finite place.
+        smoothed = (count + 1e-5) / (1.0 + 1e-5 * len(count))
+        return {"code_count": count, "code_sum": total, "codebook": total / smoothed[:, None]}
+
+    def _replace(
+        self, new: dict[str, jax.Array], candidates: jax.Array, step: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        replaced = super()._replace(new, candidates, step, key)
+        moved = jnp.any(replaced["codebook"] != new["codebook"], axis=-1)
+        count = jnp.where(moved, 1.0 / self.config.codebook_size, new["code_count"])
+        total = jnp.where(moved[:, None], replaced["codebook"] * count[:, None], new["code_sum"])
+        return {**replaced, "code_count": count, "code_sum": total}
+
+
+class NoiseCodebook(Codebook):
+    """NSVQ: in training the error of quantisation is replaced by noise of its size, through which gradients pass."""
+
+    def _pass(self, z: jax.Array, nearest: jax.Array, key: jax.Array) -> jax.Array:
+        noise = jax.random.normal(key, z.shape)
+        return z + _norm(z - nearest) / _norm(noise) * noise
+
+
+def make_bottleneck(config: BottleneckConfig, latent_dim: int, *, rngs: nnx.Rngs) -> Bottleneck:
+    """The bottleneck of a config.
+
+    Raises:
+      ConfigError: it does not fit the size of the latent.
+    """
+    if config.kind == "none":
+        return Bottleneck(latent_dim)
+    if config.kind == "kl":
+        return Gaussian(latent_dim, config.kl_weight)
+    if config.kind == "fsq":
+        if len(config.fsq_levels) != latent_dim:
+            raise ConfigError(
+                f"model.bottleneck.fsq_levels {config.fsq_levels} names {len(config.fsq_levels)} numbers and "
+                f"model.latent_dim is {latent_dim}; they must agree."
+            )
+        return FiniteScalar(config.fsq_levels)
+    classes = {"vq": LossCodebook, "vq_ema": AveragedCodebook, "nsvq": NoiseCodebook}
+    return classes[config.kind](latent_dim, config, rngs=rngs)
+
+
+def replacement_due(step: jax.Array) -> jax.Array:
+    """Whether codes are replaced after this update: every 10 until 100, every 100 until 1,000, every 500 until 5,000.
+
+    The schedule of LAPA (arXiv 2410.11758).
+    """
+    due = [(step <= until) & (step % every == 0) for until, every in ((100, 10), (1000, 100), (5000, 500))]
+    return due[0] | due[1] | due[2]
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Length along the last axis, kept; its gradient at 0 is 0, where that of the plain norm is not a number."""
+    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
+
+
+def _frequency(codes: jax.Array, size: int) -> jax.Array:
+    """Share of every code among all, `[K]`."""
+    return jnp.bincount(codes.reshape(-1), length=size).astype(jnp.float32) / codes.size
+
+
+def _perplexity(frequency: jax.Array) -> dict[str, jax.Array]:
+    """How many codes are in use, counted by the entropy of their frequencies, and the same as a share of all."""
+    perplexity = jnp.exp(-jnp.sum(jax.scipy.special.xlogy(frequency, frequency)))
+    return {"perplexity": perplexity, "perplexity_share": perplexity / len(frequency)}

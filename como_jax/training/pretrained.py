@@ -1,0 +1,45 @@
+"""Parameters that a fresh run takes from elsewhere."""
+
+from __future__ import annotations
+
+import logging
+
+from ml_collections import ConfigDict
+
+from como_jax.errors import ConfigError
+from como_jax.models.perceptual import load_perceptual
+from como_jax.training.checkpoint import load_params
+from como_jax.training.train_state import TrainState, merge_params, replace_params
+
+logger = logging.getLogger(__name__)
+
+
+def load_pretrained(config: ConfigDict, state: TrainState) -> TrainState:
+    """Puts the encoder of another run and the weights of a perceptual network in place of random ones.
+
+    Raises:
+      RunError: what the config names does not fit or is not there.
+      ConfigError: a perceptual network is asked for and no file of its weights.
+    """
+    params = merge_params(state.params, state.frozen)
+    if config.get("encoder", {}).get("init_from"):
+        logger.info("Encoder from %s", config.encoder.init_from)
+        state = replace_params(state, load_params(config.encoder.init_from, {"encoder": params["encoder"]}))
+    elif config.get("encoder", {}).get("frozen"):
+        logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
+    if "perceptual" in params:
+        check_perceptual_file(config)
+        weights = load_perceptual(config.model.perceptual_file, config.model.perceptual_space)
+        state = replace_params(state, {"perceptual": weights})
+    return state
+
+
+def check_perceptual_file(config: ConfigDict) -> None:
+    """Raises ConfigError where the perceptual loss needs a file of weights and none is named."""
+    model = config.model
+    if model.get("perceptual_weight") and model.perceptual_space != "encoder" and not model.perceptual_file:
+        raise ConfigError(
+            f"The perceptual loss of {model.perceptual_space} needs its weights: name a .safetensors or .npz file by "
+            "--config.model.perceptual_file, or take the motion encoder as the perceptual space by "
+            "--config.model.perceptual_space=encoder, or turn the term off by --config.model.perceptual_weight=0.0."
+        )

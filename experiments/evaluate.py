@@ -1,0 +1,199 @@
+"""Measures a latent-motion model on episodes that it was not trained on, and shows what its latents hold.
+
+    python -m experiments.evaluate --workdir RUN --data DIR[,DIR] --out DIR
+
+Writes metrics.json, with means over datasets and `DATASET/...` of each where there are several, and report.html, a
+page that refers to nothing outside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from como_jax import cli
+from como_jax.data.pipeline import parse_mixture
+from como_jax.data.schema import SPLITS
+from como_jax.errors import DatasetError, RunError
+from como_jax.evaluation.probes import ProbeError
+from como_jax.evaluation.report import Report, describe_measurements, transfer_strips, write_report
+from como_jax.evaluation.transitions import EvaluationSet, TransitionRunner, measure, summarize
+from como_jax.files import write_text
+from como_jax.models.build import FAMILIES, build_model
+from como_jax.training import sharding
+from como_jax.training.checkpoint import load_params
+from como_jax.training.train_state import ModelDef, Params
+
+LATENT_FAMILIES = tuple(family for family in FAMILIES if family != "mae")
+
+logger = logging.getLogger("como_jax.evaluate")
+
+
+class Run(NamedTuple):
+    """A trained model."""
+
+    workdir: epath.Path
+    config: ConfigDict
+    model: ModelDef
+    params: Params
+    step: int
+
+
+def evaluate(
+    workdir: epath.PathLike,
+    data: str | None = None,
+    out: epath.PathLike | None = None,
+    *,
+    num_transitions: int = 1000,
+    batch_size: int = 64,
+    num_pictures: int = 6,
+    probe: bool = True,
+) -> dict[str, float | int | str]:
+    """Evaluates the newest checkpoint of a run, writes metrics.json and report.html and returns the metrics.
+
+    Args:
+      workdir: of the run.
+      data: DIR,DIR; the run's own datasets by default.
+      out: directory of the two files; `workdir`/report by default.
+      num_transitions: of every dataset, held out, and as many to fit the probe on; fewer where there are fewer.
+      batch_size, num_pictures, probe: see `define_flags`.
+
+    Raises:
+      UsageError: run, data and `out` do not fit together, or episodes are too few for the probe.
+    """
+    mesh = sharding.make_mesh()
+    run = load_run(workdir, mesh)
+    out = epath.Path(out or run.workdir / "report")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written: {error}") from error
+    notes: list[str] = []
+    runner = TransitionRunner(run.model, mesh, batch_size, with_ssim=True)
+    results = []
+    for splits in open_splits(run.config, data, notes):
+        item, fitting = choose_splits(splits, probe, notes)
+        logger.info("Evaluating on %s (%s)", item.name, item.split)
+        num_clips = -(-num_transitions // 2)
+        found = runner(run.params, item, num_clips, num_pictures)
+        fitted = runner(run.params, fitting, num_clips) if fitting else None
+        results.append(measure(item, found, fitted))
+    metrics = {**summarize(results), "step": run.step, "family": run.config.family}
+    strips = transfer_strips(run.model, run.params, [result.item for result in results], num_pictures, notes)
+    facts = {"Run": str(run.workdir), "Step": str(run.step), "Family": run.config.family}
+    facts |= describe_measurements(results)
+    report = Report(f"Latent motion of {run.workdir.name}", facts, notes, metrics, results, strips)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    write_report(out / "report.html", report)
+    for note in notes:
+        logger.warning(note)
+    logger.info("Report: %s", out / "report.html")
+    return metrics
+
+
+def load_run(workdir: epath.PathLike, mesh: Mesh) -> Run:
+    """The model of a run with the parameters of its newest checkpoint, on the devices of `mesh`.
+
+    Raises:
+      RunError: no run, one of a family without latent motion, or one whose checkpoint does not fit its config.
+    """
+    workdir = epath.Path(workdir)
+    try:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(f"--workdir {workdir} holds no run: it has no config.json.") from error
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{workdir}/config.json is damaged: {error}") from error
+    family = config.get("family")
+    if family not in LATENT_FAMILIES:
+        raise RunError(
+            f"{workdir} is a run of family {family!r}, which has no latent motion; evaluate one of "
+            f"{', '.join(LATENT_FAMILIES)}."
+        )
+    try:
+        model = build_model(config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(f"{workdir}/config.json does not describe a model of this version: {error}") from error
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+    params = load_params(workdir, abstract)
+    return Run(workdir, config, model, params, max(ocp.utils.checkpoint_steps(workdir.resolve() / "checkpoints")))
+
+
+def open_splits(config: ConfigDict, data: str | None, notes: list[str]) -> list[dict[str, EvaluationSet]]:
+    """The sets of every dataset, by split."""
+    sets = EvaluationSet.open_all(
+        parse_mixture(config.data.mixture if data is None else data),
+        gap_seconds=config.data.gap_seconds,
+        image_size=config.data.image_size,
+        camera=config.data.camera,
+        repeats=False,
+        warn=notes.append,
+    )
+    if not sets:
+        raise DatasetError(" ".join(notes))
+    found: dict[str, dict[str, EvaluationSet]] = {}
+    for item in sets:
+        found.setdefault(item.name, {})[item.split] = item
+    return list(found.values())
+
+
+def choose_splits(
+    splits: dict[str, EvaluationSet], probe: bool, notes: list[str]
+) -> tuple[EvaluationSet, EvaluationSet | None]:
+    """What is measured of a dataset, and what the probe is fitted on, if there is one.
+
+    Raises:
+      ProbeError: there are actions to probe, but not both training and held-out episodes.
+    """
+    item = splits.get("val") or splits["train"]
+    if item.split == "train":
+        notes.append(f"{item.name}: measured on training episodes, since it has no others that serve.")
+    if not probe:
+        return item, None
+    if item.source.action is None:
+        notes.append(f"No probe of {item.name}: the dataset has no actions.")
+        return item, None
+    missing = [split for split in SPLITS if split not in splits]
+    if missing:
+        raise ProbeError(
+            f"{item.source.directory}: the linear probe needs training and held-out episodes, but none of split "
+            f"{missing[0]!r} serves. Pass --noprobe to do without it. {' '.join(notes)}"
+        )
+    return item, splits["train"]
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("workdir", None, "Directory of a pretraining run.", required=True)
+    flags.DEFINE_string("data", None, "DIR,DIR instead of the datasets that the run was trained on.")
+    flags.DEFINE_string("out", None, "Gets metrics.json and report.html; RUN/report by default.")
+    flags.DEFINE_integer("num_transitions", 1000, "Of every dataset, and as many to fit the probe.", lower_bound=2)
+    flags.DEFINE_integer("batch_size", 64, "Clips at once; a clip has two transitions.", lower_bound=1)
+    flags.DEFINE_integer("num_pictures", 6, "Rows of predictions of every dataset.", lower_bound=1)
+    flags.DEFINE_bool("probe", True, "Whether to fit the linear probe where there are actions.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the flags."""
+    cli.no_arguments(arguments)
+    names = ("workdir", "data", "out", "num_transitions", "batch_size", "num_pictures", "probe")
+    evaluate(**{name: flags.FLAGS[name].value for name in names})
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

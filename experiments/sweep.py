@@ -1,0 +1,184 @@
+"""Runs a recipe many times, over any fields of its config and several seeds, and tabulates what came out.
+
+    python -m experiments.sweep --config configs/pretrain_como.py:tiny --data DIR --out SWEEP \\
+      --latent_dims 16,32,64 --seeds 0,1,2
+    python -m experiments.sweep --config configs/pretrain_como.py:tiny --data DIR --out SWEEP \\
+      --sweep model.tcl_weight=0.0,0.004 --sweep model.motion_input=future,difference --set train.num_steps=300
+    python -m experiments.sweep --config configs/ablation.py --variants all --data DIR --out SWEEP --seeds 0,1,2
+
+SWEEP gets one run for every combination, cells.csv, table.csv, table.md and, with --latent_dims, figure.png and
+figure.svg, all up to date after every run. Run the same command again to go on: finished runs stay as they are.
+With --processes N, N runs go on at once, each a process of its own with an equal share of the CPU cores; on one GPU
+they share its memory. The exit status is 1 if a run failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from etils import epath
+
+from como_jax import cli
+from como_jax.errors import ConfigError, NonFiniteError, RunError, UsageError
+from como_jax.evaluation.sweep_cells import Cell, expand_recipes, make_cells, parse_swept
+from como_jax.evaluation.sweep_report import LATENT_DIM, CellResult, Status, read_result, write_report
+from como_jax.processes import run_commands
+from experiments.pretrain import DATA, pretrain
+
+# experiments.pretrain has a --config of its own, for one recipe.
+CONFIG = flags.DEFINE_multi_string("config", None, "Recipe, PATH or PATH:VARIANT; may be repeated.", allow_override=True)
+VARIANTS = flags.DEFINE_list("variants", [], "Variants of every --config without one; all: those the file lists.")
+LATENT_DIMS = flags.DEFINE_list("latent_dims", [], f"Short for --sweep {LATENT_DIM}=...")
+SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=VALUE,VALUE of the config; may be repeated.")
+SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE for all runs that have the field; may be repeated.")
+SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of every setting.")
+OUT = flags.DEFINE_string("out", None, "Directory of the sweep.")
+PROCESSES = flags.DEFINE_integer("processes", 1, "Runs at once; 1 runs all in this process.", lower_bound=1)
+TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Run nothing, only tabulate what is there.")
+
+logger = logging.getLogger("como_jax.sweep")
+
+
+def sweep(cells: Sequence[Cell], out: epath.PathLike, processes: int = 1) -> list[CellResult]:
+    """Runs or resumes all cells that are not finished; a cell that fails does not keep the others from running.
+
+    Args:
+      cells: of `make_cells`.
+      out: gets the tables.
+      processes: how many cells run at once.
+
+    Returns:
+      What became of every cell, in their order.
+
+    Raises:
+      RunError: `out` cannot be written.
+    """
+    try:
+        epath.Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written: {error}") from error
+    results = tabulate(cells, out)
+    waiting = [cell for cell, result in zip(cells, results, strict=True) if result.status is not Status.FINISHED]
+    logger.info("Sweep: %d runs in %s, %d of them finished", len(cells), out, len(cells) - len(waiting))
+    cache_programs(epath.Path(out) / ".xla_cache")
+    failures: dict[epath.Path, str] = {}
+    start = time.monotonic()
+    outcomes = run_here(waiting) if processes == 1 else run_in_processes(waiting, processes)
+    with contextlib.closing(outcomes):
+        for done, (cell, failure) in enumerate(outcomes, 1):
+            if failure:
+                failures[cell.workdir] = failure
+                logger.error("Failed: %s: %s", cell.workdir, failure)
+            results = tabulate(cells, out, failures)
+            left = (time.monotonic() - start) / done * (len(waiting) - done)
+            logger.info("Run %d of %d done, about %.0f min left", done, len(waiting), left / 60)
+    return results
+
+
+def tabulate(
+    cells: Sequence[Cell], out: epath.PathLike, failures: dict[epath.Path, str] | None = None
+) -> list[CellResult]:
+    """Reads what the run directories hold and writes the tables."""
+    failures = failures or {}
+    results = [
+        CellResult(cell, Status.FAILED, failures[cell.workdir]) if cell.workdir in failures else read_result(cell)
+        for cell in cells
+    ]
+    write_report(out, results)
+    return results
+
+
+def run_here(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+    """Runs cells one after another in this process; yields each with the reason why it failed, or ""."""
+    for cell in cells:
+        logger.info("Next: %s", cell.workdir)
+        try:
+            state = pretrain(cell.config, cell.workdir)
+        except (NonFiniteError, UsageError) as error:
+            yield cell, str(error)
+        except Exception as error:  # Out of memory, for one: a night's sweep goes on with its other cells.
+            logger.exception("%s", cell.workdir)
+            yield cell, " ".join(f"{type(error).__name__}: {error}".split())
+        else:
+            train = cell.config.train
+            if int(state.step) < min(train.num_steps, train.stop_after or train.num_steps):
+                raise KeyboardInterrupt  # The loop ends early on SIGTERM alone, which it keeps to itself.
+            yield cell, ""
+
+
+def run_in_processes(cells: Sequence[Cell], count: int) -> Iterator[tuple[Cell, str]]:
+    """Runs cells as commands of their own, `count` at once; yields each as it ends, as `run_here` does."""
+    commands = [
+        [sys.executable, "-m", "experiments.pretrain", f"--config={cell.recipe}", f"--workdir={cell.workdir}"]
+        + [f"--config.{override}" for override in cell.overrides]
+        for cell in cells
+    ]
+    logs = [Path(cell.workdir.parent) / f"{cell.workdir.name}.log" for cell in cells]
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.jax_persistent_cache_min_compile_time_secs),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # For runs that share a GPU.
+        **os.environ,
+    }
+    logger.info("Every run prints to RUN.log beside its directory.")
+    with contextlib.closing(run_commands(commands, logs, count, environment)) as ended:
+        for number, status in ended:
+            yield cells[number], f"exit status {status}: {_last_error(logs[number])}" if status else ""
+
+
+def cache_programs(directory: epath.Path) -> None:
+    """Shares compiled programs among the cells, unless JAX is already told where to keep them."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _last_error(log: Path) -> str:
+    """The error that a command reported, or the last line that it printed."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return f"{[*lines, *errors][-1]} (see {log})"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the flags."""
+    cli.no_arguments(arguments)
+    swept = parse_swept([*([f"{LATENT_DIM}={','.join(LATENT_DIMS.value)}"] if LATENT_DIMS.value else []), *SWEEP.value])
+    if not all(seed.isdecimal() for seed in SEEDS.value):
+        raise ConfigError(f"--seeds {','.join(SEEDS.value)} are not whole numbers separated by commas.")
+    fixed = [*SET.value, *([f"data.mixture={DATA.value}"] if DATA.value is not None else [])]
+    cells = make_cells(
+        OUT.value, expand_recipes(CONFIG.value, VARIANTS.value), swept, fixed, [int(seed) for seed in SEEDS.value]
+    )
+    if TABLE_ONLY.value:
+        if not epath.Path(OUT.value).exists():
+            raise RunError(f"--out {OUT.value} does not exist, so there is nothing to tabulate.")
+        results = tabulate(cells, OUT.value)
+    else:
+        # SIGTERM, outside of a training loop, ends the sweep as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            results = sweep(cells, OUT.value, PROCESSES.value)
+        except KeyboardInterrupt:
+            logger.info("Stopped; run the same command to go on.")
+            sys.exit(130)
+    failed = [result for result in results if result.status is Status.FAILED]
+    for result in failed:
+        logger.error("Failed: %s: %s", result.cell.workdir, result.reason)
+    logger.info("Table: %s", epath.Path(OUT.value) / "table.md")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "out"])
+    flags.register_validator("workdir", lambda workdir: workdir is None, message="The directory of a sweep is --out.")
+    cli.run(main)
