@@ -162,10 +162,10 @@ def choose_splits(
     item = splits.get("val") or splits["train"]
     if item.split == "train":
         notes.append(f"{item.name}: measured on training episodes, since it has no others that serve.")
-    if not probe:
-        return item, None
-    if item.source.action is None:
-        notes.append(f"No probe of {item.name}: the dataset has no actions.")
+    silent = any(part.source.action is None for part in splits.values())
+    if silent or not probe:
+        reason = "the dataset has no actions" if silent else "--noprobe was passed"
+        notes.append(f"No probe of {item.name}: {reason}.")
         return item, None
     missing = [split for split in SPLITS if split not in splits]
     if missing:

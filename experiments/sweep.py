@@ -35,7 +35,7 @@ from como_jax.processes import run_commands
 from experiments.pretrain import DATA, pretrain
 
 # experiments.pretrain has a --config of its own, for one recipe.
-CONFIG = flags.DEFINE_multi_string("config", None, "Recipe, PATH or PATH:VARIANT; may be repeated.", allow_override=True)
+CONFIG = flags.DEFINE_multi_string("config", None, "Recipe, PATH or PATH:VARIANT; repeatable.", allow_override=True)
 VARIANTS = flags.DEFINE_list("variants", [], "Variants of every --config without one; all: those the file lists.")
 LATENT_DIMS = flags.DEFINE_list("latent_dims", [], f"Short for --sweep {LATENT_DIM}=...")
 SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=VALUE,VALUE of the config; may be repeated.")

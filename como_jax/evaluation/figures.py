@@ -26,7 +26,7 @@ def picture_uri(picture: np.ndarray) -> str:
     if picture.dtype != np.uint8:
         picture = np.rint(np.clip(picture, 0.0, 1.0) * 255.0).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG", optimize=True)
+    Image.fromarray(picture).save(file, format="PNG")
     return _data_uri(file.getvalue())
 
 

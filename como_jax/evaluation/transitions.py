@@ -280,7 +280,7 @@ def scene_metrics(found: Transitions) -> dict[str, float]:
         "psnr_copy": psnr(found.copy_mse),
         "psnr_gain": psnr(found.mse) - psnr(found.copy_mse),
         "s_pcfc": past_future_similarity(found.past_to_current, found.future_to_current),
-        "effective_rank": effective_rank(found.latent),
+        "effective_rank": effective_rank(found.current_to_future.reshape(len(found.current_to_future), -1)),
     }
 
 
