@@ -3,6 +3,7 @@
 import _thread
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -59,8 +60,13 @@ def test_closing_stops_what_runs_cleanly_and_starts_nothing_more(tmp_path: Path)
     ended = run_commands([python("pass"), python(code), python("pass")], logs(tmp_path, 3), 1, os.environ)
     assert next(ended) == (0, 0)
     begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_when(ended, tmp_path / "ready")
+    # A job in the background of a shell is started with SIGINT ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_when(ended, tmp_path / "ready")
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert time.monotonic() - begin < 30
     assert logs(tmp_path, 3)[1].read_text() == "saved\n" and not logs(tmp_path, 3)[2].exists()
 

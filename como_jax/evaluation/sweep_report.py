@@ -15,7 +15,6 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from ml_collections import ConfigDict
 
 from como_jax.errors import RunError
 from como_jax.evaluation.sweep_cells import Cell
@@ -112,7 +111,7 @@ def read_result(cell: Cell) -> CellResult:
     if not (cell.workdir / "config.json").exists():
         return CellResult(cell, Status.MISSING)
     try:
-        claim_workdir(cell.workdir, _as_run(cell))
+        claim_workdir(cell.workdir, cell.config)
     except RunError as error:
         return CellResult(cell, Status.FAILED, str(error))
     metrics, last = read_metrics(cell.workdir), cell.config.train.num_steps
@@ -200,16 +199,6 @@ def latent_size_figure(settings: Sequence[Setting]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
-
-
-def _as_run(cell: Cell) -> ConfigDict:
-    """The config of a cell, with the size of the labels as the run found it in its data where the config leaves it."""
-    if cell.config.model.get("label_size") != 0:
-        return cell.config
-    config = cell.config.copy_and_resolve_references()
-    found = json.loads((cell.workdir / "config.json").read_text())
-    config.model.label_size = found["model"].get("label_size", 0)
-    return config
 
 
 def _curves(settings: Sequence[Setting]) -> dict[str, list[Setting]]:

@@ -49,7 +49,7 @@ def test_failed_demonstrations_are_left_out(tmp_path, check_dataset):
     ("settings", "message"),
     [
         ({"tasks": ("juggle",)}, r"unknown tasks \['juggle'\]; there are all, reach"),
-        ({"look": "odd"}, "unknown look 'odd'; there are plain, hard, human"),
+        ({"look": "odd"}, "unknown look 'odd'; there are plain, moving, hard, human"),
         ({"episodes": 0}, "episodes must lie between 1 and"),
         ({"image_size": 32}, "image_size must lie between 64 and 224"),
         ({"noise": -1.0}, "noise must not be negative"),
