@@ -1,5 +1,14 @@
 """Errors that the commands report in one line: the message names the file, field or flag and says what to do."""
 
+import difflib
+from collections.abc import Iterable
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A question to append to a message about an unknown name: the known one that is most like it, if any is."""
+    guesses = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {guesses[0]}?" if guesses else ""
+
 
 class UsageError(ValueError):
     """What was asked for cannot be done as asked; the base of all errors that a user can mend."""

@@ -21,13 +21,15 @@ def pretraining(family: str) -> ConfigDict:
     config.seed = 0
 
     config.data = ConfigDict()
-    config.data.mixture = "datasets/tabletop"  # DIR[=WEIGHT],DIR[=WEIGHT]; --data replaces it.
+    config.data.mixture = "datasets/tabletop"  # DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml; --data replaces it.
     config.data.camera = ""  # Observation key; empty for the first camera of every dataset.
     config.data.image_size = 224
     config.data.gap_seconds = 0.5
     config.data.min_gap_fraction = 1.0  # Gaps are drawn between this share of gap_seconds and all of it.
     config.data.instants = 2  # Frames of a clip, one gap apart, each encoded once.
+    config.data.fit = "crop"  # How pictures become square: crop to the central square, or stretch.
     config.data.random_shift = 10  # Pixels, one shift for all frames of a clip.
+    config.data.min_crop_fraction = 1.0  # Side of the part that is cut out at random, one for all frames of a clip.
     config.data.min_motion = 0.0  # Mean change a step, in [0, 1], under which a clip is left out as still.
     config.data.max_motion = 1.0  # Change of one step over which a clip is left out as cut.
     config.data.batch_size = 256  # Clips of all hosts together.

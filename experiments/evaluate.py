@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax import cli
-from como_jax.data.pipeline import parse_mixture
+from como_jax.data.mixture import parse_mixture
 from como_jax.data.schema import SPLITS
 from como_jax.errors import DatasetError, RunError
 from como_jax.evaluation.probes import ProbeError
@@ -140,6 +140,7 @@ def open_splits(config: ConfigDict, data: str | None, notes: list[str]) -> list[
         gap_seconds=config.data.gap_seconds,
         image_size=config.data.image_size,
         camera=config.data.camera,
+        fit=config.data.fit,
         repeats=False,
         warn=notes.append,
     )

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.data import pipeline
 from como_jax.data.build import TrainingData, build_training_data
+from como_jax.data.mixture import mixture_text, parse_mixture
 from como_jax.errors import ConfigError
 from como_jax.evaluation.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
 from como_jax.models.build import build_model
@@ -100,10 +101,11 @@ def with_label_size(config: ConfigDict, data: TrainingData) -> ConfigDict:
 def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEvaluator | MaeEvaluator:
     """What judges the run while it trains."""
     sets = EvaluationSet.open_all(
-        pipeline.parse_mixture(config.data.mixture),
+        parse_mixture(config.data.mixture),
         gap_seconds=config.data.gap_seconds,
         image_size=config.data.image_size,
         camera=config.data.camera,
+        fit=config.data.fit,
     )
     evaluator = MaeEvaluator if config.family == "mae" else MotionEvaluator
     return evaluator(model, sets, mesh, EvaluationConfig(**config.evaluation))
@@ -148,7 +150,7 @@ def main(arguments: Sequence[str]) -> None:
     cli.no_arguments(arguments)
     config = CONFIG.value
     if DATA.value is not None:
-        config.data.mixture = DATA.value
+        config.data.mixture = mixture_text(DATA.value)
     pretrain(config, WORKDIR.value)
 
 

@@ -28,6 +28,7 @@ from absl import flags
 from etils import epath
 
 from como_jax import cli
+from como_jax.data.mixture import mixture_text
 from como_jax.errors import ConfigError, NonFiniteError, RunError, UsageError
 from como_jax.evaluation.sweep_cells import Cell, expand_recipes, make_cells, parse_swept
 from como_jax.evaluation.sweep_report import LATENT_DIM, CellResult, Status, read_result, write_report
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str]) -> None:
     swept = parse_swept([*([f"{LATENT_DIM}={','.join(LATENT_DIMS.value)}"] if LATENT_DIMS.value else []), *SWEEP.value])
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise ConfigError(f"--seeds {','.join(SEEDS.value)} are not whole numbers separated by commas.")
-    fixed = [*SET.value, *([f"data.mixture={DATA.value}"] if DATA.value is not None else [])]
+    fixed = [*SET.value, *([f"data.mixture={mixture_text(DATA.value)}"] if DATA.value is not None else [])]
     cells = make_cells(
         OUT.value, expand_recipes(CONFIG.value, VARIANTS.value), swept, fixed, [int(seed) for seed in SEEDS.value]
     )

@@ -9,8 +9,11 @@ import jax
 from ml_collections import ConfigDict
 
 from como_jax.data.clips import ClipConfig
+from como_jax.data.frames import FrameReader
 from como_jax.data.labels import Labels
-from como_jax.data.pipeline import ClipLoader, Mixture, open_mixture, parse_mixture, train_batches
+from como_jax.data.mixture import Mixture, parse_mixture
+from como_jax.data.pipeline import train_batches
+from como_jax.data.samples import Augmentation, TrainingSamples
 
 
 class TrainingData(NamedTuple):
@@ -40,28 +43,25 @@ def build_training_data(config: ConfigDict) -> TrainingData:
         max_motion=data.max_motion,
         min_gap_fraction=data.min_gap_fraction,
     )
-    mixture = open_mixture(parse_mixture(data.mixture), "train", clips, data.camera)
+    mixture = Mixture.open(parse_mixture(data.mixture), "train", clips, data.camera)
     labels = None
     if model.get("label_weight"):
         kinds = [kind.strip() for kind in data.labels.split(",") if kind.strip()]
-        labels = Labels(mixture.sources, mixture.indices, kinds, data.labelled_fraction)
-    loader = ClipLoader(
-        mixture.sources,
-        mixture.indices,
-        clips,
-        data.image_size,
-        data.random_shift,
-        flow=bool(model.get("flow_weight")),
-        labels=labels,
-    )
-    batches = train_batches(
+        labels = Labels(mixture.parts, kinds, data.labelled_fraction)
+    samples = TrainingSamples(
         mixture,
-        loader,
-        batch_size=data.batch_size // jax.process_count(),
+        Augmentation(data.random_shift, data.min_crop_fraction),
+        batch_size=data.batch_size,
         seed=config.seed,
-        num_threads=data.num_threads,
-        num_workers=data.num_workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return TrainingData(mixture, batches, labels)
+    reader = FrameReader(
+        mixture,
+        data.image_size,
+        num_threads=data.num_threads,
+        fit=data.fit,
+        flow=bool(model.get("flow_weight")),
+        labels=labels,
+    )
+    return TrainingData(mixture, train_batches(samples, reader, num_workers=data.num_workers), labels)

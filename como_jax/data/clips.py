@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -106,20 +105,36 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
     )
 
 
-def draw_gap(gap: int, min_fraction: float, rng: np.random.Generator) -> int:
-    """A gap in steps, uniform between `min_fraction` of `gap`, one step at least, and `gap` itself."""
-    return gap if min_fraction == 1 else int(rng.integers(max(1, math.ceil(min_fraction * gap)), gap + 1))
+def draw_gaps(gaps: np.ndarray, min_fraction: float, uniform: np.ndarray) -> np.ndarray:
+    """Gaps `[B]` in steps, uniform between `min_fraction` of `gaps`, one step at least, and `gaps` themselves.
+
+    Args:
+      gaps: full gaps `[B]`.
+      min_fraction: 1 draws nothing.
+      uniform: numbers in [0, 1) `[B]`.
+    """
+    least = np.maximum(1, np.ceil(min_fraction * gaps).astype(np.int64))
+    return least + (uniform * (gaps - least + 1)).astype(np.int64)
 
 
-def draw_offset(future: int, gap: int, last: int, rng: np.random.Generator) -> int:
-    """The offset frame `t+n+d` of a pair whose future frame `t+n` is `future`.
+def draw_offsets(futures: np.ndarray, gaps: np.ndarray, last: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """The offset frames `t+n+d` `[B, P]` of pairs whose future frames `t+n` are `futures` `[B, P]`.
 
     `d` is uniform in `[-n/5, n/5]` and never 0 (CoMo, arXiv 2505.17006); at gaps under five steps it is one step.
-    The result lies after the current frame and not after `last`, the end of the episode.
+    The result lies after the current frame and not after the end of the episode.
+
+    Args:
+      futures: records `[B, P]`.
+      gaps: `n`, `[B]`.
+      last: last records of the episodes, `[B]`.
+      uniform: numbers in [0, 1) `[B, P]`.
     """
-    radius = max(1, gap // 5)
-    candidates = [d for d in range(-radius, radius + 1) if d and gap + d >= 1 and future + d <= last]
-    return future + int(rng.choice(candidates))
+    gaps, last = gaps[:, None], last[:, None]
+    radius = np.maximum(1, gaps // 5)
+    low, high = np.maximum(-radius, 1 - gaps), np.minimum(radius, last - futures)
+    # There are high - low candidates, since 0 is left out.
+    offset = low + (uniform * (high - low)).astype(np.int64)
+    return futures + offset + (offset >= 0)
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

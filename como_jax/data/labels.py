@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from como_jax.data.clips import ClipIndex
+from como_jax.data.mixture import MixturePart
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 
@@ -65,9 +65,7 @@ class Labels:
       size: numbers in a label of the mixture.
     """
 
-    def __init__(
-        self, sources: Sequence[EpisodeSource], indices: Sequence[ClipIndex], kinds: Sequence[str], fraction: float
-    ):
+    def __init__(self, parts: Sequence[MixturePart], kinds: Sequence[str], fraction: float):
         """Chooses the labelled episodes, by their names alone.
 
         Raises:
@@ -79,13 +77,11 @@ class Labels:
             raise ConfigError(f"data.labels {','.join(kinds)!r} must be made of {', '.join(KINDS)}.")
         if not 0 < fraction <= 1:
             raise ConfigError(f"data.labelled_fraction must lie in (0, 1], not {fraction}.")
-        self._parts = [
-            SourceLabels(source, index.gap, kinds, fraction) for source, index in zip(sources, indices, strict=True)
-        ]
+        self._parts = [SourceLabels(part.source, part.index.gap, kinds, fraction) for part in parts]
         self._begin = np.concatenate([[0], np.cumsum([part.size for part in self._parts])])
         self.size = int(self._begin[-1])
         if not self.size:
-            names = ", ".join(str(source.directory) for source in sources)
+            names = ", ".join(str(part.source.directory) for part in parts)
             raise DatasetError(f"data.labels asks for {' and '.join(kinds)}, which no dataset has: {names}.")
 
     def __call__(self, dataset: int, episode: int, first: np.ndarray, gap: int) -> dict[str, np.ndarray]:

@@ -170,7 +170,7 @@ def describe_measurements(results: Sequence[DatasetResult]) -> dict[str, str]:
     queries, size = results[0].found.past_to_current.shape[1:]
     return {
         "Latent": f"{queries} tokens of {size} numbers",
-        "Gap between frames": f"{results[0].item.clips.gap_seconds:g} s",
+        "Gap between frames": f"{results[0].item.part.clips.gap_seconds:g} s",
         **{f"Data {result.item.name}": _describe_data(result) for result in results},
         "Date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
     }

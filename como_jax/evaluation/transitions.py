@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
-from como_jax.data.pipeline import ClipLoader, MixtureEntry, evaluation_batches, has_split
+from como_jax.data.frames import FrameReader
+from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
+from como_jax.data.pipeline import evaluation_batches, read_clips
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import NoClipsError, RunError
@@ -27,16 +29,27 @@ from como_jax.training.train_state import ModelDef, Params
 
 logger = logging.getLogger(__name__)
 
+_THREADS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
     """Clips of three instants, past, current and future, of one dataset and split."""
 
     name: str
-    source: EpisodeSource
-    clips: ClipConfig
-    index: ClipIndex
+    part: MixturePart
     image_size: int
+    fit: str = "crop"
+
+    @property
+    def source(self) -> EpisodeSource:
+        """The dataset."""
+        return self.part.source
+
+    @property
+    def index(self) -> ClipIndex:
+        """Its clips."""
+        return self.part.index
 
     @property
     def split(self) -> str:
@@ -44,9 +57,13 @@ class EvaluationSet:
         return self.source.split
 
     @functools.cached_property
-    def loader(self) -> ClipLoader:
+    def reader(self) -> FrameReader:
         """Reads the clips, with actions where there are any."""
-        return ClipLoader([self.source], [self.index], self.clips, self.image_size, actions=True)
+        return FrameReader(Mixture((self.part,)), self.image_size, fit=self.fit, actions=True, num_threads=_THREADS)
+
+    def read(self, clips: Sequence[int]) -> dict[str, np.ndarray]:
+        """The arrays of some clips, by their numbers."""
+        return read_clips(self.part, self.reader, np.asarray(clips))
 
     def recut(self, instants: int) -> EvaluationSet:
         """The same episodes in clips of another length.
@@ -54,8 +71,9 @@ class EvaluationSet:
         Raises:
           NoClipsError: all episodes are shorter.
         """
-        clips = dataclasses.replace(self.clips, instants=instants)
-        return dataclasses.replace(self, clips=clips, index=index_clips(self.source, clips))
+        clips = dataclasses.replace(self.part.clips, instants=instants)
+        part = dataclasses.replace(self.part, clips=clips, index=index_clips(self.source, clips))
+        return dataclasses.replace(self, part=part)
 
     @classmethod
     def open_all(
@@ -65,6 +83,7 @@ class EvaluationSet:
         gap_seconds: float,
         image_size: int,
         camera: str,
+        fit: str = "crop",
         repeats: bool = True,
         warn: Callable[[str], None] = logger.warning,
     ) -> list[EvaluationSet]:
@@ -72,7 +91,7 @@ class EvaluationSet:
 
         Args:
           entries: datasets, whose position is part of their name where there are several.
-          gap_seconds, image_size, camera: as for training.
+          gap_seconds, image_size, camera, fit: as for training, where an entry does not say.
           repeats: whether two clips may share a transition.
           warn: is told what is left out and why.
 
@@ -82,17 +101,17 @@ class EvaluationSet:
         clips = ClipConfig(gap_seconds, instants=3, offset_frames=False)
         found = []
         for number, entry in enumerate(entries):
-            splits = [split for split in SPLITS if has_split(entry, split)]
+            splits = [split for split in SPLITS if entry.has_split(split)]
             for split in splits or SPLITS[:1]:  # Opening what is not there says what is wrong with the directory.
-                source = EpisodeSource(entry.directory, split, camera)
                 try:
-                    index = index_clips(source, clips)
+                    part = MixturePart.open(entry, split, clips, camera)
                 except NoClipsError as error:
                     warn(f"Not evaluated: {error}")
                     continue
-                name = source.name if len(entries) == 1 else f"{number}_{source.name}"
-                index = index if repeats else without_repeats(source, index)
-                found.append(cls(name, source, clips, index, image_size))
+                name = part.source.name if len(entries) == 1 else f"{number}_{part.source.name}"
+                if not repeats:
+                    part = dataclasses.replace(part, index=without_repeats(part.source, part.index))
+                found.append(cls(name, part, image_size, fit))
             for split in sorted(set(SPLITS) - set(splits)):
                 warn(f"Not evaluated: {entry.directory} has no split {split}.")
         return found
@@ -185,8 +204,8 @@ def without_repeats(source: EpisodeSource, index: ClipIndex) -> ClipIndex:
 def host_batches(item: EvaluationSet, num_clips: int, batch_size: int) -> Iterable[tuple[dict[str, np.ndarray], int]]:
     """This host's part of the batches of a set; see `evaluation_batches`."""
     return evaluation_batches(
-        item.index,
-        item.loader,
+        item.part,
+        item.reader,
         num_clips=num_clips,
         batch_size=batch_size,
         process_index=jax.process_index(),

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from como_jax.data.clips import ClipConfig, draw_offset, gap_steps, index_clips
+from como_jax.data.clips import ClipConfig, draw_offsets, gap_steps, index_clips
 from como_jax.errors import ConfigError, DatasetError
 
 
@@ -55,8 +55,9 @@ def test_every_clip_has_an_offset_frame_for_all_its_pairs() -> None:
     for first, episode in zip(index.first, index.episode, strict=True):
         gap, last = index.gap[episode], index.last[episode]
         assert last == source.start[episode] + source.length[episode] - 1
-        for future in (first + gap, first + 2 * gap):
-            assert future - gap < draw_offset(future, gap, last, rng) <= last
+        futures = np.array([[first + gap, first + 2 * gap]])
+        offsets = draw_offsets(futures, np.array([gap]), np.array([last]), rng.random((1, 2)))
+        assert np.all(futures - gap < offsets) and np.all(offsets <= last) and np.all(offsets != futures)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,8 @@ def test_offsets_are_all_of_a_fifth_of_the_gap_but_zero_and_past_the_end(
     gap: int, room: int, expected: set[int]
 ) -> None:
     rng = np.random.default_rng(0)
-    drawn = [draw_offset(100, gap, 100 + room, rng) - 100 for _ in range(400)]
+    futures, gaps = np.full((400, 1), 100), np.full(400, gap)
+    drawn = (draw_offsets(futures, gaps, futures[:, 0] + room, rng.random((400, 1))) - 100)[:, 0].tolist()
     assert set(drawn) == expected
     counts = np.bincount(np.array(drawn) - min(drawn))
     assert counts[counts > 0].min() > 0.6 * 400 / len(expected)

@@ -26,8 +26,9 @@ def make_source(action: int | None = 2, state: int | None = 3, name: str = "a") 
 
 
 def make_labels(*sources: Any, kinds: tuple[str, ...] = ("action",), fraction: float = 1.0) -> Labels:
-    indices: Any = [types.SimpleNamespace(gap=np.full(len(LENGTHS), GAP)) for _ in sources]
-    return Labels(sources, indices, kinds, fraction)
+    index = types.SimpleNamespace(gap=np.full(len(LENGTHS), GAP))
+    parts: Any = [types.SimpleNamespace(source=source, index=index) for source in sources]
+    return Labels(parts, kinds, fraction)
 
 
 def starts(source: Any, episode: int) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""Mixtures, samples and streams, on a dataset of the embedded environment."""
+"""Samples and streams of batches, on a dataset of the embedded environment."""
 
-import dataclasses
 import io
 import itertools
 import pickle
@@ -16,35 +15,13 @@ from PIL import Image
 from como_jax.data import pipeline
 from como_jax.data.clips import ClipConfig
 from como_jax.data.flow import optical_flow
-from como_jax.data.pipeline import ClipLoader, MixtureEntry, parse_mixture
+from como_jax.data.frames import FrameReader
+from como_jax.data.mixture import Mixture, MixtureEntry
+from como_jax.data.samples import Augmentation, Samples, TrainingSamples, draw_samples
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
 
 Batch = dict[str, Any]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a/b", [("a/b", 1.0)]),
-        ("a=2, b=0.5 ,c", [("a", 2.0), ("b", 0.5), ("c", 1.0)]),
-        ("dir=with=3", [("dir=with", 3.0)]),
-    ],
-)
-def test_a_mixture_names_directories_and_weights(text: str, expected: list[tuple[str, float]]) -> None:
-    assert [dataclasses.astuple(entry) for entry in parse_mixture(text)] == expected
-
-
-@pytest.mark.parametrize("text", ["a=", "a=x", "a=0", "a=-1", "a=inf", "a=nan"])
-def test_a_weight_that_is_no_positive_number_is_refused(text: str) -> None:
-    with pytest.raises(DatasetError, match=f"'{text}': the weight after '=' must be a positive number"):
-        parse_mixture(text)
-
-
-@pytest.mark.parametrize("text", ["", " , "])
-def test_an_empty_mixture_is_refused(text: str) -> None:
-    with pytest.raises(DatasetError, match="No dataset is named"):
-        parse_mixture(text)
 
 
 @pytest.fixture(scope="module")
@@ -53,36 +30,52 @@ def source(tabletop_dataset: Path) -> EpisodeSource:
 
 
 @pytest.fixture(scope="module")
-def open_loader(tabletop_dataset: Path) -> Callable[..., tuple[pipeline.Mixture, ClipLoader]]:
+def open_reader(tabletop_dataset: Path) -> Callable[..., tuple[Mixture, FrameReader]]:
     """Opens a mixture of the dataset with the given weights; keyword arguments are those of `ClipConfig`."""
 
     def make(
-        weights: tuple[float, ...] = (1.0,), size: int = 16, shift: int = 0, flow: bool = False, **clips: Any
-    ) -> tuple[pipeline.Mixture, ClipLoader]:
+        weights: tuple[float, ...] = (1.0,), size: int = 16, flow: bool = False, threads: int = 2, **clips: Any
+    ) -> tuple[Mixture, FrameReader]:
         config = ClipConfig(**{"gap_seconds": 0.5, **clips})
         entries = [MixtureEntry(str(tabletop_dataset), weight) for weight in weights]
-        mixture = pipeline.open_mixture(entries, "train", config)
-        return mixture, ClipLoader(mixture.sources, mixture.indices, config, size, shift, actions=True, flow=flow)
+        mixture = Mixture.open(entries, "train", config)
+        return mixture, FrameReader(mixture, size, actions=True, flow=flow, num_threads=threads)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def stream(open_loader: Callable) -> Callable[..., grain.IterDataset]:
-    """Opens a stream of batches; keyword arguments are those of `train_batches` and of `open_loader`."""
+def stream(open_reader: Callable) -> Callable[..., grain.IterDataset]:
+    """Opens a stream of batches; other keyword arguments are those of `open_reader`."""
 
-    def make(batch_size: int = 4, seed: int = 0, index: int = 0, count: int = 1, **loader: Any) -> grain.IterDataset:
-        return pipeline.train_batches(
-            *open_loader(**{"shift": 2, **loader}),
+    def make(
+        batch_size: int = 4,
+        seed: int = 0,
+        index: int = 0,
+        count: int = 1,
+        shift: int = 2,
+        crop: float = 1.0,
+        workers: int = 0,
+        **reader: Any,
+    ) -> grain.IterDataset:
+        mixture, frames = open_reader(**reader)
+        samples = TrainingSamples(
+            mixture,
+            Augmentation(shift, crop),
             batch_size=batch_size,
             seed=seed,
-            num_threads=2,
-            num_workers=0,
             process_index=index,
             process_count=count,
         )
+        return pipeline.train_batches(samples, frames, num_workers=workers)
 
     return make
+
+
+def read(mixture: Mixture, reader: FrameReader, clips: Any, seed: int = 0, **augmentation: Any) -> Batch:
+    """Clips of the first dataset, drawn and augmented by a seed."""
+    rng, datasets = np.random.default_rng(seed), np.zeros(len(clips), np.int64)
+    return reader.map(draw_samples(mixture.parts, datasets, np.asarray(clips), rng, Augmentation(**augmentation)))
 
 
 def take(batches: grain.IterDataset, count: int) -> list[Batch]:
@@ -97,39 +90,40 @@ def assert_equal(first: Any, second: Any) -> None:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-def test_a_sample_holds_the_recorded_frames_a_gap_apart(open_loader: Callable, source: EpisodeSource) -> None:
-    mixture, loader = open_loader(size=64, instants=3)
-    [index] = mixture.indices
+def test_a_sample_holds_the_recorded_frames_a_gap_apart(open_reader: Callable, source: EpisodeSource) -> None:
+    mixture, reader = open_reader(size=64, instants=3)
+    index = mixture.parts[0].index
     clip = len(index) // 2
-    sample = loader.random_map((0, clip), np.random.default_rng(0))
+    batch = read(mixture, reader, [clip])
     first, gap = index.first[clip], index.gap[index.episode[clip]]
-    recorded = [np.asarray(Image.open(io.BytesIO(source.read_jpeg(first + k * gap)))) for k in range(3)]
+    jpegs = source.read_jpegs([first + k * gap for k in range(3)])
+    recorded = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
     # Two decoders may round differently.
-    np.testing.assert_allclose(sample["frames"].astype(int), np.stack(recorded), atol=2)
-    assert sample["episode"] == index.episode[clip]
-    start = source.start[sample["episode"]]
-    assert start <= first < first + 2 * gap < start + source.length[sample["episode"]]
+    np.testing.assert_allclose(batch["frames"][0].astype(int), np.stack(recorded), atol=2)
+    assert batch["episode"] == [index.episode[clip]]
+    start = source.start[index.episode[clip]]
+    assert start <= first < first + 2 * gap < start + source.length[index.episode[clip]]
 
 
-def test_actions_are_averaged_over_the_gap(open_loader: Callable, source: EpisodeSource) -> None:
-    mixture, loader = open_loader(instants=3)
-    [index] = mixture.indices
+def test_actions_are_averaged_over_the_gap(open_reader: Callable, source: EpisodeSource) -> None:
+    mixture, reader = open_reader(instants=3)
+    index = mixture.parts[0].index
     first, gap = index.first[7], index.gap[index.episode[7]]
     assert gap > 1
     expected = [source.action[t : t + gap].mean(axis=0) for t in (first, first + gap)]
-    sample = loader.random_map((0, 7), np.random.default_rng(0))
-    np.testing.assert_array_equal(sample["action"], expected)
-    assert sample["action"].dtype == np.float32
+    batch = read(mixture, reader, [7])
+    np.testing.assert_array_equal(batch["action"][0], expected)
+    assert batch["action"].dtype == np.float32 and np.all(batch["has_action"] == 1)
 
 
-def test_frames_and_offset_frames_get_the_same_shift(open_loader: Callable) -> None:
-    (_, plain), (_, shifting) = open_loader(), open_loader(shift=3)
-    still, moved = (loader.random_map((0, 3), np.random.default_rng(2)) for loader in (plain, shifting))
+def test_frames_and_offset_frames_get_the_same_shift(open_reader: Callable) -> None:
+    mixture, reader = open_reader()
+    still, moved = (read(mixture, reader, [3], seed=2, random_shift=shift) for shift in (0, 3))
     candidates = [
         (down, right)
         for down, right in itertools.product(range(-3, 4), repeat=2)
         if all(
-            np.array_equal(np.roll(still[key], (-down, -right), (1, 2))[:, 3:13, 3:13], moved[key][:, 3:13, 3:13])
+            np.array_equal(np.roll(still[key][0], (-down, -right), (1, 2))[:, 3:13, 3:13], moved[key][0][:, 3:13, 3:13])
             for key in ("frames", "offset_frames")
         )
     ]
@@ -137,11 +131,26 @@ def test_frames_and_offset_frames_get_the_same_shift(open_loader: Callable) -> N
     assert candidates != [(0, 0)]
 
 
-def test_offset_frames_are_other_frames_than_the_future(open_loader: Callable) -> None:
-    mixture, loader = open_loader(size=64)
-    samples = [loader.random_map((0, clip), np.random.default_rng(clip)) for clip in range(0, mixture.num_clips, 9)]
-    assert all(sample["offset_frames"].shape == (1, 64, 64, 3) for sample in samples)
-    assert any(np.any(sample["offset_frames"][0] != sample["frames"][1]) for sample in samples)
+def test_all_frames_of_a_clip_get_the_same_crop(open_reader: Callable) -> None:
+    mixture, reader = open_reader(size=32, instants=3)
+    samples = draw_samples(
+        mixture.parts, np.zeros(8, np.int64), np.arange(8), np.random.default_rng(0), Augmentation(0, 0.5)
+    )
+    assert samples.crop[:, 0].min() < 0.7 < samples.crop[:, 0].max() <= 1 and len(np.unique(samples.crop)) == 24
+    # Reading the same picture as every instant gives the same frame.
+    first = samples.records[:, :1]
+    same = Samples(**{**vars(samples), "records": np.repeat(first, 3, 1), "offsets": np.repeat(first, 2, 1)})
+    batch = reader.map(same)
+    for clip, offsets in zip(batch["frames"], batch["offset_frames"], strict=True):
+        assert all(np.array_equal(clip[0], frame) for frame in [*clip, *offsets])
+    assert np.any(batch["frames"] != reader.map(Samples(**{**vars(same), "crop": samples.crop[::-1]}))["frames"])
+
+
+def test_offset_frames_are_other_frames_than_the_future(open_reader: Callable) -> None:
+    mixture, reader = open_reader(size=64)
+    batch = read(mixture, reader, range(0, mixture.num_clips, 9))
+    assert batch["offset_frames"].shape[1:] == (1, 64, 64, 3)
+    assert np.any(batch["offset_frames"][:, 0] != batch["frames"][:, 1])
 
 
 def test_a_batch_fits_the_data_contract(stream: Callable) -> None:
@@ -164,28 +173,32 @@ def test_a_stream_repeats_by_seed(stream: Callable) -> None:
     )
 
 
-def test_epochs_hold_every_clip_once_and_differ_in_order(open_loader: Callable, stream: Callable) -> None:
-    num_clips = open_loader()[0].num_clips
+def test_epochs_hold_every_clip_once_and_differ_in_order(open_reader: Callable, stream: Callable) -> None:
+    num_clips = open_reader()[0].num_clips
     batches = take(stream(batch_size=num_clips, shift=0), 2)
     first, second = (sorted(zip(b["episode"], map(bytes, b["frames"][:, 0]), strict=True)) for b in batches)
     assert first == second
     assert batches[0]["episode"].tolist() != batches[1]["episode"].tolist()
 
 
-def test_augmentation_differs_between_epochs(open_loader: Callable, stream: Callable) -> None:
-    num_clips = open_loader()[0].num_clips
+def test_augmentation_differs_between_epochs(open_reader: Callable, stream: Callable) -> None:
+    num_clips = open_reader()[0].num_clips
     first, second = ({bytes(clip) for clip in batch["frames"]} for batch in take(stream(batch_size=num_clips), 2))
     assert len(first & second) < num_clips / 2
 
 
 def test_two_hosts_read_the_stream_of_one(stream: Callable) -> None:
-    together = take(stream(batch_size=4), 3)
-    hosts = [take(stream(batch_size=2, index=index, count=2), 3) for index in range(2)]
+    together = take(stream(crop=0.8), 3)
+    hosts = [take(stream(crop=0.8, index=index, count=2), 3) for index in range(2)]
     joined = [
-        {key: np.stack([first[key], second[key]], axis=1).reshape(4, *first[key].shape[1:]) for key in first}
-        for first, second in zip(*hosts, strict=True)
+        {key: np.concatenate([first[key], second[key]]) for key in first} for first, second in zip(*hosts, strict=True)
     ]
     assert_equal(joined, together)
+
+
+def test_the_number_of_threads_changes_nothing(stream: Callable) -> None:
+    alone, together = (take(stream(batch_size=50, threads=threads, instants=3), 2) for threads in (1, 3))
+    assert_equal(alone, together)
 
 
 def test_mixture_weights_hold(stream: Callable) -> None:
@@ -209,46 +222,43 @@ def test_a_stream_resumes_where_its_checkpoint_was_taken(stream: Callable) -> No
     assert_equal([next(resumed) for _ in range(3)], expected)
 
 
-def test_worker_processes_read_the_same_clips(open_loader: Callable, stream: Callable) -> None:
-    mixture, loader = open_loader(shift=2)
-    workers = pipeline.train_batches(mixture, loader, batch_size=4, seed=0, num_threads=1, num_workers=2)
-    assert_equal(take(workers, 2), take(stream(), 2))
+def test_worker_processes_read_the_same_batches(stream: Callable) -> None:
+    assert_equal(take(stream(workers=2), 3), take(stream(), 3))
 
 
-def test_evaluation_covers_a_dataset_evenly_and_fills_up_the_last_batch(open_loader: Callable) -> None:
-    mixture, loader = open_loader(offset_frames=False)
-    [index] = mixture.indices
-    found = list(pipeline.evaluation_batches(index, loader, num_clips=10, batch_size=4))
+def test_evaluation_covers_a_dataset_evenly_and_fills_up_the_last_batch(open_reader: Callable) -> None:
+    mixture, reader = open_reader(offset_frames=False)
+    [part] = mixture.parts
+    found = list(pipeline.evaluation_batches(part, reader, num_clips=10, batch_size=4))
     assert [count for _, count in found] == [4, 4, 2]
     episodes = np.concatenate([batch["episode"] for batch, _ in found])
-    chosen = np.linspace(0, len(index) - 1, 10).astype(int)
-    assert episodes.tolist() == [*index.episode[chosen], *[index.episode[-1]] * 2]
+    chosen = np.linspace(0, len(part.index) - 1, 10).astype(int)
+    assert episodes.tolist() == [*part.index.episode[chosen], *[part.index.episode[-1]] * 2]
 
 
-def test_hosts_share_the_batches_of_an_evaluation(open_loader: Callable) -> None:
-    mixture, loader = open_loader(offset_frames=False)
-    [index] = mixture.indices
+def test_hosts_share_the_batches_of_an_evaluation(open_reader: Callable) -> None:
+    mixture, reader = open_reader(offset_frames=False)
 
-    def read(**host: int) -> list[Batch]:
-        found = pipeline.evaluation_batches(index, loader, num_clips=6, batch_size=4, **host)
+    def batches(**host: int) -> list[Batch]:
+        found = pipeline.evaluation_batches(mixture.parts[0], reader, num_clips=6, batch_size=4, **host)
         return [batch for batch, _ in found]
 
-    hosts = [read(process_index=index, process_count=2) for index in range(2)]
+    hosts = [batches(process_index=index, process_count=2) for index in range(2)]
     joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*hosts, strict=True)]
-    assert_equal(joined, read())
+    assert_equal(joined, batches())
 
 
 def test_a_source_opens_its_files_anew_in_another_process(source: EpisodeSource) -> None:
-    jpeg = source.read_jpeg(5)
-    assert pickle.loads(pickle.dumps(source)).read_jpeg(5) == jpeg
+    jpegs = source.read_jpegs([5, 2])
+    assert pickle.loads(pickle.dumps(source)).read_jpegs([5, 2]) == jpegs
 
 
-def test_the_description_says_what_is_in_a_mixture(open_loader: Callable) -> None:
-    mixture, _ = open_loader(weights=(3.0, 1.0))
+def test_the_description_says_what_is_in_a_mixture(open_reader: Callable) -> None:
+    mixture, _ = open_reader(weights=(3.0, 1.0))
     first, second = mixture.describe()
-    assert first.startswith(f"tabletop [train]: 75% of samples, {len(mixture.sources[0].length)} episodes")
+    assert first.startswith(f"tabletop [train]: 75% of samples, {len(mixture.parts[0].source.length)} episodes")
     assert "25% of samples" in second
-    assert f"{len(mixture.indices[0])} clips, gap 0.5 s, camera image" in first
+    assert f"{len(mixture.parts[0].index)} clips, gap 0.5 s, camera image" in first
 
 
 @pytest.mark.parametrize(
@@ -266,38 +276,71 @@ def test_a_source_that_cannot_be_opened_says_why(
         EpisodeSource(*(argument.format(dataset=tabletop_dataset) for argument in arguments))
 
 
-def test_a_record_that_cannot_be_decoded_is_named(open_loader: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, loader = open_loader()
-    monkeypatch.setattr(EpisodeSource, "read_jpeg", lambda self, record: b"damaged")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_record_that_cannot_be_decoded_is_named(
+    open_reader: Callable, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    mixture, reader = open_reader(threads=threads)
+    monkeypatch.setattr(EpisodeSource, "read_jpegs", lambda self, records: [b"damaged"] * len(records))
     with pytest.raises(DatasetError, match=r"\(train\): record 0, camera 'image', cannot be decoded"):
-        loader.random_map((0, 0), np.random.default_rng(0))
+        read(mixture, reader, [0])
 
 
-def test_a_drawn_gap_spaces_the_instants_and_is_reported(open_loader: Callable) -> None:
-    mixture, loader = open_loader(min_gap_fraction=0.4, instants=3, offset_frames=True)
-    source, index = mixture.sources[0], mixture.indices[0]
-    nominal, rate, seen = int(index.gap[0]), source.control_rate[0], set()
-    for clip in range(0, len(index), max(1, len(index) // 60)):
-        sample = loader.random_map((0, clip), np.random.default_rng(clip))
-        gap = round(float(sample["gap"]) * 0.5 * rate)
+def test_a_drawn_gap_spaces_the_instants_and_is_reported(open_reader: Callable) -> None:
+    mixture, reader = open_reader(min_gap_fraction=0.4, instants=3, offset_frames=True)
+    [part] = mixture.parts
+    source, index = part.source, part.index
+    nominal, clips = int(index.gap[0]), np.arange(0, len(index), max(1, len(index) // 60))
+    batch = read(mixture, reader, clips)
+    gaps = np.rint(batch["gap"] * 0.5 * source.control_rate[0]).astype(int)
+    for row, (clip, gap) in enumerate(zip(clips, gaps, strict=True)):
         first = int(index.first[clip])
-        frames = [loader._frame(source, first + gap * k) for k in range(3)]
-        np.testing.assert_array_equal(sample["frames"], frames)
         expected = [source.action[first + gap * k : first + gap * (k + 1)].mean(axis=0) for k in range(2)]
-        np.testing.assert_allclose(sample["action"], expected, rtol=1e-5)
-        seen.add(gap)
-    assert seen == set(range(-(-4 * nominal // 10), nominal + 1))
+        np.testing.assert_allclose(batch["action"][row], expected, rtol=1e-5)
+    assert set(gaps.tolist()) == set(range(-(-4 * nominal // 10), nominal + 1))
+    samples = draw_samples(mixture.parts, np.zeros(1, int), clips[:1], np.random.default_rng(0))
+    np.testing.assert_array_equal(np.diff(samples.records)[0], [samples.gap[0]] * 2)
 
 
-def test_flow_is_that_of_the_augmented_frames(open_loader: Callable) -> None:
-    _, loader = open_loader(size=32, shift=4, flow=True, instants=3)
-    sample = loader.random_map((0, 5), np.random.default_rng(0))
-    pairs = itertools.pairwise(sample["frames"])
-    np.testing.assert_array_equal(sample["flow"], [optical_flow(first, second) for first, second in pairs])
-    assert sample["flow"].shape == (2, 8, 8, 2)
+def test_flow_is_that_of_the_augmented_frames(open_reader: Callable) -> None:
+    mixture, reader = open_reader(size=32, flow=True, instants=3)
+    batch = read(mixture, reader, [5], random_shift=4)
+    pairs = itertools.pairwise(batch["frames"][0])
+    np.testing.assert_array_equal(batch["flow"][0], [optical_flow(first, second) for first, second in pairs])
+    assert batch["flow"].shape == (1, 2, 8, 8, 2)
 
 
-def test_without_flow_and_labels_a_batch_has_none(open_loader: Callable) -> None:
-    _, loader = open_loader()
-    pairs = pipeline.to_frame_pairs(loader.random_map((0, 0), np.random.default_rng(0)))
+def test_without_flow_and_labels_a_batch_has_none(open_reader: Callable) -> None:
+    pairs = pipeline.to_frame_pairs(read(*open_reader(), [0]))
     assert pairs.flow is None and pairs.labels is None and pairs.labelled is None
+
+
+def test_robot_data_with_actions_mixes_with_video_without(
+    tabletop_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = Mixture.open([MixtureEntry(str(tabletop_dataset))] * 2, "train", ClipConfig(0.5))
+    video = mixture.parts[1].source
+    video.action = None
+    reader = FrameReader(mixture, 16, actions=True)
+    samples = TrainingSamples(mixture, Augmentation(), batch_size=20, seed=0)(0)
+    batch = reader.map(samples)
+    robot = batch["dataset"] == 0
+    assert 0 < robot.sum() < 20 and batch["action"].shape == (20, 1, 4)
+    assert np.all(batch["has_action"][robot] == 1) and np.any(batch["action"][robot] != 0)
+    assert not batch["has_action"][~robot].any() and not batch["action"][~robot].any()
+
+
+def test_actions_are_normalized_as_the_entry_says(tabletop_dataset: Path) -> None:
+    entries = [MixtureEntry(str(tabletop_dataset), normalization=kind) for kind in ("", "min_max")]
+    mixture = Mixture.open(entries, "train", ClipConfig(0.5))
+    reader = FrameReader(mixture, 16, actions=True, normalization="mean_std")
+    clips, rng = np.arange(0, len(mixture.parts[0].index), 5), np.random.default_rng(0)
+    standard, bounded = (
+        reader.map(draw_samples(mixture.parts, np.full(len(clips), dataset), clips, rng))["action"]
+        for dataset in (0, 1)
+    )
+    action = mixture.parts[0].source.action
+    np.testing.assert_allclose(
+        (standard * action.std(0) + action.mean(0)), (bounded + 1) / 2 * np.ptp(action, 0) + action.min(0), atol=1e-4
+    )
+    assert np.abs(bounded).max() <= 1.0001

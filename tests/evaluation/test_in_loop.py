@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from como_jax.data.clips import gap_steps
-from como_jax.data.pipeline import MixtureEntry
+from como_jax.data.mixture import MixtureEntry
 from como_jax.data.transforms import decode_jpeg
 from como_jax.evaluation.in_loop import EvaluationConfig, MaeEvaluator, MotionEvaluator
 from como_jax.evaluation.latents import effective_rank
@@ -47,7 +47,7 @@ def all_clips(item: EvaluationSet):
         gap = int(gap_steps(GAP_SECONDS, source.control_rate[episode]))
         for first in range(start, start + length - 2 * gap):
             instants = (first, first + gap, first + 2 * gap)
-            frames.append([decode_jpeg(source.read_jpeg(t), SIZE) for t in instants])
+            frames.append([decode_jpeg(source.read_jpegs([t])[0], SIZE) for t in instants])
             actions.append([source.action[t : t + gap].mean(axis=0) for t in instants[:2]])
             episodes.append(episode)
     return np.array(frames), np.array(actions), np.array(episodes)

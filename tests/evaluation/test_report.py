@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from como_jax.data.pipeline import MixtureEntry
+from como_jax.data.mixture import MixtureEntry
 from como_jax.evaluation import figures, report
 from como_jax.evaluation.report import Report, TransferStrip, transfer_strips, write_report
 from como_jax.evaluation.transfer import transfer_motion
@@ -69,7 +69,7 @@ def made_up(num_episodes: int = 3, seed: int = 0) -> Transitions:
 def with_instructions(item: EvaluationSet, name: str, instructions: list[str]) -> EvaluationSet:
     source = object.__new__(type(item.source))
     source.__dict__.update(item.source.__dict__, instruction=instructions)
-    return dataclasses.replace(item, name=name, source=source)
+    return dataclasses.replace(item, name=name, part=dataclasses.replace(item.part, source=source))
 
 
 def make_report(results: list[DatasetResult], **changes) -> Report:

@@ -1,0 +1,179 @@
+"""Datasets of a run, their shares of the samples, and what is particular to each."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
+from como_jax.data.sources import EpisodeSource
+from como_jax.data.transforms import FITS
+from como_jax.errors import DatasetError, closest
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of a mixture. What is None or empty is as the run's config says for all.
+
+    Attributes:
+      directory: of the dataset.
+      weight: share of the samples, relative to the other weights.
+      camera: observation key.
+      gap_seconds, min_motion, max_motion: see `ClipConfig`.
+      fit: how pictures become square, see `transforms`.
+      normalization: of actions, see `normalization.KINDS`.
+    """
+
+    directory: str
+    weight: float = 1.0
+    camera: str = ""
+    gap_seconds: float | None = None
+    min_motion: float | None = None
+    max_motion: float | None = None
+    fit: str = ""
+    normalization: str = ""
+
+    def clip_config(self, default: ClipConfig) -> ClipConfig:
+        """The run's way of cutting clips, with what this dataset changes."""
+        own = {name: getattr(self, name) for name in ("gap_seconds", "min_motion", "max_motion")}
+        return dataclasses.replace(default, **{name: value for name, value in own.items() if value is not None})
+
+    def has_split(self, split: str) -> bool:
+        """Whether the dataset has any episode in the split."""
+        return any(epath.Path(self.directory).glob(f"episodes-{split}-*.parquet"))
+
+
+def parse_mixture(text: str) -> tuple[MixtureEntry, ...]:
+    """Parses `DIR[=WEIGHT],DIR[=WEIGHT],...`, or the name or the text of a TOML file.
+
+    The file has one `[[dataset]]` section an entry, with the fields of `MixtureEntry`.
+
+    Raises:
+      DatasetError: nothing is named, or a field is unknown or has a wrong value.
+    """
+    text = mixture_text(text)
+    entries = _parse_toml(text) if "[[" in text else _parse_list(text)
+    if not entries:
+        raise DatasetError("No dataset is named; pass --data DIR[=WEIGHT],DIR[=WEIGHT] or --data MIXTURE.toml.")
+    return entries
+
+
+def mixture_text(text: str) -> str:
+    """What a run should remember of its mixture: the text of a TOML file in place of its name.
+
+    Raises:
+      DatasetError: there is no such file.
+    """
+    if not text.endswith(".toml"):
+        return text
+    try:
+        return epath.Path(text).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"Mixture file {text} cannot be read: {error}") from error
+
+
+def _parse_list(text: str) -> tuple[MixtureEntry, ...]:
+    entries = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        directory, _, weight = item.rpartition("=") if "=" in item else (item, "", "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise DatasetError(f"{item!r}: the weight after '=' must be a positive number.")
+        entries.append(MixtureEntry(directory=directory, weight=value))
+    return tuple(entries)
+
+
+def _parse_toml(text: str) -> tuple[MixtureEntry, ...]:
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DatasetError(f"The mixture is not valid TOML: {error}") from error
+    if set(sections) != {"dataset"}:
+        raise DatasetError(f"A mixture consists of [[dataset]] sections only, not of {', '.join(sorted(sections))}.")
+    return tuple(_parse_section(number, section) for number, section in enumerate(sections["dataset"], 1))
+
+
+def _parse_section(number: int, section: dict[str, Any]) -> MixtureEntry:
+    defaults = {field.name: field.default for field in dataclasses.fields(MixtureEntry)}
+    where = f"[[dataset]] number {number} of the mixture"
+    for name, value in section.items():
+        if name not in defaults:
+            raise DatasetError(f"{where} has no field {name!r}{closest(name, defaults)}")
+        is_text = isinstance(defaults[name], str) or name == "directory"
+        if isinstance(value, bool) or not isinstance(value, str if is_text else int | float):
+            raise DatasetError(f"{where}: {name} must be a {'text' if is_text else 'number'}, not {value!r}.")
+    if not section.get("directory"):
+        raise DatasetError(f"{where} lacks its directory.")
+    entry = MixtureEntry(**section)
+    if not 0 < entry.weight < float("inf"):
+        raise DatasetError(f"{where}: weight must be a positive number, not {entry.weight}.")
+    if entry.fit and entry.fit not in FITS:
+        raise DatasetError(f"{where}: fit must be one of {', '.join(FITS)}, not {entry.fit!r}.")
+    return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class MixturePart:
+    """One dataset of a mixture, opened, with the clips that it offers."""
+
+    entry: MixtureEntry
+    source: EpisodeSource
+    clips: ClipConfig
+    index: ClipIndex
+
+    @classmethod
+    def open(cls, entry: MixtureEntry, split: str, clips: ClipConfig, camera: str = "") -> MixturePart:
+        """Opens one split of a dataset.
+
+        Raises:
+          DatasetError: it is missing, damaged or offers no clip.
+        """
+        own = entry.clip_config(clips)
+        source = EpisodeSource(entry.directory, split, entry.camera or camera)
+        return cls(entry, source, own, index_clips(source, own))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """All datasets of a run."""
+
+    parts: tuple[MixturePart, ...]
+
+    @classmethod
+    def open(cls, entries: Sequence[MixtureEntry], split: str, clips: ClipConfig, camera: str = "") -> Mixture:
+        """Opens every dataset; see `MixturePart.open`."""
+        return cls(tuple(MixturePart.open(entry, split, clips, camera) for entry in entries))
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Shares of the samples, float64 `[datasets]`, which add up to 1."""
+        weights = np.array([part.entry.weight for part in self.parts], np.float64)
+        return weights / weights.sum()
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of all datasets together."""
+        return sum(len(part.index) for part in self.parts)
+
+    def describe(self) -> list[str]:
+        """One line a dataset: what is in it and what was left out."""
+        return [_describe(part, share) for part, share in zip(self.parts, self.weights, strict=True)]
+
+
+def _describe(part: MixturePart, share: float) -> str:
+    source, index = part.source, part.index
+    seconds = np.unique(np.round(index.gap / source.control_rate, 3))
+    gaps = "-".join(f"{value:g}" for value in sorted({seconds[0], seconds[-1]}))
+    return (
+        f"{source.name} [{source.split}]: {share:.0%} of samples, {len(source.length)} episodes, "
+        f"{len(source)} steps, {len(index)} clips, gap {gaps} s, camera {source.camera}; left out: "
+        f"{index.short_episodes} short episodes, {index.filtered_clips} clips by motion"
+    )

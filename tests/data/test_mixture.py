@@ -1,0 +1,78 @@
+"""What a mixture is made of, as a list or as a TOML file."""
+
+from pathlib import Path
+
+import pytest
+
+from como_jax.data.clips import ClipConfig
+from como_jax.data.mixture import Mixture, MixtureEntry, mixture_text, parse_mixture
+from como_jax.errors import DatasetError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a/b", [("a/b", 1.0)]),
+        ("a=2, b=0.5 ,c", [("a", 2.0), ("b", 0.5), ("c", 1.0)]),
+        ("dir=with=3", [("dir=with", 3.0)]),
+    ],
+)
+def test_a_mixture_names_directories_and_weights(text: str, expected: list[tuple[str, float]]) -> None:
+    assert [(entry.directory, entry.weight) for entry in parse_mixture(text)] == expected
+
+
+@pytest.mark.parametrize("text", ["a=", "a=x", "a=0", "a=-1", "a=inf", "a=nan"])
+def test_a_weight_that_is_no_positive_number_is_refused(text: str) -> None:
+    with pytest.raises(DatasetError, match=f"'{text}': the weight after '=' must be a positive number"):
+        parse_mixture(text)
+
+
+@pytest.mark.parametrize("text", ["", " , "])
+def test_an_empty_mixture_is_refused(text: str) -> None:
+    with pytest.raises(DatasetError, match="No dataset is named"):
+        parse_mixture(text)
+
+
+MIXTURE = """
+[[dataset]]
+directory = "{0}"
+weight = 3
+[[dataset]]
+directory = "{0}"
+gap_seconds = 0.2
+max_motion = 0.5
+fit = "stretch"
+"""
+
+
+def test_a_file_says_what_is_particular_to_each_dataset(tabletop_dataset: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mixture.toml"
+    path.write_text(MIXTURE.format(tabletop_dataset))
+    entries = parse_mixture(str(path))
+    assert entries == parse_mixture(mixture_text(str(path))), "a run remembers the file's text"
+    assert entries[0] == MixtureEntry(str(tabletop_dataset), 3)
+    mixture = Mixture.open(entries, "train", ClipConfig(0.5, max_motion=0.9))
+    assert [part.clips.gap_seconds for part in mixture.parts] == [0.5, 0.2]
+    assert [part.clips.max_motion for part in mixture.parts] == [0.9, 0.5]
+    assert mixture.weights.tolist() == [0.75, 0.25]
+    rate = mixture.parts[0].source.control_rate[0]
+    assert [part.index.gap[0] for part in mixture.parts] == [round(0.5 * rate), round(0.2 * rate)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[dataset]]\nwieght = 2.0", "number 1 of the mixture has no field 'wieght'; did you mean weight?"),
+        ("[[dataset]]\nweight = 2.0", "number 1 of the mixture lacks its directory"),
+        ("[[dataset]]\ndirectory = 'a'\nweight = 'b'", "weight must be a number, not 'b'"),
+        ("[[dataset]]\ndirectory = 'a'\nweight = 0", "weight must be a positive number, not 0"),
+        ("[[dataset]]\ndirectory = 3", "directory must be a text, not 3"),
+        ("[[dataset]]\ndirectory = 'a'\nfit = 'pad'", "fit must be one of crop, stretch, not 'pad'"),
+        ("[[dataset]]\ndirectory = 'a'\n[[data]]", r"consists of \[\[dataset\]\] sections only"),
+        ("[[dataset]]\ndirectory =", "not valid TOML"),
+        ("nowhere.toml", "nowhere.toml cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        parse_mixture(text)
