@@ -63,6 +63,25 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--processes=0"], "processes must be 1 or more, got 0"),
+        (["--beam_options=--project=p"], "--beam_options needs --beam_runner"),
+        (
+            ["--beam_runner=SparkRunner", "--processes=2"],
+            "--processes does not apply to --beam_runner, whose options say how many workers it has",
+        ),
+        (["--episodes=3", "--tasks=juggle"], "unknown tasks ['juggle']"),
+    ],
+)
+def test_flags_of_the_conversion_that_cannot_be_followed(tmp_path, given, message):
+    result = run("-m", "tools.datasets.build", "tabletop", "--out", tmp_path / "out", *given)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert not any(tmp_path.iterdir())
+
+
 def test_every_setting_has_a_flag():
     result = run("-c", COMPARE_FLAGS_AND_SETTINGS)
     assert result.returncode == 0, result.stderr

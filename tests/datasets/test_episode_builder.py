@@ -1,78 +1,15 @@
 """The shared writer, with sources that live in memory."""
 
 import copy
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_builder import FakeBuilder, FakeSettings
 
-from como_jax.data.schema import Episode, Step
 from tools.datasets import builder as base
-from tools.datasets import images
-from tools.datasets.sources import Source, assign_splits, group_sources
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FakeSettings(base.Settings):
-    """What each source is like, by name."""
-
-    behaviours: tuple[str, ...] = ("good",) * 10
-
-
-class FakeBuilder(base.EpisodeBuilder):
-    """Two episodes a source, unless the source is to behave otherwise."""
-
-    settings_class = FakeSettings
-    max_sources_per_shard = 4
-
-    @property
-    def layout(self) -> base.StepLayout:
-        return base.StepLayout(state_size=1, action_size=2)
-
-    def sources(self) -> list[Source]:
-        return [Source(f"{index:02d}_{behaviour}") for index, behaviour in enumerate(self.settings.behaviours)]
-
-    def warnings(self) -> list[str]:
-        return ["about everything"]
-
-    def episodes(self, source: Source) -> Iterator[Episode | base.LeftOut | base.Warned]:
-        behaviour = source.name.partition("_")[2]
-        if behaviour == "broken":
-            raise ValueError("damaged\nheader")
-        yield fake_episode(source, 0, 5)
-        if behaviour == "ends early":
-            raise base.SourceError("ends early")
-        if behaviour == "bug":
-            raise TypeError("a mistake in the builder")
-        if behaviour == "warns":
-            yield base.Warned("dark pictures")
-            yield base.Warned("dark pictures")
-        if behaviour == "left out":
-            yield base.LeftOut("record 1: unreadable")
-        if behaviour == "not finite":
-            yield fake_episode(source, 1, 3, action=np.nan)
-        elif behaviour == "one step":
-            yield fake_episode(source, 1, 1)
-        else:
-            yield fake_episode(source, 1, 3)
-
-
-def fake_episode(source: Source, index: int, num_steps: int, action: float = 0.5) -> Episode:
-    """An episode whose pictures get brighter by a tenth of the range with every step."""
-    pictures = [np.full((8, 8, 3), 25.5 * step, np.uint8) for step in range(num_steps)]
-    steps = [
-        Step({"image": images.encode_jpeg(picture)}, np.full(1, step, np.float32), np.full(2, action))
-        for step, picture in enumerate(pictures)
-    ]
-    return Episode(
-        episode_id=f"{source.name}/{index}",
-        source_file=source.name,
-        control_rate=4.0,
-        steps=steps,
-        motion=images.motion([images.thumbnail(picture) for picture in pictures]),
-    )
+from tools.datasets.sources import Source, assign_splits, group_sources, make_shards
+from tools.datasets.video_folder.builder import VideoFolder, VideoFolderSettings
 
 
 def convert(out: Path, *behaviours: str, **options: bool) -> dict:
@@ -125,6 +62,13 @@ def test_a_split_that_lost_all_its_sources_is_dropped(tmp_path, check_dataset):
     assert list(check_dataset(tmp_path / "out")) == ["train"]
     assert not list((tmp_path / "out").glob("*val*"))
     assert report["warnings"][1]["message"] == "there is no split 'val': all of its sources were left out"
+
+
+def test_a_shard_that_lost_all_its_sources_does_not_shift_the_others(tmp_path, check_dataset):
+    settings = FakeSettings(behaviours=(*["good"] * 4, *["broken"] * 4, *["good"] * 4), validation_fraction=0)
+    FakeBuilder(tmp_path / "out", settings).convert()
+    assert len(check_dataset(tmp_path / "out")["train"]) == 16
+    assert len(list((tmp_path / "out").glob("*array_record*"))) == 3
 
 
 def test_nothing_left_is_an_error_and_no_dataset(tmp_path):
@@ -200,6 +144,10 @@ def test_statistics_are_those_of_the_training_steps(tmp_path, check_dataset, rea
     assert (state["min"], state["max"]) == ([0.0], [4.0])
     assert statistics["action"]["mean"] == [0.5, 0.5]
     assert statistics["action"]["std"] == [0.0, 0.0]
+    motion = np.concatenate([row["motion"][1:] for row in rows])
+    assert statistics["motion"]["count"] == len(motion)
+    np.testing.assert_allclose(statistics["motion"]["mean"], motion.mean(), rtol=1e-6)
+    np.testing.assert_allclose(statistics["motion"]["q90"], np.quantile(motion, 0.9), rtol=1e-6)
     assert statistics["control_rates"] == [{"control_rate": 4.0, "episodes": 20}]
     assert statistics["splits"]["val"] == {"num_episodes": 2, "num_steps": 8, "seconds": 2.0}
 
@@ -240,11 +188,30 @@ def test_shards_are_limited_in_sources_and_bytes():
     assert [[source.num_bytes for source in shard] for shard in shards] == [[10, 10], [10], [95], [200], [1]]
 
 
+def test_few_sources_make_several_shards_and_many_make_full_ones():
+    def shards(count: int, num_bytes: int = 0) -> list[int]:
+        sources = [Source(f"{index}", "train", num_bytes=num_bytes) for index in range(count)]
+        return [len(shard.sources) for shard in make_shards(sources, ("train", "val"), 256, 2**30)]
+
+    assert shards(30) == [4] * 7 + [2]
+    assert shards(30, num_bytes=2**26) == [1] * 30
+    assert len(shards(100_000)) == 511
+    assert shards(0) == []
+
+
 @pytest.mark.parametrize(
     ("path", "name"), [("a/Bridge V2", "bridge_v2"), ("a/3hz-clips/", "dataset_3hz_clips"), ("ok", "ok")]
 )
 def test_dataset_name_from_a_path(path, name):
     assert base.dataset_name(path) == name
+
+
+def test_output_inside_the_source_would_become_a_source(tmp_path, make_video):
+    make_video(tmp_path / "clips" / "a.mp4")
+    settings = VideoFolderSettings(source=str(tmp_path / "clips"))
+    with pytest.raises(base.ConversionError, match="clips/new/out lies inside --source .*clips; choose"):
+        VideoFolder(tmp_path / "clips" / "new" / "out", settings).convert()
+    assert [path.name for path in (tmp_path / "clips").iterdir()] == ["a.mp4"]
 
 
 def test_invalid_settings():

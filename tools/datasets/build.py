@@ -6,9 +6,15 @@ r"""Converts a source of episodes to a dataset in the schema of `como_jax.data.s
     python -m tools.datasets.build lerobot --source pusht --out datasets/pusht
     python -m tools.datasets.build tabletop --out datasets/tabletop --episodes 200
 
-DIR itself becomes the TFDS directory; `statistics.json` and `conversion_report.json` lie in it.
+--out itself becomes the TFDS directory; `statistics.json` and `conversion_report.json` lie in it. The same command
+goes on with a conversion that was stopped or killed. tools/datasets/README.md has the rest.
 """
 
+from __future__ import annotations
+
+import functools
+import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +24,19 @@ from como_jax import cli
 from como_jax.errors import ConversionError
 from tools.datasets.catalog import BUILDERS, make_settings
 from tools.datasets.report import REPORT_NAME
+from tools.datasets.runners import BEAM_RUNNERS, Runner, run_in_processes, run_on_beam, usable_cores
 
 _MAX_LISTED = 5
+# What shells give for a command that Ctrl-C ended.
+_INTERRUPTED = 130
 
 _OUT = flags.DEFINE_string("out", None, "Directory to be made.")
 _NAME = flags.DEFINE_string("name", None, "Name of the dataset; by default made from --out.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out, once the new dataset is complete.")
+_RESTART = flags.DEFINE_bool("restart", False, "Discard what a stopped conversion left, and begin anew.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Processes that convert at once [one for every CPU core].")
+_BEAM_RUNNER = flags.DEFINE_enum("beam_runner", None, BEAM_RUNNERS, "Convert on Apache Beam, with this runner.")
+_BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "Options of the Beam pipeline: '--name=value --name=value'.")
 
 # Flags without a value are left to the builder's settings, which know the defaults.
 _SETTINGS = [
@@ -52,6 +65,23 @@ def given_settings() -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+def chosen_runner() -> Runner:
+    """How the shards are to be written."""
+    if _BEAM_RUNNER.value is None:
+        if _BEAM_OPTIONS.value:
+            raise ConversionError("--beam_options needs --beam_runner")
+        count = usable_cores() if _PROCESSES.value is None else _PROCESSES.value
+        return functools.partial(run_in_processes, count=count)
+    if _PROCESSES.value is not None:
+        raise ConversionError("--processes does not apply to --beam_runner, whose options say how many workers it has")
+    return functools.partial(run_on_beam, runner=_BEAM_RUNNER.value, options=shlex.split(_BEAM_OPTIONS.value))
+
+
+def with_notes(message: str, error: BaseException) -> str:
+    """A message with what else is known about an error, such as what is kept."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
+
+
 def print_summary(out: str, report: dict[str, Any]) -> None:
     """Says where the dataset is, how large, and what is missing from it."""
     sizes = [f"{split} {report['episodes'][split]} episodes, {steps} steps" for split, steps in report["steps"].items()]
@@ -76,12 +106,17 @@ def main(arguments: Sequence[str]) -> None:
         raise ConversionError(f"expected the name of one builder: {', '.join(BUILDERS)}")
     if _OUT.value is None:
         raise ConversionError("--out is missing: the directory to be made")
-    settings = make_settings(arguments[0], given_settings())
+    settings, runner = make_settings(arguments[0], given_settings()), chosen_runner()
     try:
         builder = BUILDERS[arguments[0]](_OUT.value, settings, _NAME.value)
-        report = builder.convert(overwrite=_OVERWRITE.value, show_progress=True)
+        report = builder.convert(_OVERWRITE.value, show_progress=True, restart=_RESTART.value, runner=runner)
+    except ConversionError as error:
+        raise ConversionError(with_notes(str(error), error)) from error
     except OSError as error:
-        raise ConversionError(f"the conversion failed: {error}") from error
+        raise ConversionError(with_notes(f"the conversion failed: {error}", error)) from error
+    except KeyboardInterrupt as error:
+        print(with_notes("stopped", error), file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     print_summary(_OUT.value, report)
 
 

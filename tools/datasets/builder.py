@@ -5,32 +5,36 @@ A builder for another source subclasses `EpisodeBuilder` and answers three quest
 is the same for all: splits, shards, records, episode tables, statistics, the report of what was left out.
 """
 
+from __future__ import annotations
+
 import abc
 import dataclasses
-import functools
+import hashlib
+import json
 import math
 import re
-import sys
-import tempfile
-import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tqdm import tqdm
 
 from como_jax.data import schema
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError
 from tools.datasets import report
-from tools.datasets.sources import Source, assign_splits, group_sources
+from tools.datasets.progress import Progress
+from tools.datasets.runners import Runner, run_here
+from tools.datasets.shards import OnSource, ShardExamples, ShardWriter
+from tools.datasets.sources import Shard, Source, assign_splits, make_shards
+from tools.datasets.staging import ShardNotes, Staging, is_local, table_name
 
 MIN_STEPS = 2
 _DESCRIPTION = "Episodes in the schema of como_jax.data.schema, one record a step."
 _MAX_NAMED_FAILURES = 3
+# To be raised when the same plan would give other files, so that no conversion goes on with those of an older version.
+_FORMAT = 1
 
 
 class SourceError(Exception):
@@ -93,6 +97,10 @@ def dataset_name(out: epath.PathLike) -> str:
     return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
 
 
+def _ignore(outcome: report.SourceOutcome) -> None:
+    """Tells nobody about a source."""
+
+
 class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Converts sources to a dataset directory; see the module for what a subclass has to add.
 
@@ -104,7 +112,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
     settings_class: ClassVar[type[Settings]] = Settings
     decoder_errors: ClassVar[tuple[type[Exception], ...]] = (OSError, ValueError)
-    max_sources_per_shard: ClassVar[int] = 64
+    max_sources_per_shard: ClassVar[int] = 256
     max_bytes_per_shard: ClassVar[int] = 2**30
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -131,12 +139,9 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             raise ConversionError(
                 f"{self.name!r} is not a valid dataset name: letters, digits and _, starting with a letter"
             )
-        self._staging = self.out.with_name(f"{self.out.name}.new-{uuid.uuid4().hex[:8]}")
-        self._planned: list[Source] = []
-        self._report: dict[str, Any] = {}
-        self._progress = tqdm(disable=True)
-        self._counts: Counter[str] = Counter()
+        self.staging = Staging(self.out)
         super().__init__(file_format="array_record", data_dir=self.out.parent)
+        self._data_dir = str(self.staging.dataset)
         # TFDS rebuilds a copy, in a worker for example, from these arguments.
         self._original_state = {"out": out, "settings": settings, "name": name}
 
@@ -161,37 +166,139 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """What the user should know about the conversion as a whole."""
         return []
 
-    def convert(self, overwrite: bool = False, show_progress: bool = False) -> dict[str, Any]:
-        """Runs the conversion and returns its report; a failed run leaves nothing behind.
+    def convert(
+        self, overwrite: bool = False, show_progress: bool = False, restart: bool = False, runner: Runner = run_here
+    ) -> dict[str, Any]:
+        """Runs the conversion, or goes on with one that was stopped, and returns its report.
+
+        A failed run leaves its finished shards in the staging folder, and nothing when there are none.
 
         Args:
           overwrite: replace a dataset that exists already, once the new one is complete.
           show_progress: draw a progress bar on stderr.
+          restart: discard what a stopped conversion left.
+          runner: writes the shards.
 
         Raises:
-          ConversionError: `out` is in the way, or nothing could be converted.
+          ConversionError: `out` is in the way, another conversion into it runs or was stopped, or nothing could be
+            converted.
           OSError: the output cannot be written.
         """
-        replace = _check_output(self.out, overwrite)
-        self._planned = assign_splits(self.sources(), self.settings.validation_fraction, self.settings.seed)
-        self._data_dir = str(self._staging if replace else self.out)
-        config = tfds.download.DownloadConfig(try_download_gcs=False)
-        # A log file should not fill up with progress bars.
-        pace = 0.1 if sys.stderr.isatty() else 30
-        with (
-            tempfile.TemporaryDirectory() as downloads,
-            tqdm(
-                total=len(self._planned), disable=not show_progress, unit="source", mininterval=pace
-            ) as self._progress,
-        ):
-            self.download_and_prepare(download_dir=downloads, download_config=config)
-        if replace:
-            old = self.out.with_name(f"{self.out.name}.old-{uuid.uuid4().hex[:8]}")
-            self.out.rename(old)
-            self._staging.rename(self.out)
-            old.rmtree()
-            self._data_dir = str(self.out)
-        return self._report
+        _check_outside(self.out, getattr(self.settings, "source", None))
+        sources = assign_splits(self.sources(), self.settings.validation_fraction, self.settings.seed)
+        shards = make_shards(sources, schema.SPLITS, self.max_sources_per_shard, self.max_bytes_per_shard)
+        plan = self._plan(shards)
+        _make_parent(self.out)
+        with self.staging.locked():
+            if not restart and self.staging.is_published(plan):
+                self.staging.tidy()
+                return json.loads((self.out / report.REPORT_NAME).read_text())
+            _check_output(self.out, overwrite)
+            self.staging.open(plan, restart)
+            self._write_shards(shards, runner, show_progress)
+            result = self._finish(shards)
+            self.staging.publish(overwrite)
+        self._data_dir = str(self.out)
+        self.info.update_data_dir(self._data_dir)
+        return result
+
+    def download_and_prepare(self) -> None:
+        """What TFDS calls `convert`, whose options take the place of those of TFDS."""
+        self.convert()
+
+    def shard_writer(self) -> ShardWriter:
+        """Writes shards into the staging folder."""
+        return ShardWriter(self.info.features, self.staging)
+
+    def shard_examples(self, shard: Shard, on_source: OnSource = _ignore) -> ShardExamples:
+        """The records of a shard; `on_source` is told when a source is done."""
+        return ShardExamples(shard, self._sound_episodes, on_source)
+
+    def records_path(self, shard: Shard) -> epath.Path:
+        """File of a shard's records in the staging folder."""
+        return self._get_filename_template(shard.split).sharded_filepath(
+            shard_index=shard.index, num_shards=shard.count
+        )
+
+    def write_shard(self, shard: Shard, on_source: OnSource) -> None:
+        """Writes one shard in this process."""
+        self.shard_writer().write(self.shard_examples(shard, on_source), self.records_path(shard))
+
+    def _plan(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        """All that decides what is in the shards, for the staging folder to tell one conversion from another."""
+        listing = json.dumps([dataclasses.asdict(shard) for shard in shards])
+        return {
+            "format": _FORMAT,
+            "builder": f"{type(self).__module__}.{type(self).__qualname__}",
+            "version": str(self.version),
+            "name": self.name,
+            "layout": dataclasses.asdict(self.layout),
+            "settings": dataclasses.asdict(self.settings),
+            "sources": {
+                "number of sources": sum(len(shard.sources) for shard in shards),
+                "names, sizes or splits of sources": hashlib.blake2b(listing.encode(), digest_size=16).hexdigest(),
+            },
+        }
+
+    def _write_shards(self, shards: Sequence[Shard], runner: Runner, show_progress: bool) -> None:
+        finished = self.staging.finished(shards, {shard.name: self.records_path(shard) for shard in shards})
+        pending = [shard for shard in shards if shard.name not in finished]
+        done = [outcome for notes in finished.values() for outcome in notes.outcomes]
+        try:
+            with Progress(sum(len(shard.sources) for shard in shards), done, show_progress) as progress:
+                runner(self, pending, progress)
+        except BaseException as error:
+            num_finished = sum(self.staging.read_notes(shard) is not None for shard in shards)
+            if num_finished:
+                error.add_note(
+                    f"{num_finished} of {len(shards)} shards are finished and kept in {self.staging.folder}; "
+                    "the same command goes on from there"
+                )
+            else:
+                self.staging.discard()
+            raise
+
+    def _finish(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        """Writes all that describes the shards as a whole, and returns the report."""
+        notes = {shard: self._notes(shard) for shard in shards}
+        outcomes = sorted((outcome for each in notes.values() for outcome in each.outcomes), key=lambda o: o.source)
+        if not any(outcome.episodes for outcome in outcomes):
+            self.staging.discard()
+            raise ConversionError(_nothing_left(outcomes))
+        warnings = [*self.warnings()]
+        splits = []
+        for split in dict.fromkeys(shard.split for shard in shards):
+            members = {shard: each for shard, each in notes.items() if shard.split == split}
+            if any(each.num_records for each in members.values()):
+                splits.append(self._split_info(split, list(members.values())))
+            else:
+                # TFDS refuses to read a split without records.
+                for shard in members:
+                    self.records_path(shard).unlink(missing_ok=True)
+                    (self.staging.dataset / table_name(shard)).unlink(missing_ok=True)
+                warnings.append(f"there is no split {split!r}: all of its sources were left out")
+        self.info.set_splits(tfds.core.SplitDict(splits))
+        self.info.write_to_directory(self.data_path)
+        description = {
+            "name": self.name,
+            "builder": type(self).__name__,
+            "settings": dataclasses.asdict(self.settings),
+        }
+        return report.write_summary(self.data_path, description, outcomes, warnings)
+
+    def _notes(self, shard: Shard) -> ShardNotes:
+        notes = self.staging.read_notes(shard)
+        if notes is None:
+            raise ConversionError(f"shard {shard.name} is not in {self.staging.folder}: can all workers reach it?")
+        return notes
+
+    def _split_info(self, split: str, notes: Sequence[ShardNotes]) -> tfds.core.SplitInfo:
+        return tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[each.num_records for each in notes],
+            num_bytes=sum(each.num_bytes for each in notes),
+            filename_template=self._get_filename_template(split),
+        )
 
     def _info(self) -> tfds.core.DatasetInfo:
         layout = self.layout
@@ -200,51 +307,13 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(builder=self, description=_DESCRIPTION, features=features, metadata=metadata)
 
     def _build_data_dir(self, given_data_dir: str | None) -> tuple[str, str]:
-        # Not NAME/VERSION below the parent, as TFDS would have it: a source could lie just there.
-        return str(self.out.parent), str(self._staging)
+        # Not NAME/VERSION below the parent, as TFDS would have it: a source could lie just there. And not the folder
+        # of the shards, where TFDS would read what a run that was killed has left.
+        return str(self.out.parent), str(self.staging.folder)
 
-    def _log_download_bytes(self) -> None:
-        """Keeps TFDS from printing."""
-
-    def _log_download_done(self) -> None:
-        """Keeps TFDS from printing."""
-
-    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Any]]:
-        iterators = {}
-        for split in schema.SPLITS:
-            members = [source for source in self._planned if source.split == split]
-            shards = group_sources(members, self.max_sources_per_shard, self.max_bytes_per_shard)
-            if shards:
-                iterators[split] = [
-                    functools.partial(self._write_shard, self.data_path, split, index, len(shards), shard)
-                    for index, shard in enumerate(shards)
-                ]
-        return iterators
-
-    def _write_shard(
-        self, directory: epath.Path, split: str, shard: int, num_shards: int, sources: Sequence[Source]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields the step records of one shard for TFDS to write, and writes its episode table and notes."""
-        rows, outcomes = [], []
-        for source in sources:
-            outcome = report.SourceOutcome(source.name)
-            for episode in self._sound_episodes(source, outcome):
-                for index, example in enumerate(schema.step_examples(episode)):
-                    yield f"{episode.episode_id}/{index}", example
-                    # TFDS keeps every example of a shard to count them in the end.
-                    example.clear()
-                rows.append(schema.episode_row(episode))
-                outcome.episodes += 1
-            outcomes.append(outcome)
-            self._show_progress(outcome)
-        schema.write_episode_table(directory / schema.episode_table_name(split, shard, num_shards), rows)
-        report.write_outcomes(directory, split, shard, outcomes)
-
-    def _show_progress(self, outcome: report.SourceOutcome) -> None:
-        self._counts["episodes"] += outcome.episodes
-        self._counts["with problems"] += bool(outcome.problems)
-        self._progress.set_postfix(self._counts, refresh=False)
-        self._progress.update()
+    def _shard_iterators_per_split(self, dl_manager: Any) -> NoReturn:
+        # TFDS would write all shards at once, and their records alone.
+        raise NotImplementedError("call convert")
 
     def _sound_episodes(self, source: Source, outcome: report.SourceOutcome) -> Iterator[Episode]:
         """Yields the episodes of a source that can be used, and notes what happened to the others."""
@@ -261,30 +330,6 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         except (SourceError, *self.decoder_errors) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             outcome.problems.append(reason)
-
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        super()._download_and_prepare(dl_manager, download_config)
-        outcomes = report.collect_outcomes(self.data_path)
-        if not any(outcome.episodes for outcome in outcomes):
-            raise ConversionError(_nothing_left(outcomes))
-        description = {
-            "name": self.name,
-            "builder": type(self).__name__,
-            "settings": dataclasses.asdict(self.settings),
-        }
-        warnings = [*self.warnings(), *self._drop_empty_splits()]
-        self._report = report.write_summary(self.data_path, description, outcomes, warnings)
-
-    def _drop_empty_splits(self) -> list[str]:
-        """Removes splits whose sources were all left out, which TFDS writes but refuses to read."""
-        splits = self.info.splits.values()
-        self.info.set_splits(tfds.core.SplitDict([split for split in splits if split.num_examples]))
-        empty = [split.name for split in splits if not split.num_examples]
-        for name in empty:
-            for pattern in (f"episodes-{name}-*", f"{self.name}-{name}.*"):
-                for path in self.data_path.glob(pattern):
-                    path.unlink()
-        return [f"there is no split {name!r}: all of its sources were left out" for name in empty]
 
 
 def find_fault(episode: Episode, layout: StepLayout) -> str | None:
@@ -311,24 +356,33 @@ def find_fault(episode: Episode, layout: StepLayout) -> str | None:
     return None
 
 
-def _check_output(out: epath.Path, overwrite: bool) -> bool:
-    """Makes room for the output; returns whether there is an older dataset to be replaced."""
+def _check_outside(out: epath.Path, source: object) -> None:
+    """Raises ConversionError for an output inside the source folder, where a second run would take it for data."""
+    if not isinstance(source, str) or not is_local(source) or not is_local(out):
+        return
+    if out.resolve().is_relative_to(epath.Path(source).resolve()):
+        raise ConversionError(f"--out {out} lies inside --source {source}; choose a folder outside of it")
+
+
+def _make_parent(out: epath.Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not out.exists():
-            return False
-        if not out.is_dir():
-            raise ConversionError(f"{out} exists already and is not a directory")
-        if not any(out.iterdir()):
-            out.rmdir()
-            return False
     except OSError as error:
         raise ConversionError(f"cannot write to {out}: {error.strerror or error}") from error
-    if not overwrite:
+
+
+def _check_output(out: epath.Path, overwrite: bool) -> None:
+    """Raises ConversionError if something is in the way that is not to be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConversionError(f"{out} exists already and is not a directory")
+    if not any(out.iterdir()):
+        out.rmdir()
+    elif not overwrite:
         raise ConversionError(f"{out} exists already; --overwrite replaces it")
-    if not (out / "dataset_info.json").exists():
+    elif not (out / "dataset_info.json").exists():
         raise ConversionError(f"{out} is not a dataset, so --overwrite will not replace it")
-    return True
 
 
 def _nothing_left(outcomes: Sequence[report.SourceOutcome]) -> str:

@@ -1,8 +1,16 @@
 """Sources of a conversion, and how they are dealt out to splits and shards."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
+
+# Enough shards for the cores of a large machine; up to there, shards have as little as is worth a file.
+_MANY_SHARDS = 512
+_FEW_SOURCES = 4
+_FEW_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,4 +63,42 @@ def group_sources(sources: Sequence[Source], max_sources: int, max_bytes: int) -
             size = 0
         shards[-1].append(source)
         size += source.num_bytes
+    return shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of records and its episode table, which are written as a unit.
+
+    Attributes:
+      split: `train` or `val`.
+      index: from 0, within the split.
+      count: number of shards of the split.
+      sources: what is converted into it, in order.
+    """
+
+    split: str
+    index: int
+    count: int
+    sources: tuple[Source, ...]
+
+    @property
+    def name(self) -> str:
+        """Unique within the dataset, and a part of the names of its files."""
+        return f"{self.split}-{self.index:05d}-of-{self.count:05d}"
+
+
+def make_shards(sources: Sequence[Source], splits: Sequence[str], max_sources: int, max_bytes: int) -> list[Shard]:
+    """Deals sources with a split out to shards, depending on nothing but the sources and the limits.
+
+    Shards are the units of parallel work and of resuming, so that they are kept small while there are few.
+    """
+    num_bytes = sum(source.num_bytes for source in sources)
+    few_sources = max(_FEW_SOURCES, math.ceil(len(sources) / _MANY_SHARDS))
+    few_bytes = max(_FEW_BYTES, math.ceil(num_bytes / _MANY_SHARDS))
+    shards = []
+    for split in splits:
+        members = [source for source in sources if source.split == split]
+        groups = group_sources(members, min(max_sources, few_sources), min(max_bytes, few_bytes))
+        shards += [Shard(split, index, len(groups), tuple(group)) for index, group in enumerate(groups)]
     return shards

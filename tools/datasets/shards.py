@@ -1,0 +1,123 @@
+"""Writing one shard: its records by TFDS, its episode table, and the notes that mark it as finished."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import example_serializer, file_adapters, writer
+
+from como_jax.data import schema
+from como_jax.data.schema import Episode
+from como_jax.files import write_atomic
+from tools.datasets.report import SourceOutcome
+from tools.datasets.sources import Shard, Source
+from tools.datasets.staging import ShardNotes, Staging, is_local, table_name
+
+EpisodesOf = Callable[[Source, SourceOutcome], Iterator[Episode]]
+OnSource = Callable[[SourceOutcome], None]
+
+
+class ShardExamples:
+    """The step records of one shard, in order, made while they are taken; holds one episode at a time.
+
+    Attributes:
+      shard: the shard.
+      rows: of the episode table, of the episodes that were taken so far.
+      outcomes: of the sources that were taken so far.
+    """
+
+    def __init__(self, shard: Shard, episodes: EpisodesOf, on_source: OnSource):
+        """Prepares a pass over a shard.
+
+        Args:
+          shard: the shard.
+          episodes: gives the episodes of a source that can be used, and notes in the outcome what the others lack.
+          on_source: is told when a source is done.
+        """
+        self.shard = shard
+        self.rows: list[dict[str, Any]] = []
+        self.outcomes: list[SourceOutcome] = []
+        self._episodes = episodes
+        self._on_source = on_source
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields keys and records; a second pass would be another object."""
+        for source in self.shard.sources:
+            outcome = SourceOutcome(source.name)
+            for episode in self._episodes(source, outcome):
+                for index, example in enumerate(schema.step_examples(episode)):
+                    yield f"{episode.episode_id}/{index}", example
+                    # TFDS keeps every example of a shard to count them in the end.
+                    example.clear()
+                self.rows.append(schema.episode_row(episode))
+                outcome.episodes += 1
+            self.outcomes.append(outcome)
+            self._on_source(outcome)
+
+
+class ShardWriter(writer.ShardWriter):
+    """TFDS's writer of one shard, which also completes the shard; on Beam too, where TFDS calls `write`."""
+
+    def __init__(self, features: tfds.features.FeaturesDict, staging: Staging):
+        """Prepares writing into a staging folder."""
+        serializer = _Serializer(features.get_serialized_info())
+        super().__init__(features, serializer, _AtomicExampleWriter(file_adapters.FileFormat.ARRAY_RECORD))
+        self._staging = staging
+
+    def write(self, examples: ShardExamples, path: epath.Path) -> int:
+        """Writes records, episode table and notes, the notes last; returns the number of records."""
+        num_records = super().write(examples, path)
+        schema.write_episode_table(self._staging.dataset / table_name(examples.shard), examples.rows)
+        notes = ShardNotes(num_records, path.stat().length, examples.outcomes)
+        self._staging.write_notes(examples.shard, notes)
+        return num_records
+
+
+class _Serializer(example_serializer.ExampleSerializer):
+    """Gives the same bytes in every process; protobuf alone puts the fields in an order that changes with each."""
+
+    def serialize_example(self, example: Any) -> bytes:
+        return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+
+class _AtomicExampleWriter(writer.ExampleWriter):
+    """Writes a file of records under a temporary name, and renames it."""
+
+    def write(self, path: epath.PathLike, examples: Iterable[Any]) -> None:
+        path = epath.Path(path)
+        if is_local(path):
+            partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+            try:
+                self._write(partial, examples)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        else:
+            # ArrayRecord writes to file systems only, and an object of a bucket appears when it is complete.
+            with tempfile.TemporaryDirectory() as folder:
+                records = epath.Path(folder) / path.name
+                self._write(records, examples)
+                with records.open("rb") as file:
+                    write_atomic(path, lambda target: shutil.copyfileobj(file, target))
+
+    def _write(self, path: epath.Path, examples: Iterable[Any]) -> None:
+        with _disk_errors(path):
+            super().write(path, examples)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: epath.Path) -> Iterator[None]:
+    """ArrayRecord raises RuntimeError when a disk is full; so does a builder, but about something else."""
+    try:
+        yield
+    except RuntimeError as error:
+        if f"writing {path}" in str(error):
+            raise OSError(f"cannot write records: {error}") from error
+        raise
