@@ -1,0 +1,237 @@
+"""LIBERO's HDF5 files, as the published ones are made, and with damage."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from como_jax.errors import ConversionError
+from tools.datasets.catalog import BUILDERS, make_settings
+from tools.datasets.libero.builder import demonstrations, is_noop
+
+NAME = "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5"
+
+
+def write_file(path: Path, lengths: list[int], instruction: Any = "turn on the stove", seed: int = 0) -> Path:
+    """Demonstrations with the published structure, and pictures whose upper left corner, as stored, is red."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"problem_name": "p", "language_instruction": instruction})
+        data.attrs["num_demos"] = len(lengths)
+        for index, length in enumerate(lengths):
+            demo = data.create_group(f"demo_{index}")
+            demo["actions"] = rng.uniform(-1, 1, (length, 7))
+            demo["dones"], demo["rewards"] = np.zeros(length, np.uint8), np.zeros(length, np.uint8)
+            demo["states"], demo["robot_states"] = rng.normal(size=(length, 20)), rng.normal(size=(length, 9))
+            for key, size in (("ee_pos", 3), ("ee_ori", 3), ("ee_states", 6), ("gripper_states", 2)):
+                demo[f"obs/{key}"] = rng.normal(size=(length, size))
+            for camera in ("agentview_rgb", "eye_in_hand_rgb"):
+                pictures = np.full((length, 32, 32, 3), 40 + 10 * index, np.uint8)
+                pictures[:, :12, :12] = (250, 20, 20)
+                demo[f"obs/{camera}"] = pictures
+    return path
+
+
+def convert(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    settings = make_settings("libero", {"source": str(source), "validation_fraction": 0.0, **settings})
+    return BUILDERS["libero"](out, settings, None).convert()
+
+
+def picture(record: Any, camera: str = "agentview_rgb") -> np.ndarray:
+    return np.asarray(record["observation"][camera]).astype(int)
+
+
+def records(out: Path) -> Any:
+    return tfds.builder_from_directory(out).as_data_source("train")
+
+
+def test_demonstrations_are_converted_with_actions_states_and_language(
+    tmp_path: Path, check_dataset: Callable[[Path], dict[str, Any]]
+) -> None:
+    path = write_file(tmp_path / "libero 90" / NAME, [4, 6])
+    report = convert(path.parent, tmp_path / "out")
+    assert report["sources"] == {"found": 2, "converted": 2, "partially_converted": 0, "left_out": 0}
+    rows = check_dataset(tmp_path / "out")["train"]
+    assert [row["episode_id"] for row in rows] == [f"{NAME}/demo_0", f"{NAME}/demo_1"]
+    with h5py.File(path) as file:
+        for row, demo in zip(rows, ("demo_0", "demo_1"), strict=True):
+            group = file[f"data/{demo}"]
+            np.testing.assert_array_equal(np.float32(row["action"]), np.float32(group["actions"][()]))
+            state = np.concatenate([group["obs/ee_states"][()], group["obs/gripper_states"][()]], axis=1)
+            np.testing.assert_array_equal(np.float32(row["state"]), np.float32(state))
+            assert row["control_rate"] == 20 and row["language_instruction"] == "turn on the stove"
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [("rotate180", (-1, -1)), ("flip", (-1, 0)), ("stored", (0, 0))])
+def test_pictures_are_turned(tmp_path: Path, orientation: str, corner: tuple[int, int]) -> None:
+    write_file(tmp_path / "in" / NAME, [3])
+    convert(tmp_path / "in", tmp_path / "out", orientation=orientation)
+    for camera in ("agentview_rgb", "eye_in_hand_rgb"):
+        found = picture(records(tmp_path / "out")[1], camera)
+        assert np.abs(found[corner] - (250, 20, 20)).max() < 12
+        opposite = found[-1 - corner[0], -1 - corner[1]]
+        assert np.abs(opposite - 40).max() < 12
+
+
+def test_demonstrations_come_in_order_of_their_numbers(tmp_path: Path) -> None:
+    with h5py.File(write_file(tmp_path / NAME, [2] * 12)) as file:
+        assert demonstrations(file) == [f"demo_{index}" for index in range(12)]
+
+
+def test_both_splits_hold_every_task(tmp_path: Path, check_dataset: Callable[[Path], dict[str, Any]]) -> None:
+    for index in range(3):
+        write_file(tmp_path / "in" / f"task_{index}_demo.hdf5", [2] * 10, instruction=f"task {index}")
+    convert(tmp_path / "in", tmp_path / "out", validation_fraction=0.4)
+    tables = check_dataset(tmp_path / "out")
+    for split in ("train", "val"):
+        assert {row["language_instruction"] for row in tables[split]} == {"task 0", "task 1", "task 2"}
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [(["turn", "on", "it"], "turn on it"), ("", "turn on the stove"), (None, "turn on the stove"), ('"go"', "go")],
+)
+def test_the_instruction_comes_from_the_attribute_or_the_name(
+    tmp_path: Path, instruction: Any, expected: str, check_dataset: Callable[[Path], dict[str, Any]]
+) -> None:
+    write_file(tmp_path / "in" / NAME, [2], instruction)
+    convert(tmp_path / "in", tmp_path / "out")
+    assert check_dataset(tmp_path / "out")["train"][0]["language_instruction"] == expected
+
+
+def test_text_that_is_not_utf_8_is_replaced_and_said(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "in" / NAME, [2])
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = np.bytes_(b'{"language_instruction": "turn \xff on"}')
+    report = convert(path.parent, tmp_path / "out")
+    assert "not valid text" in report["warnings"][0]["message"]
+
+
+def test_steps_without_motion_are_left_out_when_asked(
+    tmp_path: Path, check_dataset: Callable[[Path], dict[str, Any]]
+) -> None:
+    action = np.zeros((5, 7))
+    action[:, -1] = (-1, -1, 1, 1, 1)
+    action[4, 0] = 0.5
+    assert is_noop(action).tolist() == [True, True, False, True, False]
+    path = write_file(tmp_path / "in" / NAME, [5])
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/actions"][...] = action
+    report = convert(path.parent, tmp_path / "out", drop_noops=True)
+    [row] = check_dataset(tmp_path / "out")["train"]
+    np.testing.assert_array_equal(row["action"], action[[2, 4]])
+    assert "--drop_noops" in report["warnings"][0]["message"]
+
+
+def break_demo(demo: h5py.Group, kind: str) -> None:
+    if kind == "nan":
+        demo["actions"][1, 2] = np.nan
+        return
+    key, value = {
+        "no camera": ("obs/eye_in_hand_rgb", None),
+        "no obs": ("obs", None),
+        "no actions": ("actions", None),
+        "pictures": ("obs/agentview_rgb", np.zeros((2, 32, 32, 3), np.uint8)),
+        "floats": ("obs/agentview_rgb", np.zeros((4, 32, 32, 3))),
+        "states": ("obs/ee_states", np.zeros((9, 6))),
+        "width": ("actions", np.zeros((4, 9))),
+        "axes": ("actions", np.zeros(4)),
+        "empty": ("actions", np.zeros((0, 7))),
+    }[kind]
+    del demo[key]
+    if value is not None:
+        demo[key] = value
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nan", "some action is not finite"),
+        ("no camera", "has no camera 'obs/eye_in_hand_rgb'; there are: agentview_rgb"),
+        ("no obs", "has no 'obs/ee_states'"),
+        ("no actions", "has no 'actions'"),
+        ("pictures", "has 4 actions, but 2 pictures of agentview_rgb"),
+        ("floats", "is float64 of shape .* and not uint8"),
+        ("states", "has 4 actions, but"),
+        ("width", "not every action has 7 numbers"),
+        ("axes", "actions has shape .* and not 2 axes"),
+        ("empty", "has 0 actions, but"),
+    ],
+)
+def test_a_damaged_demonstration_is_left_out_and_the_others_are_not(
+    tmp_path: Path, kind: str, reason: str, check_dataset: Callable[[Path], dict[str, Any]]
+) -> None:
+    path = write_file(tmp_path / "in" / NAME, [4, 4])
+    with h5py.File(path, "a") as file:
+        break_demo(file["data/demo_1"], kind)
+    report = convert(path.parent, tmp_path / "out")
+    assert [row["episode_id"] for row in check_dataset(tmp_path / "out")["train"]] == [f"{NAME}/demo_0"]
+    [entry] = report["left_out"]
+    assert entry["source"] == f"{NAME}[1:2]"
+    assert re.search(reason, entry["reasons"][0])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zero", "text", "no data", "a folder"])
+def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
+    good = write_file(tmp_path / "in" / NAME, [3])
+    bad = good.with_name("other task_demo.hdf5")
+    if damage == "no data":
+        with h5py.File(bad, "w") as file:
+            file["something"] = 1
+    elif damage == "a folder":
+        bad.mkdir()
+        (bad / "inner.hdf5").write_bytes(b"")
+    else:
+        content = {"truncated": good.read_bytes()[:3000], "zero": b"", "text": b"hello"}[damage]
+        bad.write_bytes(content)
+    report = convert(good.parent, tmp_path / "out")
+    assert report["sources"] == {"found": 2, "converted": 1, "partially_converted": 0, "left_out": 1}
+    assert report["left_out"][0]["source"].startswith("other task_demo.hdf5")
+
+
+def test_a_random_flip_never_stops_the_conversion(tmp_path: Path) -> None:
+    content = bytearray(write_file(tmp_path / "good" / NAME, [3]).read_bytes())
+    rng = np.random.default_rng(0)
+    write_file(tmp_path / "in" / NAME, [3])
+    for case in range(20):
+        damaged = bytearray(content)
+        # The first bytes hold the structure of the file; pictures come later.
+        for position in rng.integers(0, 4000, 3):
+            damaged[position] = rng.integers(256)
+        (tmp_path / "in" / "bad_demo.hdf5").write_bytes(damaged)
+        report = convert(tmp_path / "in", tmp_path / f"out{case}")
+        counts = report["sources"]
+        assert counts["found"] == sum(counts[key] for key in ("converted", "partially_converted", "left_out")) >= 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"orientation": "up"}, "orientation must be one of rotate180, flip, stored"),
+        ({"camera": ()}, "camera names no camera"),
+        ({"state": ("joints",)}, "no demonstration in .* has the states joints"),
+        ({"camera": ("front",)}, "none of the 1 sources could be converted.*has no camera 'obs/front'"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    write_file(tmp_path / "in" / NAME, [3])
+    with pytest.raises(ConversionError, match=message):
+        convert(tmp_path / "in", tmp_path / "out", **settings)
+
+
+def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="does not exist"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ConversionError, match="holds no HDF5 file"):
+        convert(tmp_path / "in", tmp_path / "out")

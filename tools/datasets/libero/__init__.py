@@ -1,0 +1,1 @@
+"""LIBERO demonstrations, as the HDF5 files that are published."""
