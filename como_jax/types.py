@@ -75,11 +75,24 @@ class LossOutput(NamedTuple):
     statistics: dict[str, Any] = {}
 
 
+class MotionLabel(NamedTuple):
+    """Latent motion `[B, Q, L]`, and where it is discrete the numbers of its codes, int32 `[B, Q]`."""
+
+    latent: jax.Array
+    codes: jax.Array | None
+
+
 class LatentMotionModel(Protocol):
     """What metrics, labels, reports and policies may assume of a latent-motion model of any family."""
 
     def encode(self, frames: Array) -> jax.Array:
         """Latent motion `[B, T - 1, Q, L]` between consecutive frames of uint8 `[B, T, H, W, 3]`."""
+
+    def embed(self, frames: Array) -> Any:
+        """All that can be computed of each frame alone, uint8 `[B, H, W, 3]`: a tree of arrays `[B, ...]`."""
+
+    def label(self, source: Any, target: Any) -> MotionLabel:
+        """The motion from each source to its target, both as `embed` gives them."""
 
     def predict(self, frame: Array, latent: Array) -> jax.Array:
         """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""

@@ -22,7 +22,7 @@ from como_jax.models.laq_layers import PositionBias, SpatialBlock, TemporalBlock
 from como_jax.models.layers import LayerNorm, Linear, patchify, unpatchify
 from como_jax.models.quantizers import BottleneckConfig, make_bottleneck
 from como_jax.models.stack import Stack
-from como_jax.types import FramePairs, LossOutput
+from como_jax.types import FramePairs, LossOutput, MotionLabel
 
 # Two convolutions of stride two pool the grid of patches.
 POOLING = 4
@@ -111,6 +111,14 @@ class Laq(nnx.Module):
         """Latent actions as numbers of codes, int32 `[B, T - 1, Q]`."""
         return self.bottleneck.codes(self._infer(frames))
 
+    def embed(self, frames: jax.Array) -> jax.Array:
+        """Patch tokens `[B, I, J, D]` of uint8 frames `[B, H, W, 3]`; all later layers see both frames of a pair."""
+        return self._embed(_pixels(frames)[:, None])[:, 0]
+
+    def label(self, source: jax.Array, target: jax.Array) -> MotionLabel:
+        """The motion from each source to its target, both as `embed` gives them."""
+        return self.bottleneck.label(self._change(jnp.stack([source, target], axis=1)))
+
     def predict(self, frame: jax.Array, latent: jax.Array) -> jax.Array:
         """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""
         return jnp.clip(self._draw(_pixels(frame), latent), 0.0, 1.0)
@@ -135,12 +143,16 @@ class Laq(nnx.Module):
         chex.assert_rank(frames, 5)
         batch, pairs = frames.shape[0], frames.shape[1] - 1
         images = _pixels(jnp.stack([_merge(frames[:, :-1]), _merge(frames[:, 1:])], axis=1))
-        tokens = self._embed(images)
+        change = self._change(self._embed(images))
+        return change.reshape(batch, pairs, *change.shape[1:])
+
+    def _change(self, tokens: jax.Array) -> jax.Array:
+        """The same `[B, Q, L]` from patch tokens `[B, 2, I, J, D]` of both frames."""
         tokens = self.spatial_norm(self.spatial(tokens, self.position_bias(self.grid, self.grid)))
         tokens = self.temporal_norm(self.temporal(tokens))
         pooled = self.pool2(jax.nn.relu(self.pool1(_merge(self.latent_in(tokens)))))
-        pooled = pooled.reshape(batch, pairs, 2, -1, self.config.latent_dim)
-        return pooled[:, :, 1] - pooled[:, :, 0]
+        pooled = pooled.reshape(len(tokens), 2, -1, self.config.latent_dim)
+        return pooled[:, 1] - pooled[:, 0]
 
     def _draw(self, images: jax.Array, latent: jax.Array) -> jax.Array:
         """The next images `[B, H, W, 3]` from `images` and `latent` `[B, Q, L]`."""

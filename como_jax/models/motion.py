@@ -21,7 +21,7 @@ from como_jax.models.heads import FlowHead
 from como_jax.models.layers import Linear, denormalize_frames, normalize_frames
 from como_jax.models.quantizers import BottleneckConfig, make_bottleneck
 from como_jax.models.vit import Vit, VitConfig
-from como_jax.types import FramePairs, LossOutput
+from como_jax.types import FramePairs, LossOutput, MotionLabel
 
 MOTION_INPUTS = ("difference", "future", "future_only", "rgb_difference")
 FEATURE_TARGETS = ("future", "difference")
@@ -115,7 +115,7 @@ class MotionConfig:
 class View(NamedTuple):
     """One of the two instants of every pair: normalised images `[B, P, H, W, 3]` and features `[B, P, N, D]`."""
 
-    images: jax.Array
+    images: jax.Array | None
     features: jax.Array
 
 
@@ -190,6 +190,17 @@ class Como(nnx.Module):
     def codes(self, frames: jax.Array) -> jax.Array:
         """Codebook entries int32 `[B, T - 1, Q]` of the latent motion, where the bottleneck is discrete."""
         return self.bottleneck.codes(self._encode(frames))
+
+    def embed(self, frames: jax.Array) -> dict[str, jax.Array]:
+        """Features `[B, N, D]` of uint8 frames `[B, H, W, 3]`; and the frames, where their difference is encoded."""
+        embedded = {"features": self._features(normalize_frames(frames)[:, None])[:, 0]}
+        return embedded | ({"frames": frames} if self.config.motion_input == "rgb_difference" else {})
+
+    def label(self, source: dict[str, jax.Array], target: dict[str, jax.Array]) -> MotionLabel:
+        """The motion from each source to its target, both as `embed` gives them."""
+        views = [View(normalize_frames(x["frames"]) if "frames" in x else None, x["features"]) for x in (source, target)]
+        inferred = self._infer(*jax.tree.map(lambda x: x[:, None], views))[:, 0]
+        return self.bottleneck.label(inferred)
 
     def predict(self, frame: jax.Array, latent: jax.Array) -> jax.Array:
         """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.types import MotionLabel
 
 KINDS = ("none", "vq", "vq_ema", "nsvq", "fsq", "kl")
 # A code is called dead when its share of the last few hundred updates is under this part of an equal share.
@@ -89,9 +90,11 @@ class Bottleneck(nnx.Module):
       input_dim: numbers of a vector that goes in.
       latent_dim: numbers of a vector that comes out.
       untrained: own parameters that no gradient trains.
+      is_discrete: whether what comes out has codes.
     """
 
     untrained: tuple[str, ...] = ()
+    is_discrete = False
 
     def __init__(self, latent_dim: int):
         self.input_dim = self.latent_dim = latent_dim
@@ -104,6 +107,10 @@ class Bottleneck(nnx.Module):
     def center(self, z: jax.Array) -> jax.Array:
         """The continuous latent `[..., L]` before anything is rounded or drawn."""
         return z
+
+    def label(self, z: jax.Array) -> MotionLabel:
+        """What a label holds of `[..., input_dim]`."""
+        return MotionLabel(self(z).latent, self.codes(z) if self.is_discrete else None)
 
     def codes(self, z: jax.Array) -> jax.Array:
         """Number of the code of every vector, int32 `[...]`.
@@ -143,6 +150,8 @@ class Gaussian(Bottleneck):
 class FiniteScalar(Bottleneck):
     """Every number rounded to a few values in [-1, 1]: a codebook that needs no learning."""
 
+    is_discrete = True
+
     def __init__(self, levels: Sequence[int]):
         super().__init__(len(levels))
         self.levels = tuple(levels)
@@ -178,6 +187,7 @@ class Codebook(Bottleneck):
     """Nearest of K learned codes; the kinds differ in how gradients pass and in how the codes learn."""
 
     untrained = ("usage", "share")
+    is_discrete = True
 
     def __init__(self, latent_dim: int, config: BottleneckConfig, *, rngs: nnx.Rngs):
         super().__init__(latent_dim)

@@ -58,6 +58,20 @@ def test_latent_actions_are_codes_of_consecutive_pairs(laq: ModelDef, params: Pa
     np.testing.assert_array_equal(codes[:, 1], second[:, 0])
 
 
+def test_labels_of_embedded_frames_are_those_of_their_pairs(
+    laq: ModelDef, params: Params, batch: types.FramePairs
+) -> None:
+    @jax.jit
+    def run(params: Params) -> Any:
+        model = laq.bind(params)
+        source, target = (model.embed(batch.frames[:, k]) for k in (1, 2))
+        return model.encode(batch.frames)[:, 1], model.codes(batch.frames)[:, 1], model.label(source, target)
+
+    latent, codes, label = jax.tree.map(np.asarray, run(params))
+    np.testing.assert_allclose(label.latent, latent, atol=1e-6)
+    np.testing.assert_array_equal(label.codes, codes)
+
+
 def test_the_prediction_depends_on_the_latent_action(laq: ModelDef, params: Params, batch: types.FramePairs) -> None:
     predict = jax.jit(lambda params, latent: laq.bind(params).predict(batch.frames[:, 0], latent))
     still, moved = (np.asarray(predict(params, jnp.full((4, 1, 6), value))) for value in (0.0, 1.0))

@@ -91,6 +91,33 @@ def test_the_reversed_pair_starts_from_the_future_and_negates_the_difference(
     np.testing.assert_allclose(motion[:2], offset - now, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"motion_input": "future"},
+        {"motion_input": "future_only"},
+        {"motion_input": "rgb_difference"},
+        {"bottleneck": BottleneckConfig("vq", 8)},
+    ],
+    ids=str,
+)
+def test_labels_of_embedded_frames_are_the_latents_of_their_pairs(make_como: MakeComo, changes: Any) -> None:
+    model, frames = make_como(**changes), clips(3, 3)
+
+    @jax.jit
+    def run(params: Params) -> Any:
+        motion = model.bind(params)
+        embedded = [motion.embed(frames[:, k]) for k in range(3)]
+        codes = motion.codes(frames) if motion.bottleneck.is_discrete else None
+        return motion.encode(frames), codes, [motion.label(embedded[k], embedded[k + 1]) for k in range(2)]
+
+    latents, codes, labels = jax.tree.map(np.asarray, run(jax.jit(model.init)(jax.random.key(0))))
+    for k, label in enumerate(labels):
+        np.testing.assert_allclose(label.latent, latents[:, k], atol=1e-5)
+        assert label.codes is None if codes is None else np.array_equal(label.codes, codes[:, k])
+
+
 def test_every_frame_of_a_batch_is_encoded_once(como: ModelDef, como_params: Params) -> None:
     batch, counts = types.fake_frame_pairs(batch=2, instants=3), []
 
