@@ -57,6 +57,11 @@ class FrameReader(grain.transforms.Map):
         self._action_size = max((reader.size for reader in self._actions if reader), default=0)
         self._flow, self._labels = flow, labels
 
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Of one frame."""
+        return self._image_size, self._image_size, 3
+
     def map(self, element: Samples) -> dict[str, np.ndarray]:
         """Reads samples `[B]`."""
         size, batch = self._image_size, len(element)

@@ -198,7 +198,9 @@ class Como(nnx.Module):
 
     def label(self, source: dict[str, jax.Array], target: dict[str, jax.Array]) -> MotionLabel:
         """The motion from each source to its target, both as `embed` gives them."""
-        views = [View(normalize_frames(x["frames"]) if "frames" in x else None, x["features"]) for x in (source, target)]
+        views = [
+            View(normalize_frames(x["frames"]) if "frames" in x else None, x["features"]) for x in (source, target)
+        ]
         inferred = self._infer(*jax.tree.map(lambda x: x[:, None], views))[:, 0]
         return self.bottleneck.label(inferred)
 

@@ -1,0 +1,1 @@
+"""Labels any dataset with latent motion, each frame decoded and encoded once."""

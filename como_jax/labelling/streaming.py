@@ -1,0 +1,162 @@
+"""Runs a latent-motion model over all frames of consecutive episodes: every frame is decoded and embedded once.
+
+Frames go through in batches of one size, across the borders of episodes. What was embedded of the last few frames
+stays on the device, since the motion that leads to a frame starts from one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from como_jax.data.frames import FrameReader
+from como_jax.data.samples import Samples
+from como_jax.training import sharding
+from como_jax.training.train_state import ModelDef, Params
+from como_jax.types import MotionLabel
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLabels:
+    """Labels of consecutive steps. Axes: S steps, Q queries, L latent size of one query.
+
+    Attributes:
+      latent: float32 `[S, Q, L]`, the motion from step t to the step one gap later; 0 where there is none.
+      codes: int32 `[S, Q]`, -1 where there is none; None for models without codes.
+      valid: bool `[S]`, whether the episode has a step one gap later.
+    """
+
+    latent: np.ndarray
+    codes: np.ndarray | None
+    valid: np.ndarray
+
+
+def steps_back(length: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """How many steps before each step the motion starts that leads to it, int64 `[S]`; 0 where none does.
+
+    Args:
+      length: steps `[E]` of consecutive episodes.
+      gap: steps `[E]` between the two frames of a pair.
+    """
+    within = np.concatenate([np.arange(steps) for steps in length])
+    gaps = np.repeat(gap, length)
+    return np.where(within >= gaps, gaps, 0)
+
+
+class StreamLabeller:
+    """Labels runs of records; compiled once for all runs.
+
+    The result of a run does not depend on what was labelled before it.
+    """
+
+    def __init__(self, model: ModelDef, params: Params, mesh: Mesh, *, batch_size: int, max_gap: int):
+        """Prepares the program.
+
+        Args:
+          model: any that is a `LatentMotionModel`.
+          params: on the mesh.
+          mesh: of this host's devices.
+          batch_size: frames at once; rounded up to what the mesh divides.
+          max_gap: the largest number of steps between two frames of a pair.
+        """
+        self._params, self._mesh, self._max_gap = params, mesh, max_gap
+        parts = sharding.batch_shards(mesh)
+        self.batch_size = -(-batch_size // parts) * parts
+        rows, whole = NamedSharding(mesh, sharding.BATCH_SPEC), NamedSharding(mesh, PartitionSpec())
+
+        def step(params: Params, carry: Any, frames: jax.Array, back: jax.Array) -> tuple[Any, MotionLabel]:
+            motion = model.bind(params)
+            embedded = motion.embed(frames)
+            window = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), carry, embedded)
+            window = jax.lax.with_sharding_constraint(window, whole)
+            source = jax.tree.map(lambda x: x[max_gap + jnp.arange(len(frames)) - back], window)
+            label = motion.label(jax.lax.with_sharding_constraint(source, rows), embedded)
+            return jax.tree.map(lambda x: x[len(frames) :], window), label
+
+        self._step = jax.jit(step, donate_argnums=1, out_shardings=(whole, whole))
+        self._embed = lambda params, frames: model.bind(params).embed(frames)
+
+    def __call__(self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
+        """Labels consecutive records `[S]` of the one dataset of a reader.
+
+        Args:
+          reader: decodes frames.
+          episode: rows `[S]` of the records' episodes.
+          records: `[S]`, consecutive.
+          back: `[S]`, see `steps_back`.
+        """
+        chex.assert_equal_shape([episode, records, back])
+        found: list[MotionLabel] = []
+        carry, pending = self._no_frames(reader), None
+        for frames, part in self._batches(reader, episode, records, back):
+            carry, label = self._step(self._params, carry, *sharding.shard_batch((frames, part), self._mesh))
+            # Results are fetched one batch late, so that devices do not wait for this host.
+            if pending is not None:
+                found.append(jax.tree.map(np.asarray, pending))
+            pending = label
+        found.append(jax.tree.map(np.asarray, pending))
+        return _at_sources(jax.tree.map(lambda *parts: np.concatenate(parts)[: len(records)], *found), back)
+
+    def _batches(
+        self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Frames and `back` in batches of one size, decoded one batch ahead; the last repeats its last frame."""
+        size = self.batch_size
+        padding = -len(records) % size
+        episode, records = (np.pad(x, (0, padding), mode="edge") for x in (episode, records))
+        back = np.pad(back, (0, padding)).astype(np.int32)
+
+        def read(begin: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = slice(begin, begin + size)
+            return reader.map(single_frames(episode[rows], records[rows]))["frames"][:, 0], back[rows]
+
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as ahead:
+            waiting = [ahead.submit(read, 0)]
+            for begin in range(0, len(records), size):
+                if begin + size < len(records):
+                    waiting.append(ahead.submit(read, begin + size))
+                yield waiting.pop(0).result()
+
+    def _no_frames(self, reader: FrameReader) -> Any:
+        """What stands in for frames before the first; no label reads it."""
+        frames = jax.ShapeDtypeStruct((self._max_gap, *reader.frame_shape), jnp.uint8)
+        shapes = jax.eval_shape(self._embed, self._params, frames)
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes)
+
+
+def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
+    """Records `[B]` of the first dataset, one frame each and as they are."""
+    count = len(records)
+    return Samples(
+        dataset=np.zeros(count, np.int64),
+        episode=episode,
+        gap=np.ones(count, np.int64),
+        records=records[:, None],
+        offsets=None,
+        crop=np.tile([1.0, 0.5, 0.5], (count, 1)),
+        shift=np.zeros((count, 2), np.int64),
+    )
+
+
+def _at_sources(label: MotionLabel, back: np.ndarray) -> StepLabels:
+    """Moves every label from the step that its motion leads to, to the one that it starts from."""
+    targets = np.flatnonzero(back)
+    sources = targets - back[targets]
+    valid = np.zeros(len(back), bool)
+    valid[sources] = True
+    latent = np.zeros(label.latent.shape, np.float32)
+    latent[sources] = label.latent[targets]
+    codes = None
+    if label.codes is not None:
+        codes = np.full(label.codes.shape, -1, np.int32)
+        codes[sources] = label.codes[targets]
+    return StepLabels(latent, codes, valid)
