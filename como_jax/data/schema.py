@@ -40,6 +40,11 @@ EPISODE_TABLE_SCHEMA = pa.schema(
         pa.field("motion", pa.list_(pa.float32()), nullable=False),
         pa.field("action", pa.list_(pa.list_(pa.float32()))),
         pa.field("state", pa.list_(pa.list_(pa.float32()))),
+        # Only of labelled datasets, see `como_jax.labelling`: the motion from step t to the step one gap later,
+        # flattened, whether the episode has that step, and the numbers of the codes where the model has codes.
+        pa.field("latent_motion", pa.list_(pa.list_(pa.float32()))),
+        pa.field("latent_valid", pa.list_(pa.bool_())),
+        pa.field("latent_codes", pa.list_(pa.list_(pa.int32()))),
     ]
 )
 

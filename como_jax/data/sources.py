@@ -30,6 +30,8 @@ class EpisodeSource:
       control_rate: float64 `[E]`, Hz.
       motion: float32 `[S]`, see `schema.EPISODE_TABLE_SCHEMA`.
       action, state: float32 `[S, size]`, or None when the dataset has none.
+      latent_motion, latent_valid, latent_codes: float32 `[S, Q * L]`, bool `[S]` and int32 `[S, Q]`, see
+        `schema.EPISODE_TABLE_SCHEMA`; None when the dataset is not labelled, or the labels have no codes.
       episode_id, instruction: one string an episode.
     """
 
@@ -84,6 +86,10 @@ class EpisodeSource:
         self.motion = _flatten(table["motion"])
         self.action = _flatten_vectors(table["action"])
         self.state = _flatten_vectors(table["state"])
+        self.latent_motion = _flatten_vectors(table["latent_motion"])
+        self.latent_codes = _flatten_vectors(table["latent_codes"], np.int32)
+        labelled = self.latent_motion is not None
+        self.latent_valid = _flatten(table["latent_valid"], np.bool_) if labelled else None
         records = self._builder.info.splits[self.split].num_examples
         if records != len(self):
             raise DatasetError(
@@ -116,14 +122,14 @@ def _first_camera(directory: epath.Path, info: tfds.core.DatasetInfo) -> str:
     return cameras[0]
 
 
-def _flatten(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of one list of numbers an episode, as float32 `[S]`."""
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+def _flatten(column: pa.ChunkedArray, dtype: type = np.float32) -> np.ndarray:
+    """A column of one list of numbers an episode, as `[S]`."""
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
 
 
-def _flatten_vectors(column: pa.ChunkedArray) -> np.ndarray | None:
-    """A column of one list of vectors an episode, as float32 `[S, size]`; None when an episode has none."""
+def _flatten_vectors(column: pa.ChunkedArray, dtype: type = np.float32) -> np.ndarray | None:
+    """A column of one list of vectors an episode, as `[S, size]`; None when an episode has none."""
     if column.null_count:
         return None
     steps = column.combine_chunks().flatten()
-    return steps.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(steps), -1)
+    return steps.flatten().to_numpy(zero_copy_only=False).astype(dtype).reshape(len(steps), -1)
