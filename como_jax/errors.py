@@ -30,6 +30,10 @@ class NoClipsError(DatasetError):
     """A dataset none of whose episodes gives a clip of the wanted kind."""
 
 
+class OutputError(UsageError):
+    """A directory that cannot be made where it was asked for."""
+
+
 class MeshError(UsageError):
     """A mesh or batch that does not fit the devices."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -25,3 +26,8 @@ def write_atomic(path: epath.PathLike, write: Callable[[BinaryIO], object]) -> N
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes UTF-8 text, atomically."""
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: epath.PathLike, content: Any) -> None:
+    """Writes strict JSON, without NaN, atomically."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

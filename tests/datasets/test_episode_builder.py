@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fake_builder import FakeBuilder, FakeSettings
 
+from como_jax.errors import OutputError
 from tools.datasets import builder as base
 from tools.datasets.sources import Source, assign_splits, group_sources, make_shards
 from tools.datasets.video_folder.builder import VideoFolder, VideoFolderSettings
@@ -90,7 +91,7 @@ def test_a_mistake_in_a_builder_is_not_hidden_and_leaves_nothing(tmp_path):
 def test_existing_output_is_kept_until_the_new_one_is_complete(tmp_path, check_dataset):
     out = tmp_path / "out"
     convert(out, "good", "good")
-    with pytest.raises(base.ConversionError, match="exists already; --overwrite replaces it"):
+    with pytest.raises(OutputError, match="exists already; --overwrite replaces it"):
         convert(out, "good", "good", "good")
     with pytest.raises(base.ConversionError, match="none of the 2"):
         convert(out, "broken", "broken", overwrite=True)
@@ -103,11 +104,11 @@ def test_existing_output_is_kept_until_the_new_one_is_complete(tmp_path, check_d
 def test_overwrite_spares_what_is_not_a_dataset(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"precious")
     for out in (tmp_path, tmp_path / "."):
-        with pytest.raises(base.ConversionError, match="is not a dataset"):
+        with pytest.raises(OutputError, match="is not a dataset"):
             convert(out, "good", overwrite=True)
     (tmp_path / "empty").mkdir()
     convert(tmp_path / "empty", "good")
-    with pytest.raises(base.ConversionError, match="is not a directory"):
+    with pytest.raises(OutputError, match="is not a directory"):
         convert(tmp_path / "photo.jpg", "good", overwrite=True)
 
 
@@ -120,7 +121,7 @@ def test_relative_output(tmp_path, monkeypatch, check_dataset):
 
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(base.ConversionError, match="cannot write to .*file/out"):
+    with pytest.raises(OutputError, match="cannot write to .*file/out"):
         convert(tmp_path / "file" / "out", "good")
 
 

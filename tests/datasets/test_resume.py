@@ -12,9 +12,9 @@ import pytest
 from etils import epath
 from fake_builder import FakeBuilder, FakeSettings
 
+from como_jax.errors import OutputError
+from como_jax.staging import Staging
 from tools.datasets import report
-from tools.datasets.builder import ConversionError
-from tools.datasets.staging import Staging
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -70,7 +70,7 @@ def test_killed_while_the_dataset_is_described(tmp_path, monkeypatch):
         patch.setattr(report, "write_summary", interrupt)
         FakeBuilder(tmp_path / "out", settings).convert()
     assert (tmp_path / "out.partial" / "dataset" / "dataset_info.json").exists()
-    with pytest.raises(ConversionError, match="name: out, now other"):
+    with pytest.raises(OutputError, match="name: out, now other"):
         FakeBuilder(tmp_path / "out", settings, name="other").convert()
     FakeBuilder(tmp_path / "out", settings).convert()
     FakeBuilder(tmp_path / "other" / "out", settings).convert()
@@ -89,7 +89,7 @@ def test_a_shard_whose_records_are_cut_short_is_written_again(stopped, tmp_path)
 def test_other_settings_do_not_mix_with_what_is_there(stopped, check_dataset):
     out, settings = stopped
     other = FakeSettings(behaviours=settings.behaviours[:-1], stop_file=settings.stop_file, image_size=128)
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(OutputError) as error:
         FakeBuilder(out, other).convert()
     message = str(error.value)
     assert message.startswith(f"{out}.partial holds an unfinished conversion with other settings or sources (")
@@ -104,8 +104,8 @@ def test_other_settings_do_not_mix_with_what_is_there(stopped, check_dataset):
 
 def test_two_conversions_at_once_are_refused(tmp_path):
     with (
-        Staging(epath.Path(tmp_path / "out")).locked(),
-        pytest.raises(ConversionError, match=f"another conversion into .*out is running \\(process {os.getpid()} on "),
+        Staging(epath.Path(tmp_path / "out"), "conversion").locked(),
+        pytest.raises(OutputError, match=f"another conversion into .*out is running \\(process {os.getpid()} on "),
     ):
         FakeBuilder(tmp_path / "out", FakeSettings()).convert()
     # The lock of a process that is gone is nobody's.
@@ -155,7 +155,7 @@ def test_an_older_dataset_comes_back_when_the_new_one_is_given_up(tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(builder.staging.dataset), "rename", rename_once(builder.staging.dataset))
         builder.convert(overwrite=True)
-    with pytest.raises(ConversionError, match="exists already"):
+    with pytest.raises(OutputError, match="exists already"):
         FakeBuilder(out, FakeSettings(behaviours=("good",) * 5)).convert(restart=True)
     assert sum(map(len, check_dataset(out).values())) == 4
 

@@ -23,12 +23,12 @@ from etils import epath
 from como_jax.data import schema
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError
+from como_jax.staging import Staging, check_output, is_local, make_parent
 from tools.datasets import report
 from tools.datasets.progress import Progress
 from tools.datasets.runners import Runner, run_here
-from tools.datasets.shards import OnSource, ShardExamples, ShardWriter
+from tools.datasets.shards import OnSource, ShardExamples, ShardNotes, ShardWriter, table_name
 from tools.datasets.sources import Shard, Source, assign_splits, make_shards
-from tools.datasets.staging import ShardNotes, Staging, is_local, table_name
 
 MIN_STEPS = 2
 _DESCRIPTION = "Episodes in the schema of como_jax.data.schema, one record a step."
@@ -139,7 +139,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             raise ConversionError(
                 f"{self.name!r} is not a valid dataset name: letters, digits and _, starting with a letter"
             )
-        self.staging = Staging(self.out)
+        self.staging = Staging(self.out, "conversion")
         super().__init__(file_format="array_record", data_dir=self.out.parent)
         self._data_dir = str(self.staging.dataset)
         # TFDS rebuilds a copy, in a worker for example, from these arguments.
@@ -188,12 +188,12 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         sources = assign_splits(self.sources(), self.settings.validation_fraction, self.settings.seed)
         shards = make_shards(sources, schema.SPLITS, self.max_sources_per_shard, self.max_bytes_per_shard)
         plan = self._plan(shards)
-        _make_parent(self.out)
+        make_parent(self.out)
         with self.staging.locked():
             if not restart and self.staging.is_published(plan):
                 self.staging.tidy()
                 return json.loads((self.out / report.REPORT_NAME).read_text())
-            _check_output(self.out, overwrite)
+            check_output(self.out, overwrite)
             self.staging.open(plan, restart)
             self._write_shards(shards, runner, show_progress)
             result = self._finish(shards)
@@ -241,14 +241,14 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         }
 
     def _write_shards(self, shards: Sequence[Shard], runner: Runner, show_progress: bool) -> None:
-        finished = self.staging.finished(shards, {shard.name: self.records_path(shard) for shard in shards})
+        finished = self.staging.finished([shard.name for shard in shards])
         pending = [shard for shard in shards if shard.name not in finished]
-        done = [outcome for notes in finished.values() for outcome in notes.outcomes]
+        done = [outcome for shard in shards if shard.name in finished for outcome in self._notes(shard).outcomes]
         try:
             with Progress(sum(len(shard.sources) for shard in shards), done, show_progress) as progress:
                 runner(self, pending, progress)
         except BaseException as error:
-            num_finished = sum(self.staging.read_notes(shard) is not None for shard in shards)
+            num_finished = sum(self.staging.read_notes(shard.name) is not None for shard in shards)
             if num_finished:
                 error.add_note(
                     f"{num_finished} of {len(shards)} shards are finished and kept in {self.staging.folder}; "
@@ -287,7 +287,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return report.write_summary(self.data_path, description, outcomes, warnings)
 
     def _notes(self, shard: Shard) -> ShardNotes:
-        notes = self.staging.read_notes(shard)
+        notes = ShardNotes.read(self.staging, shard)
         if notes is None:
             raise ConversionError(f"shard {shard.name} is not in {self.staging.folder}: can all workers reach it?")
         return notes
@@ -362,27 +362,6 @@ def _check_outside(out: epath.Path, source: object) -> None:
         return
     if out.resolve().is_relative_to(epath.Path(source).resolve()):
         raise ConversionError(f"--out {out} lies inside --source {source}; choose a folder outside of it")
-
-
-def _make_parent(out: epath.Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConversionError(f"cannot write to {out}: {error.strerror or error}") from error
-
-
-def _check_output(out: epath.Path, overwrite: bool) -> None:
-    """Raises ConversionError if something is in the way that is not to be replaced."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConversionError(f"{out} exists already and is not a directory")
-    if not any(out.iterdir()):
-        out.rmdir()
-    elif not overwrite:
-        raise ConversionError(f"{out} exists already; --overwrite replaces it")
-    elif not (out / "dataset_info.json").exists():
-        raise ConversionError(f"{out} is not a dataset, so --overwrite will not replace it")
 
 
 def _nothing_left(outcomes: Sequence[report.SourceOutcome]) -> str:

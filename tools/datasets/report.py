@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from como_jax.data import schema
-from como_jax.files import write_text
+from como_jax.files import write_json
 from tools.datasets.statistics import dataset_statistics
 
 REPORT_NAME = "conversion_report.json"
@@ -33,11 +32,6 @@ class SourceOutcome:
     episodes: int = 0
     problems: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
-
-
-def write_json(path: epath.PathLike, content: Any) -> None:
-    """Writes strict JSON, without NaN, atomically."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def summarize_outcomes(outcomes: Sequence[SourceOutcome], extra_warnings: Iterable[str] = ()) -> dict[str, Any]:

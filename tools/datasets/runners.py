@@ -23,6 +23,7 @@ import cv2
 from como_jax.errors import ConversionError
 from tools.datasets.progress import Progress
 from tools.datasets.report import SourceOutcome
+from tools.datasets.shards import ShardNotes
 from tools.datasets.sources import Shard
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def _follow(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress
         unseen = list(shards)
         while unseen:
             stopped = stop.wait(_POLL_SECONDS)
-            finished = {shard.name: notes for shard in unseen if (notes := builder.staging.read_notes(shard))}
+            finished = {shard.name: notes for shard in unseen if (notes := ShardNotes.read(builder.staging, shard))}
             for notes in finished.values():
                 for outcome in notes.outcomes:
                     progress.add(outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import tempfile
 import uuid
@@ -16,9 +17,38 @@ from tensorflow_datasets.core import example_serializer, file_adapters, writer
 from como_jax.data import schema
 from como_jax.data.schema import Episode
 from como_jax.files import write_atomic
+from como_jax.staging import Staging, is_local
 from tools.datasets.report import SourceOutcome
 from tools.datasets.sources import Shard, Source
-from tools.datasets.staging import ShardNotes, Staging, is_local, table_name
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardNotes:
+    """What a finished shard tells the rest of the conversion.
+
+    Attributes:
+      num_records: steps in it.
+      num_bytes: size of its file of records.
+      outcomes: of its sources.
+    """
+
+    num_records: int
+    num_bytes: int
+    outcomes: list[SourceOutcome]
+
+    @classmethod
+    def read(cls, staging: Staging, shard: Shard) -> ShardNotes | None:
+        """The notes of a shard, or None when it is not finished."""
+        notes = staging.read_notes(shard.name)
+        if notes is None:
+            return None
+        return cls(**{**notes, "outcomes": [SourceOutcome(**outcome) for outcome in notes["outcomes"]]})
+
+
+def table_name(shard: Shard) -> str:
+    """File name of a shard's episode table."""
+    return schema.episode_table_name(shard.split, shard.index, shard.count)
+
 
 EpisodesOf = Callable[[Source, SourceOutcome], Iterator[Episode]]
 OnSource = Callable[[SourceOutcome], None]
@@ -76,7 +106,8 @@ class ShardWriter(writer.ShardWriter):
         num_records = super().write(examples, path)
         schema.write_episode_table(self._staging.dataset / table_name(examples.shard), examples.rows)
         notes = ShardNotes(num_records, path.stat().length, examples.outcomes)
-        self._staging.write_notes(examples.shard, notes)
+        files = [path.name, table_name(examples.shard)]
+        self._staging.write_notes(examples.shard.name, files, dataclasses.asdict(notes))
         return num_records
 
 

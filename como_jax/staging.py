@@ -1,8 +1,8 @@
-"""The folder in which a dataset is made, and from which the same command goes on after a kill.
+"""The folder in which a directory is made part by part, and from which the same command goes on after a kill.
 
 OUT.partial/plan.json     what is being made: only the same plan goes on with it
-OUT.partial/lock          held by the conversion that runs, freed by the system however that ends
-OUT.partial/done/         one file a finished shard, renamed into place when all else of the shard is
+OUT.partial/lock          held by the process that runs, freed by the system however that ends
+OUT.partial/done/         one file a finished part, renamed into place when all files of the part are
 OUT.partial/dataset/      what becomes OUT
 OUT.partial/replaced/     the older OUT, for the moment in which the new one takes its place
 """
@@ -10,7 +10,6 @@ OUT.partial/replaced/     the older OUT, for the moment in which the new one tak
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -20,35 +19,23 @@ from typing import Any
 
 from etils import epath
 
-from como_jax.data import schema
-from como_jax.errors import ConversionError
-from tools.datasets.report import SourceOutcome, write_json
-from tools.datasets.sources import Shard
+from como_jax.errors import OutputError
+from como_jax.files import write_json
 
 _MAX_SHOWN = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardNotes:
-    """What a finished shard tells the rest of the conversion.
-
-    Attributes:
-      num_records: steps in it.
-      num_bytes: size of its file of records.
-      outcomes: of its sources.
-    """
-
-    num_records: int
-    num_bytes: int
-    outcomes: list[SourceOutcome]
 
 
 class Staging:
     """The staging folder of one output directory."""
 
-    def __init__(self, out: epath.Path):
-        """Names the folders; makes nothing."""
-        self.out = out
+    def __init__(self, out: epath.Path, activity: str):
+        """Names the folders; makes nothing.
+
+        Args:
+          out: directory to be made.
+          activity: what messages call the making of it, such as "conversion".
+        """
+        self.out, self._activity = out, activity
         self.folder = out.with_name(f"{out.name}.partial")
         self.dataset = self.folder / "dataset"
         self._replaced = self.folder / "replaced"
@@ -57,12 +44,12 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other conversions into the same output away, and removes the folder if no plan is left in it.
+        """Keeps others that would make the same output away, and removes the folder if no plan is left in it.
 
         A bucket has no locks, so that nobody is kept away there.
 
         Raises:
-          ConversionError: another conversion runs.
+          OutputError: another process makes it.
         """
         self.folder.mkdir(exist_ok=True)
         with contextlib.nullcontext() if not is_local(self.folder) else self._lock():
@@ -83,7 +70,7 @@ class Staging:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "unknown"
-                raise ConversionError(f"another conversion into {self.out} is running ({owner})") from None
+                raise OutputError(f"another {self._activity} into {self.out} is running ({owner})") from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
@@ -98,13 +85,13 @@ class Staging:
         """Makes the folder for a plan, or goes on with what an earlier run of the same plan left in it.
 
         Raises:
-          ConversionError: what is there belongs to another plan, and is not to be discarded.
+          OutputError: what is there belongs to another plan, and is not to be discarded.
         """
         found = self._found_plan()
         if found is not None and self.dataset.exists() and not restart:
             if changes := _changes(found, _as_json(plan)):
-                raise ConversionError(
-                    f"{self.folder} holds an unfinished conversion with other settings or sources ({changes}); "
+                raise OutputError(
+                    f"{self.folder} holds an unfinished {self._activity} with other settings or sources ({changes}); "
                     "--restart discards it"
                 )
             return
@@ -116,20 +103,14 @@ class Staging:
     def _found_plan(self) -> dict[str, Any] | None:
         return json.loads(self._plan.read_text()) if self._plan.exists() else None
 
-    def finished(self, shards: Sequence[Shard], records: Mapping[str, epath.Path]) -> dict[str, ShardNotes]:
-        """Notes of the shards that are complete; everything else is removed from the unfinished dataset.
-
-        Args:
-          shards: of the plan.
-          records: files of records by the name of the shard.
-        """
+    def finished(self, parts: Sequence[str]) -> dict[str, Any]:
+        """Notes of the parts that are complete; everything else is removed from the unfinished dataset."""
         finished, kept = {}, set()
-        for shard in shards:
-            files = [records[shard.name], self.dataset / table_name(shard)]
-            notes = self.read_notes(shard)
-            if notes and all(file.exists() for file in files) and files[0].stat().length == notes.num_bytes:
-                finished[shard.name] = notes
-                kept.update(file.name for file in files)
+        for part in parts:
+            entry = self._entry(part)
+            if entry is not None and all(self._has_size(name, size) for name, size in entry["files"].items()):
+                finished[part] = entry["notes"]
+                kept.update(entry["files"])
         for path in self.dataset.iterdir():
             if path.name not in kept:
                 path.unlink()
@@ -138,27 +119,33 @@ class Staging:
                 path.unlink()
         return finished
 
-    def read_notes(self, shard: Shard) -> ShardNotes | None:
-        """The notes of a shard, or None when it is not finished."""
-        path = self._done / f"{shard.name}.json"
-        if not path.exists():
-            return None
-        notes = json.loads(path.read_text())
-        return ShardNotes(**{**notes, "outcomes": [SourceOutcome(**outcome) for outcome in notes["outcomes"]]})
+    def read_notes(self, part: str) -> Any:
+        """The notes of a part, or None when it is not finished."""
+        entry = self._entry(part)
+        return None if entry is None else entry["notes"]
 
-    def write_notes(self, shard: Shard, notes: ShardNotes) -> None:
-        """Marks a shard as finished, once its records and its episode table are in place."""
-        write_json(self._done / f"{shard.name}.json", dataclasses.asdict(notes))
+    def write_notes(self, part: str, files: Sequence[str], notes: Any) -> None:
+        """Marks a part as finished, once all its files are in place; notes are anything that JSON holds, but None."""
+        sizes = {name: (self.dataset / name).stat().length for name in files}
+        write_json(self._done / f"{part}.json", {"files": sizes, "notes": notes})
+
+    def _entry(self, part: str) -> dict[str, Any] | None:
+        path = self._done / f"{part}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _has_size(self, name: str, size: int) -> bool:
+        path = self.dataset / name
+        return path.exists() and path.stat().length == size
 
     def publish(self, overwrite: bool) -> None:
         """Makes the dataset the output; after a kill at any point in it, the same command goes on.
 
         Raises:
-          ConversionError: the output exists, and is not to be replaced.
+          OutputError: the output exists, and is not to be replaced.
         """
         if self.out.exists():
             if not overwrite:
-                raise ConversionError(f"{self.out} exists already; --overwrite replaces it")
+                raise OutputError(f"{self.out} exists already; --overwrite replaces it")
             self.out.rename(self._replaced)
         self.dataset.rename(self.out)
         self.tidy()
@@ -184,14 +171,35 @@ def _as_json(plan: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(plan))
 
 
+def make_parent(out: epath.Path) -> None:
+    """Makes the folder above an output.
+
+    Raises:
+      OutputError: it cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def check_output(out: epath.Path, overwrite: bool) -> None:
+    """Raises OutputError if something is in the way that is not to be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} exists already and is not a directory")
+    if not any(out.iterdir()):
+        out.rmdir()
+    elif not overwrite:
+        raise OutputError(f"{out} exists already; --overwrite replaces it")
+    elif not (out / "dataset_info.json").exists():
+        raise OutputError(f"{out} is not a dataset, so --overwrite will not replace it")
+
+
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is one of the file system, and not of a bucket."""
     return "://" not in os.fspath(path)
-
-
-def table_name(shard: Shard) -> str:
-    """File name of a shard's episode table."""
-    return schema.episode_table_name(shard.split, shard.index, shard.count)
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
