@@ -1,0 +1,166 @@
+"""A labelled dataset, episode by episode, for those who write it in another format."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import tensorflow_datasets as tfds
+from etils import epath
+
+from como_jax.data import schema
+from como_jax.data.sources import EpisodeSource
+from como_jax.errors import DatasetError
+
+LABELS_NAME = "labels.json"
+_SOMETIMES_MISSING = ("state", "action", "latent_codes")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledEpisode:
+    """One episode with T steps.
+
+    Attributes:
+      episode_id, source_file, instruction, control_rate: see `schema.Episode`.
+      images: `[T]` JPEGs by camera.
+      state, action: float32 `[T, size]`, or None.
+      latent_motion, latent_valid: float32 `[T, D]` and bool `[T]`, see `schema.EPISODE_TABLE_SCHEMA`.
+      latent_codes: int32 `[T, Q]`, or None for a model without codes.
+    """
+
+    episode_id: str
+    source_file: str
+    instruction: str
+    control_rate: float
+    images: Mapping[str, Sequence[bytes]]
+    state: np.ndarray | None
+    action: np.ndarray | None
+    latent_motion: np.ndarray
+    latent_valid: np.ndarray
+    latent_codes: np.ndarray | None
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.latent_valid)
+
+
+class LabelledDataset:
+    """All splits of a labelled dataset.
+
+    Attributes:
+      directory, name: of the dataset.
+      cameras: the main camera first.
+      splits: the sources by name, `train` first.
+      sizes: numbers in one step's `state`, `action`, `latent_motion` and `latent_codes`, as far as there are any.
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        """Reads everything small.
+
+        Raises:
+          DatasetError: not a dataset, not labelled throughout, or damaged.
+        """
+        self.directory = epath.Path(directory)
+        if not (self.directory / "dataset_info.json").exists():
+            raise DatasetError(f"{self.directory} is not a dataset directory (it has no dataset_info.json)")
+        info = tfds.builder_from_directory(self.directory).info
+        self.name = info.name
+        self.splits = {split: EpisodeSource(self.directory, split) for split in schema.SPLITS if split in info.splits}
+        if not self.splits:
+            raise DatasetError(f"{self.directory} has neither of the splits {', '.join(schema.SPLITS)}")
+        self.cameras = _cameras(info, next(iter(self.splits.values())).camera)
+        self._source_files: dict[str, list[str]] = {}
+        for split, source in self.splits.items():
+            table = schema.read_episode_table(self.directory, split)
+            _check(f"{self.directory}, split {split!r}", source, table)
+            self._source_files[split] = table["source_file"].to_pylist()
+        self.sizes = self._sizes()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all splits."""
+        return sum(map(len, self.splits.values()))
+
+    def lengths(self, split: str) -> list[int]:
+        """Number of steps of every episode of a split."""
+        return self.splits[split].length.tolist()
+
+    def steps(self, field: str) -> np.ndarray:
+        """A field of `EpisodeSource` with one entry a step, over all splits."""
+        return np.concatenate([getattr(source, field) for source in self.splits.values()])
+
+    def episodes(self, split: str) -> Iterator[LabelledEpisode]:
+        """Yields the episodes of a split in their order, with one of them in memory."""
+        source = self.splits[split]
+        views = {camera: _view(source, camera) for camera in self.cameras}
+        for row, (start, length) in enumerate(zip(source.start.tolist(), source.length.tolist(), strict=True)):
+            steps = slice(start, start + length)
+            fields = {
+                field: None if getattr(source, field) is None else getattr(source, field)[steps]
+                for field in ("state", "action", "latent_motion", "latent_valid", "latent_codes")
+            }
+            yield LabelledEpisode(
+                episode_id=source.episode_id[row],
+                source_file=self._source_files[split][row],
+                instruction=source.instruction[row],
+                control_rate=float(source.control_rate[row]),
+                images={camera: view.read_jpegs(range(start, start + length)) for camera, view in views.items()},
+                **fields,
+            )
+
+    def _sizes(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for field in ("state", "action", "latent_motion", "latent_codes"):
+            values = {split: getattr(source, field) for split, source in self.splits.items()}
+            found = {split: None if value is None else value.shape[1] for split, value in values.items()}
+            if len(set(found.values())) > 1:
+                raise DatasetError(f"{self.directory}: the size of {field} differs between the splits: {found}")
+            size = next(iter(found.values()))
+            if size is not None:
+                sizes[field] = size
+        return sizes
+
+
+def file_numbers(lengths: Sequence[int], max_steps: int) -> list[int]:
+    """In which file every episode goes, if a file takes episodes in a row up to a number of steps, and at least one."""
+    numbers, number, filled = [], 0, 0
+    for length in lengths:
+        if filled and filled + length > max_steps:
+            number, filled = number + 1, 0
+        numbers.append(number)
+        filled += length
+    return numbers
+
+
+def _cameras(info: tfds.core.DatasetInfo, first: str) -> tuple[str, ...]:
+    observation = info.features["observation"]
+    pictures = [key for key, feature in observation.items() if isinstance(feature, tfds.features.Image)]
+    order = (info.metadata or {}).get("cameras") or [first]
+    return tuple(dict.fromkeys([*order, *pictures]))
+
+
+def _view(source: EpisodeSource, camera: str) -> EpisodeSource:
+    """The same episodes through another camera; the arrays are shared."""
+    view = copy.copy(source)
+    view.camera = camera
+    return view
+
+
+def _check(name: str, source: EpisodeSource, table: pa.Table) -> None:
+    """Raises DatasetError unless every step of a split has its labels."""
+    unlabelled = table["latent_motion"].null_count
+    if unlabelled:
+        raise DatasetError(f"{name} is not labelled: {unlabelled} of {len(table)} episodes have no latent_motion")
+    for field in _SOMETIMES_MISSING:
+        missing = table[field].null_count
+        if missing not in (0, len(table)):
+            raise DatasetError(f"{name} is damaged: {missing} of {len(table)} episodes have no {field}, the others do")
+    for field in ("latent_motion", "latent_valid", *_SOMETIMES_MISSING):
+        values = getattr(source, field)
+        if values is not None and len(values) != len(source):
+            raise DatasetError(f"{name} is damaged: {len(values)} steps have {field}, of {len(source)}")
+    if not np.isfinite(source.latent_motion[source.latent_valid]).all():
+        raise DatasetError(f"{name} has latent_motion that is not finite at steps with latent_valid")
