@@ -93,7 +93,8 @@ def test_every_setting_has_a_flag():
         (
             "robomimic",
             {},
-            "unknown builder 'robomimic'; there are calvin, lerobot, libero, npz, procgen, rlds, tabletop, video_folder",
+            "unknown builder 'robomimic'; there are calvin, lerobot, libero, npz, procgen, rlds, tabletop, "
+            "video_folder",
         ),
         ("tabletop", {"camera": ("a",)}, "--camera does not apply to tabletop"),
         ("video_folder", {"source": "clips", "episodes": 3}, "--episodes does not apply to video_folder"),
