@@ -32,6 +32,7 @@ setup(
         "etils[epath]>=1.10",
         "flax>=0.12",
         "grain>=0.2.12",
+        "google-crc32c>=1.5",
         "gymnasium>=1.0",
         "h5py>=3.10",
         # tfds imports importlib_resources without requiring it.

@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import cv2
+import google_crc32c
 import numpy as np
 import pytest
 import simplejpeg
@@ -159,9 +160,23 @@ def make_rlds(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def encode_tfrecord() -> Callable[[Sequence[bytes]], bytes]:
+    """Makes the content of a TFRecord file."""
+    return _tfrecord
+
+
 def _tfrecord(records: Sequence[bytes]) -> bytes:
-    # The checksums are left at 0, since the reader does not look at them.
-    return b"".join(struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0) for record in records)
+    lengths = [struct.pack("<Q", len(record)) for record in records]
+    return b"".join(
+        length + _masked_crc(length) + record + _masked_crc(record)
+        for length, record in zip(lengths, records, strict=True)
+    )
+
+
+def _masked_crc(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 @pytest.fixture

@@ -90,15 +90,16 @@ def test_every_setting_has_a_flag():
 @pytest.mark.parametrize(
     ("builder", "given", "message"),
     [
-        ("libero", {}, "unknown builder 'libero'; there are lerobot, rlds, tabletop, video_folder"),
+        (
+            "robomimic",
+            {},
+            "unknown builder 'robomimic'; there are calvin, lerobot, libero, npz, procgen, rlds, tabletop, "
+            "video_folder",
+        ),
         ("tabletop", {"camera": ("a",)}, "--camera does not apply to tabletop"),
         ("video_folder", {"source": "clips", "episodes": 3}, "--episodes does not apply to video_folder"),
         ("video_folder", {}, "video_folder needs --source"),
-        (
-            "rlds",
-            {"source": "bridge"},
-            "rlds needs --control_rate: RLDS does not record how many steps a second has",
-        ),
+        ("rlds", {"control_rate": 5.0}, "rlds needs --source"),
     ],
 )
 def test_flags_that_do_not_fit_the_builder(builder, given, message):

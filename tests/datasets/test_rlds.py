@@ -110,8 +110,10 @@ def test_damage_costs_only_what_it_hits(tmp_path, make_rlds, steps, check_datase
     assert left_out["00002-of-00004"] == ["the file is missing"]
     partial = reasons_by_file(report["partially_converted"])
     assert ["some action is not finite" in reason for reason in partial["00000-of-00004"]] == [True]
-    broken = partial if tfrecord else left_out
-    assert broken["00001-of-00004"] == [f"cannot be read from record {1 if tfrecord else 0} on, of 2"]
+    if tfrecord:
+        assert partial["00001-of-00004"] == ["cannot be read from record 1 on, of 2: the file breaks off"]
+    else:
+        assert left_out["00001-of-00004"] == ["is damaged: none of its 2 records can be found"]
 
 
 def test_fewer_records_than_announced(tmp_path, make_rlds, steps, check_dataset):

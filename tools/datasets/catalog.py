@@ -6,13 +6,21 @@ from typing import Any
 
 from como_jax.errors import ConversionError
 from tools.datasets.builder import EpisodeBuilder, Settings
+from tools.datasets.calvin.builder import Calvin
 from tools.datasets.lerobot.builder import LeRobot
+from tools.datasets.libero.builder import Libero
+from tools.datasets.npz.builder import Npz
+from tools.datasets.procgen.builder import Procgen
 from tools.datasets.rlds.builder import Rlds
 from tools.datasets.tabletop.builder import TabletopDemonstrations
 from tools.datasets.video_folder.builder import VideoFolder
 
 BUILDERS: dict[str, type[EpisodeBuilder]] = {
+    "calvin": Calvin,
     "lerobot": LeRobot,
+    "libero": Libero,
+    "npz": Npz,
+    "procgen": Procgen,
     "rlds": Rlds,
     "tabletop": TabletopDemonstrations,
     "video_folder": VideoFolder,

@@ -1,11 +1,15 @@
 """Pictures on their way into a dataset: scaling, JPEG, and how much they move."""
 
+import struct
+
 import cv2
 import numpy as np
 import simplejpeg
 
 JPEG_QUALITY = 95
 THUMBNAIL_SIZE = 32
+# As for videos: a header can claim any size.
+_MAX_PIXELS = 2**26
 
 
 def shrink(image: np.ndarray, shorter_side: int) -> np.ndarray:
@@ -29,14 +33,26 @@ def decode_image(data: bytes) -> np.ndarray:
     """RGB uint8 `[H, W, 3]` of a JPEG, PNG or whatever else OpenCV reads.
 
     Raises:
-      ValueError: the picture is damaged or of an unknown format.
+      ValueError: the picture is damaged, of an unknown format, or larger than 2**26 pixels.
     """
     if is_jpeg(data):
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        _check_pixels(width, height)
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+        _check_pixels(*struct.unpack(">II", data[16:24]))
+    try:
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error:
+        bgr = None
     if bgr is None:
         raise ValueError("a picture cannot be decoded")
     return np.ascontiguousarray(bgr[..., ::-1])
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > _MAX_PIXELS:
+        raise ValueError(f"a picture of {width}x{height} pixels, which are more than the {_MAX_PIXELS} that are read")
 
 
 def is_jpeg(data: bytes) -> bool:

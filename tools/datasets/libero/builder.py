@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
-import re
 from collections.abc import Iterator
 
 import h5py
@@ -24,14 +21,32 @@ from tools.datasets.builder import (
     StepLayout,
     Warned,
 )
-from tools.datasets.sources import Source
+from tools.datasets.libero import language
+from tools.datasets.libero.demonstrations import (
+    ACTION_SIZE,
+    CAMERAS,
+    STATES,
+    Demonstration,
+    announced_number,
+    demonstration_names,
+    open_demonstrations,
+)
+from tools.datasets.listing import Listing, list_files, num_bytes
+from tools.datasets.sources import Source, assign_splits
 
 CONTROL_RATE_HZ = 20.0
-ACTION_SIZE = 7
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 ORIENTATIONS = ("rotate180", "flip", "stored")
 _SUFFIXES = (".hdf5", ".h5")
 _NOOP = 1e-4
-_SCENE = re.compile(r"^[A-Z_]+SCENE\d+_")
+
+NAMED = "the file has no readable instruction: the one in its name counts"
+UNPUBLISHED = (
+    "the file lacks the attributes of the published ones; if it was made by a replay that recorded pictures before "
+    "actions, it needs --action_shift 0"
+)
+OUT_OF_RANGE = "some actions lie outside [-1, 1]"
+NOOPS_DROPPED = "steps that command no motion were left out, as --drop_noops asks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,213 +55,191 @@ class LiberoSettings(Settings):
 
     Attributes:
       source: folder that is searched for HDF5 files, with all folders below.
-      camera: keys of `obs`, the main camera first.
-      state: keys of `obs`, joined in this order; empty for none.
+      camera: of `CAMERAS`, the main camera first.
+      state: of `STATES`, joined in this order; empty for none.
       orientation: what is done to the stored pictures, which are upside down: rotate180, flip or stored.
+      action_shift: the step of picture t gets the action that is stored at t + action_shift.
       drop_noops: leave out steps that command no motion and leave the gripper as it was.
     """
 
     source: str
-    camera: tuple[str, ...] = ("agentview_rgb", "eye_in_hand_rgb")
+    camera: tuple[str, ...] = CAMERAS
     state: tuple[str, ...] = ("ee_states", "gripper_states")
     orientation: str = ORIENTATIONS[0]
+    action_shift: int = 1
     drop_noops: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.orientation not in ORIENTATIONS:
             raise ConversionError(f"orientation must be one of {', '.join(ORIENTATIONS)}, got {self.orientation!r}")
+        if self.action_shift < 0:
+            raise ConversionError(f"action_shift must be 0 or more, got {self.action_shift}")
         if not self.camera:
-            raise ConversionError("camera names no camera; LIBERO has agentview_rgb and eye_in_hand_rgb")
+            raise ConversionError(f"camera must name one or more of {', '.join(CAMERAS)}")
+        for field, known in (("camera", CAMERAS), ("state", STATES)):
+            keys = getattr(self, field)
+            if not set(keys) <= set(known) or len(set(keys)) < len(keys):
+                raise ConversionError(f"{field} must be different ones of {', '.join(known)}, got {', '.join(keys)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """Names of the demonstrations in a file, and how many it says there are."""
+
+    names: list[str]
+    announced: int | None
 
 
 class Libero(EpisodeBuilder):
-    """Every demonstration of every file; each is a source of its own, so that `val` holds some of every task."""
+    """Every demonstration of every file; a file is a task, and each task has demonstrations in both splits."""
 
     settings_class = LiberoSettings
     settings: LiberoSettings
 
-    @functools.cached_property
+    @property
     def layout(self) -> StepLayout:
-        """The chosen cameras and states; sizes of states are those of the first sound demonstration."""
-        return StepLayout(self.settings.camera, self._state_size(), ACTION_SIZE)
+        """The chosen cameras and states, and the actions."""
+        state_size = sum(STATES[key][1] for key in self.settings.state)
+        return StepLayout(self.settings.camera, state_size or None, ACTION_SIZE)
 
     def sources(self) -> list[Source]:
-        """One source a demonstration; a file that cannot be opened is one source, and will be reported.
+        """One source a demonstration, or a file in which none can be found, which will be reported.
 
         Raises:
           ConversionError: there is no folder, or no HDF5 file in it.
         """
         sources = []
-        for name in self._files():
-            path = self._root / name
-            size = path.stat().length
-            try:
-                with open_file(path) as file:
-                    count = len(demonstrations(file))
-            except (OSError, ValueError):
-                sources.append(Source(name, num_bytes=size))
+        for name, contents in self._contents.items():
+            if not contents.names:
+                sources.append(Source(name, "train"))
                 continue
-            sources += [Source(name, records=(index, index + 1), num_bytes=size // count) for index in range(count)]
+            size = num_bytes(self._root / name) // len(contents.names)
+            members = [Source(f"{name}/{each}", num_bytes=size) for each in contents.names]
+            # Drawn within each file, so that both splits hold every task.
+            sources += assign_splits(members, self.settings.validation_fraction, self.settings.seed)
         return sources
+
+    def warnings(self) -> list[str]:
+        """Folders that were not looked into, and files that have lost demonstrations without other signs of damage."""
+        return self._listing.warnings + [
+            f"{name} announces {contents.announced} demonstrations and holds {len(contents.names)}"
+            for name, contents in self._contents.items()
+            if contents.names and contents.announced not in (None, len(contents.names))
+        ]
 
     def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
         """The one demonstration of a source."""
-        with open_file(self._root / source.path) as file:
-            if source.records is None:
-                raise SourceError("the file could not be read when the conversion was planned, and can be now")
-            name = demonstrations(file)[source.records[0]]
-            instruction, is_sound = read_instruction(file, source.path)
-            if not is_sound:
-                yield Warned("the language instruction is not valid text; unreadable characters were replaced")
-            demonstration = file["data"][name]
-            action = read_array(demonstration, "actions", 2).astype(np.float32)
-            keep = np.flatnonzero(~is_noop(action)) if self.settings.drop_noops else np.arange(len(action))
-            if len(keep) < len(action):
-                yield Warned("steps that command no motion were left out, as --drop_noops asks")
-            state = self._read_state(demonstration, len(action))
-            pictures = {
-                camera: self._read_camera(demonstration, camera, len(action)) for camera in self.settings.camera
-            }
-            steps, thumbnails = [], []
-            for index in keep.tolist():
-                frames = {camera: self._upright(picture[index]) for camera, picture in pictures.items()}
-                steps.append(
-                    Step(
-                        {camera: images.encode_jpeg(frame) for camera, frame in frames.items()},
-                        None if state is None else state[index],
-                        action[index],
-                    )
-                )
-                thumbnails.append(images.thumbnail(frames[self.settings.camera[0]]))
-            if not steps:
-                raise SourceError("holds no steps")
-            yield Episode(
-                episode_id=f"{source.path}/{name}",
-                source_file=source.path,
-                control_rate=CONTROL_RATE_HZ,
-                steps=steps,
-                motion=images.motion(thumbnails),
-                language_instruction=instruction,
+        if source.path.lower().endswith(_SUFFIXES):
+            with open_demonstrations(self._root / source.path):
+                raise SourceError("holds no demonstrations")
+        name, _, demonstration = source.path.rpartition("/")
+        with open_demonstrations(self._root / name) as data:
+            warnings, episode = self._episode(name, data, demonstration)
+        yield from map(Warned, warnings)
+        yield episode
+
+    def _episode(self, name: str, data: h5py.Group, demonstration_name: str) -> tuple[list[str], Episode]:
+        """What is unusual about a demonstration, and the demonstration as an episode."""
+        demonstration = Demonstration(data, demonstration_name)
+        settings, warnings = self.settings, []
+        if settings.action_shift and not language.attribute_text(data, "env_args"):
+            warnings.append(UNPUBLISHED)
+        # The first actions led to pictures recorded after them, and none follow the last pictures.
+        actions = demonstration.actions[settings.action_shift :]
+        if (np.abs(actions) > 1).any():
+            warnings.append(OUT_OF_RANGE)
+        kept = np.arange(len(actions))
+        if settings.drop_noops and is_noop(actions).any():
+            warnings.append(NOOPS_DROPPED)
+            kept = np.flatnonzero(~is_noop(actions))
+        if not len(kept):
+            raise SourceError("holds no steps")
+        instruction = language.stored_instruction(data)
+        if not instruction:
+            warnings.append(NAMED)
+            instruction = language.named_instruction(epath.Path(name).name)
+        convention = language.attribute_text(data, "macros_image_convention")
+        shots = {camera: self._shots(demonstration.pictures(camera, kept), convention) for camera in settings.camera}
+        states = [demonstration.state(key)[kept] for key in settings.state]
+        steps = [
+            Step(
+                {camera: jpegs[position] for camera, (jpegs, _) in shots.items()},
+                np.concatenate([state[position] for state in states]) if states else None,
+                action,
             )
+            for position, action in enumerate(actions[kept])
+        ]
+        return warnings, Episode(
+            episode_id=f"{name}/{demonstration_name}",
+            source_file=name,
+            control_rate=CONTROL_RATE_HZ,
+            steps=steps,
+            motion=images.motion(shots[settings.camera[0]][1]),
+            language_instruction=instruction,
+        )
 
-    def _upright(self, picture: np.ndarray) -> np.ndarray:
-        if self.settings.orientation == "rotate180":
-            picture = picture[::-1, ::-1]
-        elif self.settings.orientation == "flip":
-            picture = picture[::-1]
-        return images.shrink(np.ascontiguousarray(picture), self.settings.image_size)
-
-    def _read_camera(self, demonstration: h5py.Group, camera: str, length: int) -> h5py.Dataset:
-        """Pictures uint8 `[T, H, W, 3]`, still in the file."""
-        key = f"obs/{camera}"
-        picture = demonstration.get(key)
-        if not isinstance(picture, h5py.Dataset):
-            raise SourceError(f"has no camera {key!r}; there are: {', '.join(demonstration.get('obs', {}))}")
-        if picture.dtype != np.uint8 or picture.ndim != 4 or picture.shape[-1] != 3:
-            raise SourceError(f"{key} is {picture.dtype} of shape {picture.shape}, and not uint8 [T, H, W, 3]")
-        if len(picture) != length:
-            raise SourceError(f"has {length} actions, but {len(picture)} pictures of {camera}")
-        return picture
-
-    def _read_state(self, demonstration: h5py.Group, length: int) -> np.ndarray | None:
-        if not self.settings.state:
-            return None
-        parts = [read_array(demonstration, f"obs/{key}", 2).astype(np.float32) for key in self.settings.state]
-        lengths = {len(part) for part in parts}
-        if lengths != {length}:
-            raise SourceError(f"has {length} actions, but {lengths} states")
-        return np.concatenate(parts, axis=1)
-
-    def _state_size(self) -> int | None:
-        if not self.settings.state:
-            return None
-        for name in self._files():
-            try:
-                with open_file(self._root / name) as file:
-                    first = file["data"][demonstrations(file)[0]]
-                    return sum(read_array(first, f"obs/{key}", 2).shape[1] for key in self.settings.state)
-            except (OSError, ValueError, SourceError):
-                continue
-        raise ConversionError(f"no demonstration in {self._root} has the states {', '.join(self.settings.state)}")
+    def _shots(self, pictures: Iterator[np.ndarray], convention: str) -> tuple[list[bytes], list[np.ndarray]]:
+        """JPEGs and thumbnails of some stored pictures."""
+        jpegs, thumbnails = [], []
+        for picture in pictures:
+            turned = np.ascontiguousarray(turn(picture, self.settings.orientation, convention))
+            small = images.shrink(turned, self.settings.image_size)
+            jpegs.append(images.encode_jpeg(small))
+            thumbnails.append(images.thumbnail(small))
+        return jpegs, thumbnails
 
     @property
     def _root(self) -> epath.Path:
-        return epath.Path(self.settings.source)
+        """Paths of sources are relative to it: above the folder of a suite, so that they name the suite."""
+        source = epath.Path(self.settings.source)
+        return source.parent if source.name in SUITES else source
+
+    @functools.cached_property
+    def _listing(self) -> Listing:
+        source = epath.Path(self.settings.source)
+        if not source.is_dir():
+            raise ConversionError(f"source folder {source} does not exist")
+        return list_files(source)
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, _Contents]:
+        """By file; nothing for a file that cannot be read, which is reported when it is to be converted."""
+        contents = {}
+        for name in self._files():
+            try:
+                with open_demonstrations(self._root / name) as data:
+                    contents[name] = _Contents(demonstration_names(data), announced_number(data))
+            except (SourceError, OSError, ValueError):
+                contents[name] = _Contents([], None)
+        return contents
 
     def _files(self) -> list[str]:
-        if not self._root.is_dir():
-            raise ConversionError(f"source folder {self._root} does not exist")
-        paths = [folder / file for folder, _, files in self._root.walk() for file in files]
-        names = [path.relative_to(self._root).as_posix() for path in paths if path.suffix.lower() in _SUFFIXES]
+        source = epath.Path(self.settings.source)
+        prefix = f"{source.name}/" if source.name in SUITES else ""
+        names = [prefix + name for name in self._listing.files if name.lower().endswith(_SUFFIXES)]
         if not names:
-            raise ConversionError(f"source folder {self._root} holds no HDF5 file ({' or '.join(_SUFFIXES)})")
-        return sorted(names)
+            raise ConversionError(f"source folder {source} holds no HDF5 file ({' or '.join(_SUFFIXES)})")
+        return names
 
 
-@contextlib.contextmanager
-def open_file(path: epath.Path) -> Iterator[h5py.File]:
-    """Opens an HDF5 file for reading.
+def turn(picture: np.ndarray, orientation: str, convention: str) -> np.ndarray:
+    """A stored picture, uint8 `[H, W, 3]`, as asked for.
 
-    Raises:
-      OSError, ValueError: it is damaged; h5py would raise RuntimeError or KeyError for some kinds of damage.
+    MuJoCo's renderer begins with the row at the bottom, and robosuite hands that on unless its macro IMAGE_CONVENTION,
+    which LIBERO stores with the data, is `opencv`.
     """
-    try:
-        with path.open("rb") as stream, h5py.File(stream, "r") as file:
-            yield file
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the HDF5 file is damaged: {error}") from error
+    if orientation == "stored":
+        return picture
+    upright = picture if convention == "opencv" else picture[::-1]
+    return upright[:, ::-1] if orientation == "rotate180" else upright
 
 
-def demonstrations(file: h5py.File) -> list[str]:
-    """Names of the demonstrations, in order of their numbers.
-
-    Raises:
-      ValueError: there are none.
-    """
-    data = file.get("data")
-    names = [name for name in data if name.startswith("demo")] if isinstance(data, h5py.Group) else []
-    if not names:
-        raise ValueError("holds no LIBERO demonstrations: there is no group data/demo_0")
-    return sorted(names, key=lambda name: (int(re.sub(r"\D", "", name) or -1), name))
-
-
-def read_array(group: h5py.Group, key: str, num_axes: int) -> np.ndarray:
-    """A whole dataset of a group.
-
-    Raises:
-      SourceError: it is missing or has another number of axes.
-    """
-    found = group.get(key)
-    if not isinstance(found, h5py.Dataset):
-        raise SourceError(f"has no {key!r}")
-    if found.ndim != num_axes:
-        raise SourceError(f"{key} has shape {found.shape}, and not {num_axes} axes")
-    return found[()]
-
-
-def read_instruction(file: h5py.File, name: str) -> tuple[str, bool]:
-    """The task in words, from the attributes or else from the name of the file; and whether it was valid text."""
-    raw = file["data"].attrs.get("problem_info", b"")
-    data = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else bytes(raw)
-    text = data.decode("utf-8", "replace")
-    try:
-        found = json.loads(text).get("language_instruction")
-    except (ValueError, AttributeError):
-        found = None
-    if isinstance(found, list):
-        found = " ".join(map(str, found))
-    if not isinstance(found, str) or not found.strip():
-        stem = epath.Path(name).stem.removesuffix("_demo")
-        found = _SCENE.sub("", stem).replace("_", " ")
-    return found.strip().strip('"'), "\ufffd" not in found
-
-
-def is_noop(action: np.ndarray) -> np.ndarray:
+def is_noop(actions: np.ndarray) -> np.ndarray:
     """Which of the actions `[T, 7]` command no motion and leave the gripper as it was, bool `[T]`.
 
     The rule of OpenVLA's cleaned LIBERO (arXiv 2406.09246): a norm under 1e-4 of all but the gripper.
     """
-    still = np.linalg.norm(action[:, :-1], axis=1) < _NOOP
-    unchanged = np.concatenate([[True], action[1:, -1] == action[:-1, -1]])
+    still = np.linalg.norm(actions[:, :-1], axis=1) < _NOOP
+    unchanged = np.concatenate([[True], actions[1:, -1] == actions[:-1, -1]])
     return still & unchanged

@@ -1,17 +1,16 @@
 """Builder for RLDS datasets: TFDS directories with one record an episode."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from google.protobuf.message import DecodeError
 
-from como_jax.data.schema import Episode, Step
-from tools.datasets import images
+from como_jax.data.schema import Episode
 from tools.datasets.builder import (
     ConversionError,
     EpisodeBuilder,
@@ -22,19 +21,25 @@ from tools.datasets.builder import (
     check_control_rate,
 )
 from tools.datasets.rlds import features
+from tools.datasets.rlds.dataset import dataset_names, open_dataset, step_features
+from tools.datasets.rlds.entries import OPEN_X, Entry, find_entry, nearest, read_table
+from tools.datasets.rlds.episodes import EpisodeReader
+from tools.datasets.rlds.locate import locate
 from tools.datasets.rlds.records import read_records
 from tools.datasets.sources import Source
 
 VALIDATION_SPLITS = ("val", "valid", "validation", "eval", "test")
-_BLACK = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RldsSettings(Settings):
-    """Settings of `Rlds`.
+    """Settings of `Rlds`. What is not given is taken from the entry of the dataset, if there is one.
 
     Attributes:
-      source: TFDS directory, or a folder that holds just one, up to two levels down.
+      source: TFDS directory, a folder that holds just one, up to two levels down, or a TFDS name.
+      data_dir: where datasets lie that are given by name; '' for where TFDS keeps them.
+      table: TOML file with entries; '' for the one of Open X-Embodiment.
+      entry: name in the table; '' for the name of the dataset.
       control_rate: steps per second (Hz), which RLDS does not record.
       camera: observation keys, the main camera first; empty to take the only one.
       action: step keys, joined in this order; None for `action` if there is one, empty for none.
@@ -43,7 +48,10 @@ class RldsSettings(Settings):
     """
 
     source: str
-    control_rate: float = dataclasses.field(metadata={"help": "RLDS does not record how many steps a second has"})
+    data_dir: str = ""
+    table: str = ""
+    entry: str = ""
+    control_rate: float | None = None
     camera: tuple[str, ...] = ()
     action: tuple[str, ...] | None = None
     state: tuple[str, ...] | None = None
@@ -51,7 +59,8 @@ class RldsSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_control_rate(self.control_rate)
+        if self.control_rate is not None:
+            check_control_rate(self.control_rate)
 
 
 class Rlds(EpisodeBuilder):
@@ -59,15 +68,25 @@ class Rlds(EpisodeBuilder):
 
     settings_class = RldsSettings
     settings: RldsSettings
-    decoder_errors = (OSError, ValueError, DecodeError)
     # The files of the source are large enough, and one file a shard converts in parallel.
     max_sources_per_shard = 1
+
+    def __init__(self, out: epath.PathLike, settings: RldsSettings, name: str | None = None):
+        """Finds the dataset and what is known about it; the rest is as in `EpisodeBuilder`."""
+        self._location = locate(settings.source, settings.data_dir)
+        if self._location.is_named:
+            settings = dataclasses.replace(settings, source=str(self._location.directory))
+        self._dataset = open_dataset(self._location.directory)
+        entry_name, self._entry = _known_entry(settings, dataset_names(self._dataset))
+        # The report shows the values that were used, and a stopped conversion goes on with the same, wherever they
+        # come from.
+        super().__init__(out, _complete(settings, entry_name, self._entry), name)
 
     @functools.cached_property
     def layout(self) -> StepLayout:
         """The chosen cameras, states and actions."""
         return StepLayout(
-            cameras=tuple(_camera_name(key) for key in self._selection.cameras),
+            cameras=tuple(features.camera_name(key) for key in self._selection.cameras),
             state_size=features.size(self._steps, self._selection.states),
             action_size=features.size(self._steps, self._selection.actions),
         )
@@ -76,12 +95,12 @@ class Rlds(EpisodeBuilder):
         """One source a file; too few files without a validation split are cut in two by records."""
         splits = self._dataset.info.splits
         has_validation = any(split in VALIDATION_SPLITS for split in splits)
-        num_files = sum(len(info.shard_lengths) for info in splits.values())
         fraction = self.settings.validation_fraction
-        cut = not has_validation and fraction * num_files < 1
+        cut = not has_validation and fraction * len(self._num_records) < 1
         sources = []
         for split, info in sorted(splits.items()):
-            for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+            for path in info.filepaths:
+                length = self._num_records[path.name]
                 if cut:
                     sources += _cut(path.name, length, fraction)
                 elif has_validation:
@@ -91,114 +110,118 @@ class Rlds(EpisodeBuilder):
         return sources
 
     def warnings(self) -> list[str]:
-        """What is missing from the dataset."""
+        """What was chosen without being asked for, and what is missing from the dataset."""
         missing = {
             "action": not self._selection.actions,
             "state": not self._selection.states,
             "language": self._selection.language is None,
         }
-        return [f"no {kind} was converted" for kind, is_missing in missing.items() if is_missing]
+        notes = [note for note in (self._location.note, self._entry.notes) if note]
+        return notes + [f"no {kind} was converted" for kind, is_missing in missing.items() if is_missing]
 
     def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
-        """The episodes of some records of one file."""
+        """The episodes of some records of one file; the last part of a file goes on to its end."""
         assert source.records is not None
         start, stop = source.records
-        for index, record in enumerate(read_records(self._directory / source.path, start, stop), start):
+        is_last = stop == self._num_records[source.path]
+        records = read_records(self._location.directory / source.path, start, stop, to_end=is_last)
+        for index, record in enumerate(records, start):
+            if index == stop:
+                yield Warned("a file holds more records than dataset_info.json says; they were converted as well")
+            if isinstance(record, LeftOut):
+                yield record
+                continue
             try:
-                episode, thumbnails = self._episode(source, index, record)
-            except self.decoder_errors as error:
+                episode, warnings = self._reader.read(record, source.path, index)
+            except ValueError as error:
                 yield LeftOut(f"record {index}: {error}")
                 continue
-            for camera, frames in thumbnails.items():
-                if max(frame.max() for frame in frames) < _BLACK:
-                    yield Warned(f"camera {camera!r} is black over a whole episode")
+            yield from map(Warned, warnings)
             yield episode
 
-    def _episode(self, source: Source, index: int, record: bytes) -> tuple[Episode, dict[str, list[np.ndarray]]]:
-        """One record as an episode, and the thumbnails of its cameras."""
-        selection = self._selection
-        example = self._episode_features.deserialize_example_np(record, decoders=self._decoders)
-        thumbnails: dict[str, list[np.ndarray]] = {camera: [] for camera in self.layout.cameras}
-        steps, language = [], ""
-        for values in example["steps"]:
-            pictures = {}
-            for key in selection.cameras:
-                jpeg, thumbnail = self._picture(features.lookup(values, key))
-                pictures[_camera_name(key)] = jpeg
-                thumbnails[_camera_name(key)].append(thumbnail)
-            steps.append(Step(pictures, _join(values, selection.states), _join(values, selection.actions)))
-            if selection.language is not None and not language:
-                language = _text(features.lookup(values, selection.language))
-        if not steps:
-            raise ValueError("holds no steps")
-        episode = Episode(
-            episode_id=f"{source.path}/{index:06d}",
-            source_file=source.path,
-            control_rate=self.settings.control_rate,
-            steps=steps,
-            motion=images.motion(thumbnails[self.layout.cameras[0]]),
-            language_instruction=language,
-        )
-        return episode, thumbnails
-
-    def _picture(self, stored: bytes | np.ndarray) -> tuple[bytes, np.ndarray]:
-        """A stored picture as JPEG, untouched if it is one of the right kind and size, and its thumbnail."""
-        image = stored if isinstance(stored, np.ndarray) else images.decode_image(stored)
-        small = images.shrink(image, self.settings.image_size)
-        if small is image and isinstance(stored, bytes) and images.is_colour_jpeg(stored):
-            return stored, images.thumbnail(image)
-        return images.encode_jpeg(small), images.thumbnail(small)
-
     @functools.cached_property
-    def _directory(self) -> epath.Path:
-        return find_dataset(epath.Path(self.settings.source))
-
-    @functools.cached_property
-    def _dataset(self) -> tfds.core.DatasetBuilder:
-        try:
-            return tfds.builder_from_directory(self._directory)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConversionError(f"{self._directory} cannot be read as an RLDS dataset: {error}") from error
+    def _num_records(self) -> dict[str, int]:
+        """Number of records by file name, as the dataset announces them."""
+        return {
+            path.name: length
+            for info in self._dataset.info.splits.values()
+            for path, length in zip(info.filepaths, info.shard_lengths, strict=True)
+        }
 
     @functools.cached_property
     def _steps(self) -> Mapping[str, Any]:
         """Features of a step."""
-        episode_features = self._dataset.info.features
-        if "steps" not in episode_features:
-            raise ConversionError(f"{self._directory} is not an RLDS dataset: its records have no `steps`")
-        return episode_features["steps"].feature
+        return step_features(self._dataset)
 
     @functools.cached_property
     def _selection(self) -> features.Selection:
         settings = self.settings
-        return features.select(self._steps, settings.camera, settings.action, settings.state, settings.language)
+        try:
+            return features.select(self._steps, settings.camera, settings.action, settings.state, settings.language)
+        except ConversionError as error:
+            if not settings.entry:
+                raise
+            hint = f"entry {settings.entry!r} of {settings.table or OPEN_X.name}; flags override it"
+            raise ConversionError(f"{error} ({hint})") from error
 
     @functools.cached_property
-    def _episode_features(self) -> tfds.features.FeaturesDict:
-        return features.subset(self._steps, self._selection.keys)
+    def _reader(self) -> EpisodeReader:
+        settings = self.settings
+        assert settings.control_rate is not None
+        return EpisodeReader(self._steps, self._selection, settings.control_rate, settings.image_size)
 
-    @functools.cached_property
-    def _decoders(self) -> dict[str, Any]:
-        return features.encoded_images(self._steps, self._selection.cameras)
+    def _info(self) -> tfds.core.DatasetInfo:
+        info = super()._info()
+        if self.settings.entry:
+            info.metadata["entry"] = self.settings.entry
+            info.metadata["action_meaning"] = self._entry.action_meaning
+            info.metadata["documentation"] = list(self._entry.source or ())
+        return info
 
 
-def find_dataset(folder: epath.Path) -> epath.Path:
-    """The TFDS directory in a folder.
+def _known_entry(settings: RldsSettings, names: Sequence[str]) -> tuple[str, Entry]:
+    """Name and content of the entry of a dataset; '' and nothing if the table of Open X-Embodiment has none.
+
+    Args:
+      settings: name the entry and the table, or leave both to the dataset.
+      names: what the dataset is called, the best name first.
 
     Raises:
-      ConversionError: there is none, or more than one.
+      ConversionError: an entry or table was asked for and cannot be had.
     """
-    if not folder.is_dir():
-        raise ConversionError(f"source folder {folder} does not exist")
-    depths = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
-    found = sorted({path.parent for pattern in depths for path in folder.glob(pattern)})
-    if not found:
-        raise ConversionError(f"source folder {folder} holds no RLDS dataset (no dataset_info.json)")
-    if folder in found:
-        return folder
-    if len(found) > 1:
-        raise ConversionError(f"choose one of the datasets in {folder}: {', '.join(map(str, found))}")
-    return found[0]
+    path = settings.table or OPEN_X
+    table = read_table(path)
+    if settings.entry:
+        return settings.entry, find_entry(table, path, settings.entry)
+    known = [name for name in names if name in table]
+    if known:
+        return known[0], table[known[0]]
+    if settings.table:
+        raise ConversionError(
+            f"{path} has no entry {' or '.join(names)}; --entry chooses another{nearest(names[0], table)}"
+        )
+    return "", Entry()
+
+
+def _complete(settings: RldsSettings, name: str, entry: Entry) -> RldsSettings:
+    """The settings with what the entry knows in place of what was not given.
+
+    Raises:
+      ConversionError: nobody knows the control rate.
+    """
+    rate = entry.control_rate if settings.control_rate is None else settings.control_rate
+    if rate is None:
+        unknown = f", nor does the entry {name!r}" if name else ""
+        raise ConversionError(f"rlds needs --control_rate: RLDS does not record how many steps a second has{unknown}")
+    return dataclasses.replace(
+        settings,
+        entry=name,
+        control_rate=float(rate),
+        camera=settings.camera or entry.cameras or (),
+        action=entry.action if settings.action is None else settings.action,
+        state=entry.state if settings.state is None else settings.state,
+        language=entry.language if settings.language is None else settings.language,
+    )
 
 
 def _target_split(split: str) -> str:
@@ -211,17 +234,3 @@ def _cut(path: str, length: int, fraction: float) -> list[Source]:
     bound = length - num_validation
     parts = [Source(path, "train", (0, bound)), Source(path, "val", (bound, length))]
     return parts if num_validation else parts[:1]
-
-
-def _camera_name(key: str) -> str:
-    return key.rpartition("/")[2]
-
-
-def _join(step: Mapping[str, Any], keys: tuple[str, ...]) -> np.ndarray | None:
-    if not keys:
-        return None
-    return np.concatenate([np.ravel(np.asarray(features.lookup(step, key), np.float32)) for key in keys])
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value).strip()

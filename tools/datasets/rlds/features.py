@@ -1,5 +1,7 @@
 """Choice of step features in an RLDS dataset: cameras, actions, states, language."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -84,9 +86,11 @@ def select(
             _check_key(available, kind, key)
             if None in available[key].shape:
                 raise ConversionError(f"{kind} key {key!r} has no fixed size: {available[key].shape}")
+            if available[key].np_dtype == np.object_:
+                raise ConversionError(f"{kind} key {key!r} holds no numbers")
     if selection.language is not None:
         _check_key(available, "language", selection.language)
-        if available[selection.language].shape or available[selection.language].np_dtype != np.object_:
+        if not _is_text(available[selection.language]):
             raise ConversionError(f"language key {selection.language!r} is not text")
     return selection
 
@@ -111,6 +115,11 @@ def size(steps: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     return sum(int(np.prod(available[key].shape)) for key in keys) if keys else None
 
 
+def camera_name(key: str) -> str:
+    """What a camera is called in the converted dataset."""
+    return key.rpartition("/")[2]
+
+
 def lookup(step: Mapping[str, Any], key: str) -> Any:
     """The value at a key path."""
     value: Any = step
@@ -128,13 +137,24 @@ def _select_cameras(available: Mapping[str, Any], wanted: Sequence[str]) -> tupl
     for key in chosen:
         if key not in cameras:
             raise ConversionError(f"no camera {key.removeprefix(_OBSERVATION)!r} in this dataset; there are: {names}")
-    return tuple(dict.fromkeys(chosen))
+    chosen = list(dict.fromkeys(chosen))
+    if len({camera_name(key) for key in chosen}) < len(chosen):
+        raise ConversionError(f"cameras must differ in the last part of their names: {', '.join(chosen)}")
+    return tuple(chosen)
 
 
 def _is_picture(key: str, feature: Any) -> bool:
+    """Whether a feature is a camera: grey and RGBA count too, but a single channel may also be depth."""
     shape = feature.shape
-    colour = len(shape) == 3 and shape[-1] in (3, None) and feature.np_dtype == np.uint8
-    return key.startswith(_OBSERVATION) and colour
+    if not key.startswith(_OBSERVATION) or len(shape) != 3 or feature.np_dtype != np.uint8:
+        return False
+    return shape[-1] in (3, 4, None) or (shape[-1] == 1 and "depth" not in key)
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a feature is text, or the padded code points of one, as in Language-Table."""
+    is_code_points = len(feature.shape) == 1 and np.issubdtype(feature.np_dtype, np.integer)
+    return is_code_points or (not feature.shape and feature.np_dtype == np.object_)
 
 
 def _with_default(available: Mapping[str, Any], keys: Sequence[str] | None, default: str) -> tuple[str, ...]:

@@ -22,13 +22,13 @@ from tools.datasets.builder import (
     Warned,
     check_control_rate,
 )
+from tools.datasets.listing import NOT_UTF8, Listing, list_files, num_bytes
 from tools.datasets.sources import Source
 from tools.datasets.video import VIDEO_ERRORS, VideoReader
-from tools.datasets.video_folder.sidecar import Instructions, read_instructions
+from tools.datasets.video_folder.sidecar import SIDECAR_SUFFIXES, Instructions, read_instructions
 
 T = TypeVar("T")
 
-SIDECAR_SUFFIXES = (".json", ".csv")
 # FFmpeg takes some of these for video, or would be asked in vain about thousands of files.
 IGNORED_SUFFIXES = (
     *SIDECAR_SUFFIXES,
@@ -99,17 +99,19 @@ class VideoFolder(EpisodeBuilder):
         root = epath.Path(self.settings.source)
         if not root.is_dir():
             raise ConversionError(f"source folder {root} does not exist")
-        names = [name for name in self._files if not name.lower().endswith(IGNORED_SUFFIXES)]
+        names = [name for name in self._listing.files if not name.lower().endswith(IGNORED_SUFFIXES)]
         if not names:
-            raise ConversionError(f"source folder {root} holds no video")
-        return [Source(name, num_bytes=(root / name).stat().length) for name in names]
+            raise ConversionError("; ".join([f"source folder {root} holds no video", *self._listing.warnings]))
+        return [Source(name, num_bytes=num_bytes(root / name)) for name in names]
 
     def warnings(self) -> list[str]:
-        """What was not understood in the sidecar files."""
-        return self._instructions.warnings
+        """What was not looked into, and not understood in the sidecar files."""
+        return [*self._listing.warnings, *self._instructions.warnings]
 
     def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
         """The clips of one file, in order."""
+        if source.path in self._listing.unreadable:
+            raise SourceError(NOT_UTF8)
         with VideoReader(epath.Path(self.settings.source) / source.path) as reader:
             if self.settings.control_rate is None:
                 yield Warned(GUESSED_RATE)
@@ -140,19 +142,12 @@ class VideoFolder(EpisodeBuilder):
                 yield images.encode_jpeg(frame), images.thumbnail(frame)
 
     @functools.cached_property
-    def _files(self) -> list[str]:
-        """All files below the source folder that are not hidden, as sorted relative paths."""
-        root = epath.Path(self.settings.source)
-        names = []
-        for folder, _, files in root.walk():
-            below = [(folder / file).relative_to(root) for file in files]
-            names += [path.as_posix() for path in below if not any(part[0] == "." for part in path.parts)]
-        # A name that is not valid UTF-8 could not be written to the report.
-        return sorted(name.encode("utf-8", "backslashreplace").decode() for name in names)
+    def _listing(self) -> Listing:
+        return list_files(epath.Path(self.settings.source))
 
     @functools.cached_property
     def _instructions(self) -> Instructions:
-        sidecars = [name for name in self._files if name.lower().endswith(SIDECAR_SUFFIXES)]
+        sidecars = [name for name in self._listing.files if name.lower().endswith(SIDECAR_SUFFIXES)]
         return read_instructions(epath.Path(self.settings.source), sidecars, [s.path for s in self.sources()])
 
 

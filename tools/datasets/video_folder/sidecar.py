@@ -3,11 +3,15 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Sequence
 
 from etils import epath
 
+from tools.datasets.listing import check_file
+
+SIDECAR_SUFFIXES = (".json", ".csv")
 FILE_COLUMNS = ("file", "file_name", "filename", "path", "video")
 INSTRUCTION_COLUMNS = ("instruction", "language_instruction", "text", "caption", "task")
 
@@ -40,10 +44,16 @@ def read_instructions(root: epath.Path, sidecars: Sequence[str], videos: Sequenc
     warnings = []
     for sidecar in sorted(sidecars, key=lambda name: (name.count("/"), name)):
         try:
-            entries = _read_entries(root / sidecar)
-        except (OSError, ValueError, csv.Error) as error:
+            pairs, short = _read_pairs(root / sidecar)
+        except (OSError, ValueError, csv.Error, RecursionError) as error:
             warnings.append(f"{sidecar}: not understood as language instructions: {error}")
             continue
+        entries = dict(pairs)
+        if short:
+            warnings.append(f"{sidecar}: {short} of {short + len(pairs)} rows have too few columns")
+        if len(entries) < len(pairs):
+            repeated = f"{len(pairs) - len(entries)} of {len(pairs)} entries name a video again"
+            warnings.append(f"{sidecar}: {repeated}, and the last one counts")
         folder = sidecar.rpartition("/")[0]
         keys = _keys_below(folder, videos)
         missing = [key for key in entries if key not in keys]
@@ -69,19 +79,26 @@ def _keys_below(folder: str, videos: Sequence[str]) -> dict[str, list[str]]:
     return keys
 
 
-def _read_entries(path: epath.Path) -> dict[str, str]:
-    """Instruction by the video's name; raises ValueError if the file holds something else."""
+def _read_pairs(path: epath.Path) -> tuple[list[tuple[str, str]], int]:
+    """Names of videos and their instructions, and how many rows are too short.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    check_file(path)
     text = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() == ".csv":
         return _read_csv(text)
-    content = json.loads(text)
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+    content = json.loads(text, object_pairs_hook=tuple)
+    if not isinstance(content, tuple) or not all(isinstance(value, str) for _, value in content):
         raise ValueError("expected an object that maps file names to instructions")
-    return content
+    # JSON can write characters that are none.
+    "".join(itertools.chain.from_iterable(content)).encode()
+    return list(content), 0
 
 
-def _read_csv(text: str) -> dict[str, str]:
-    rows = csv.reader(io.StringIO(text))
+def _read_csv(text: str) -> tuple[list[tuple[str, str]], int]:
+    rows = csv.reader(io.StringIO(text, newline=""))
     header = [column.strip().lower() for column in next(rows, [])]
     files = [index for index, column in enumerate(header) if column in FILE_COLUMNS]
     instructions = [index for index, column in enumerate(header) if column in INSTRUCTION_COLUMNS]
@@ -90,4 +107,6 @@ def _read_csv(text: str) -> dict[str, str]:
             f"expected a column {' or '.join(FILE_COLUMNS)} and a column {' or '.join(INSTRUCTION_COLUMNS)}"
         )
     file, instruction = files[0], instructions[0]
-    return {row[file]: row[instruction] for row in rows if len(row) > max(file, instruction)}
+    filled = [row for row in rows if any(row)]
+    pairs = [(row[file], row[instruction]) for row in filled if len(row) > max(file, instruction)]
+    return pairs, len(filled) - len(pairs)

@@ -6,7 +6,7 @@ from etils import epath
 
 from como_jax.errors import ConversionError, DatasetError
 from tools.datasets.lerobot.metadata import INFO_PATH
-from tools.datasets.rlds.builder import find_dataset
+from tools.datasets.rlds.locate import find_dataset
 from tools.doctor.sources.base import DatasetView
 from tools.doctor.sources.converted import ConvertedView
 from tools.doctor.sources.lerobot import LeRobotView

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf.message import DecodeError
 
-from tools.datasets.builder import SourceError
+from tools.datasets.builder import LeftOut, SourceError
 from tools.datasets.rlds.records import read_records
 from tools.datasets.sources import Source
 from tools.doctor.checks.cameras import BLACK
@@ -67,7 +67,8 @@ class FlagReader:
         start, stop = source.records
         try:
             for index, record in enumerate(read_records(self._directory / source.path, start, stop), start):
-                found[f"{source.path}/{index:06d}"] = self._parse(record)
+                if not isinstance(record, LeftOut):
+                    found[f"{source.path}/{index:06d}"] = self._parse(record)
         except (SourceError, OSError, ValueError, DecodeError):
             pass
         return found
