@@ -11,13 +11,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import jax
-import orbax.checkpoint as ocp
 from absl import flags
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax import cli
@@ -28,24 +24,10 @@ from como_jax.evaluation.probes import ProbeError
 from como_jax.evaluation.report import Report, describe_measurements, transfer_strips, write_report
 from como_jax.evaluation.transitions import EvaluationSet, TransitionRunner, measure, summarize
 from como_jax.files import write_text
-from como_jax.models.build import FAMILIES, build_model
 from como_jax.training import sharding
-from como_jax.training.checkpoint import load_params
-from como_jax.training.train_state import ModelDef, Params
-
-LATENT_FAMILIES = tuple(family for family in FAMILIES if family != "mae")
+from como_jax.training.run import load_run
 
 logger = logging.getLogger("como_jax.evaluate")
-
-
-class Run(NamedTuple):
-    """A trained model."""
-
-    workdir: epath.Path
-    config: ConfigDict
-    model: ModelDef
-    params: Params
-    step: int
 
 
 def evaluate(
@@ -98,39 +80,6 @@ def evaluate(
         logger.warning(note)
     logger.info("Report: %s", out / "report.html")
     return metrics
-
-
-def load_run(workdir: epath.PathLike, mesh: Mesh) -> Run:
-    """The model of a run with the parameters of its newest checkpoint, on the devices of `mesh`.
-
-    Raises:
-      RunError: no run, one of a family without latent motion, or one whose checkpoint does not fit its config.
-    """
-    workdir = epath.Path(workdir)
-    try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"--workdir {workdir} holds no run: it has no config.json.") from error
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{workdir}/config.json is damaged: {error}") from error
-    family = config.get("family")
-    if family not in LATENT_FAMILIES:
-        raise RunError(
-            f"{workdir} is a run of family {family!r}, which has no latent motion; evaluate one of "
-            f"{', '.join(LATENT_FAMILIES)}."
-        )
-    try:
-        model = build_model(config)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise RunError(f"{workdir}/config.json does not describe a model of this version: {error}") from error
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        shapes,
-        sharding.tree_shardings(shapes, mesh),
-    )
-    params = load_params(workdir, abstract)
-    return Run(workdir, config, model, params, max(ocp.utils.checkpoint_steps(workdir.resolve() / "checkpoints")))
 
 
 def open_splits(config: ConfigDict, data: str | None, notes: list[str]) -> list[dict[str, EvaluationSet]]:

@@ -66,6 +66,11 @@ class EpisodeSource:
         """Number of steps."""
         return int(self.length.sum())
 
+    @property
+    def record_files(self) -> list[str]:
+        """Files of the split's records, in order."""
+        return [os.fspath(path) for path in self._builder.info.splits[self.split].filepaths]
+
     def read_jpegs(self, records: Sequence[int]) -> list[bytes]:
         """The JPEG bytes of some steps' pictures; may be called from several threads."""
         # One by one: its reading of many at once starts threads, at twice the cost of a picture in the page cache.
@@ -103,7 +108,7 @@ class EpisodeSource:
 
     @functools.cached_property
     def _records(self) -> ArrayRecordDataSource:
-        return ArrayRecordDataSource([os.fspath(path) for path in self._builder.info.splits[self.split].filepaths])
+        return ArrayRecordDataSource(self.record_files)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to worker processes, each of which opens its own.

@@ -6,6 +6,7 @@ stays on the device, since the motion that leads to a frame starts from one of t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from google.protobuf.message import DecodeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from como_jax.data.frames import FrameReader
 from como_jax.data.samples import Samples
+from como_jax.errors import DatasetError
 from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef, Params
 from como_jax.types import MotionLabel
+
+READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)
+"""What ArrayRecord, protobuf and the JPEG decoder raise for a damaged record."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +37,14 @@ class StepLabels:
     Attributes:
       latent: float32 `[S, Q, L]`, the motion from step t to the step one gap later; 0 where there is none.
       codes: int32 `[S, Q]`, -1 where there is none; None for models without codes.
-      valid: bool `[S]`, whether the episode has a step one gap later.
+      valid: bool `[S]`, whether the episode has a step one gap later, and both can be read.
+      unreadable: int64, records whose picture cannot be read.
     """
 
     latent: np.ndarray
     codes: np.ndarray | None
     valid: np.ndarray
+    unreadable: np.ndarray
 
 
 def steps_back(length: np.ndarray, gap: np.ndarray) -> np.ndarray:
@@ -95,28 +103,38 @@ class StreamLabeller:
         """
         chex.assert_equal_shape([episode, records, back])
         found: list[MotionLabel] = []
+        readable: list[np.ndarray] = []
         carry, pending = self._no_frames(reader), None
-        for frames, part in self._batches(reader, episode, records, back):
-            carry, label = self._step(self._params, carry, *sharding.shard_batch((frames, part), self._mesh))
+        for frames, is_readable, part in self._batches(reader, episode, records, back):
+            carry, label = self._step(self._params, carry, *self._place(frames, part))
+            readable.append(is_readable)
             # Results are fetched one batch late, so that devices do not wait for this host.
             if pending is not None:
                 found.append(jax.tree.map(np.asarray, pending))
             pending = label
         found.append(jax.tree.map(np.asarray, pending))
-        return _at_sources(jax.tree.map(lambda *parts: np.concatenate(parts)[: len(records)], *found), back)
+        labels = jax.tree.map(lambda *batches: np.concatenate(batches)[: len(records)], *found)
+        return _at_sources(labels, np.concatenate(readable)[: len(records)], records, back)
+
+    def _place(self, frames: np.ndarray, back: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        rows = NamedSharding(self._mesh, sharding.BATCH_SPEC)
+        return jax.device_put(np.ascontiguousarray(frames), rows), jax.device_put(back, rows)
 
     def _batches(
         self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Frames and `back` in batches of one size, decoded one batch ahead; the last repeats its last frame."""
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Frames, whether they are readable, and `back`, in batches of one size, decoded one batch ahead.
+
+        The last batch is filled up by repeating its last frame.
+        """
         size = self.batch_size
         padding = -len(records) % size
         episode, records = (np.pad(x, (0, padding), mode="edge") for x in (episode, records))
         back = np.pad(back, (0, padding)).astype(np.int32)
 
-        def read(begin: int) -> tuple[np.ndarray, np.ndarray]:
+        def read(begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             rows = slice(begin, begin + size)
-            return reader.map(single_frames(episode[rows], records[rows]))["frames"][:, 0], back[rows]
+            return *read_frames(reader, single_frames(episode[rows], records[rows])), back[rows]
 
         with ThreadPoolExecutor(1, thread_name_prefix="read") as ahead:
             waiting = [ahead.submit(read, 0)]
@@ -133,6 +151,19 @@ class StreamLabeller:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes)
 
 
+def read_frames(reader: FrameReader, frames: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 `[B, H, W, 3]` of `single_frames`, black where they cannot be read, and where they can `[B]`."""
+    try:
+        return reader.map(frames)["frames"][:, 0], np.ones(len(frames), bool)
+    except READ_ERRORS:
+        pictures, readable = np.zeros((len(frames), *reader.frame_shape), np.uint8), np.zeros(len(frames), bool)
+        for row in range(len(frames)):
+            with contextlib.suppress(*READ_ERRORS):
+                pictures[row] = reader.map(frames[row : row + 1])["frames"][0, 0]
+                readable[row] = True
+        return pictures, readable
+
+
 def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
     """Records `[B]` of the first dataset, one frame each and as they are."""
     count = len(records)
@@ -147,9 +178,10 @@ def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
     )
 
 
-def _at_sources(label: MotionLabel, back: np.ndarray) -> StepLabels:
+def _at_sources(label: MotionLabel, readable: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
     """Moves every label from the step that its motion leads to, to the one that it starts from."""
     targets = np.flatnonzero(back)
+    targets = targets[readable[targets] & readable[targets - back[targets]]]
     sources = targets - back[targets]
     valid = np.zeros(len(back), bool)
     valid[sources] = True
@@ -159,4 +191,4 @@ def _at_sources(label: MotionLabel, back: np.ndarray) -> StepLabels:
     if label.codes is not None:
         codes = np.full(label.codes.shape, -1, np.int32)
         codes[sources] = label.codes[targets]
-    return StepLabels(latent, codes, valid)
+    return StepLabels(latent, codes, valid, records[~readable])

@@ -7,7 +7,7 @@ import os
 
 from etils import epath
 
-from tools.datasets.staging import is_local
+from como_jax.staging import is_local
 
 NOT_UTF8 = "its name is not valid UTF-8; rename it"
 

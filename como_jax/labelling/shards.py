@@ -1,0 +1,150 @@
+"""Shards of a dataset, which are labelled one by one, and the tables that come of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from como_jax.data import schema
+from como_jax.errors import DatasetError
+from como_jax.evaluation.latent_statistics import LatentSums
+from como_jax.files import write_atomic
+from como_jax.labelling.streaming import StepLabels
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelShard:
+    """One episode table of a dataset.
+
+    Attributes:
+      split: "train" or "val".
+      table: name of its file.
+      first_episode, num_episodes: rows of the split.
+      first_record, num_records: steps of the split.
+    """
+
+    split: str
+    table: str
+    first_episode: int
+    num_episodes: int
+    first_record: int
+    num_records: int
+
+    @property
+    def name(self) -> str:
+        """Unique within the dataset."""
+        return epath.Path(self.table).stem.removeprefix("episodes-")
+
+
+def list_shards(directory: epath.Path) -> list[LabelShard]:
+    """All shards of a dataset, in the order of their records.
+
+    Raises:
+      DatasetError: there are none.
+    """
+    shards = []
+    for split in schema.SPLITS:
+        episode = record = 0
+        for path in sorted(directory.glob(f"episodes-{split}-*.parquet")):
+            with path.open("rb") as file:
+                lengths = pq.read_table(file, columns=["num_steps"])["num_steps"].to_numpy()
+            steps = int(lengths.sum())
+            shards.append(LabelShard(split, path.name, episode, len(lengths), record, steps))
+            episode, record = episode + len(lengths), record + steps
+    if not shards:
+        raise DatasetError(f"{directory} holds no dataset: it has no episode tables.")
+    return shards
+
+
+def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLabels) -> None:
+    """Copies an episode table with the labels of all its steps."""
+    with source.open("rb") as file:
+        table = pq.read_table(file, schema=schema.EPISODE_TABLE_SCHEMA)
+    lengths = table["num_steps"].to_numpy()
+    columns = {
+        "latent_motion": labels.latent.reshape(len(labels.latent), -1),
+        "latent_valid": labels.valid,
+        "latent_codes": labels.codes,
+    }
+    for name, values in columns.items():
+        position = schema.EPISODE_TABLE_SCHEMA.get_field_index(name)
+        if values is not None:
+            table = table.set_column(position, schema.EPISODE_TABLE_SCHEMA.field(name), _by_episode(values, lengths))
+    write_atomic(target, lambda file: pq.write_table(table, file))
+
+
+def read_labels(directory: epath.Path, shard: LabelShard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Valid latents float32 `[N, D]` of a labelled shard, and their records and episodes within the split."""
+    with (directory / shard.table).open("rb") as file:
+        table = pq.read_table(file, columns=["num_steps", "latent_motion", "latent_valid"])
+    valid = table["latent_valid"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    steps = table["latent_motion"].combine_chunks().flatten()
+    latent = steps.flatten().to_numpy(zero_copy_only=False).reshape(len(steps), -1)
+    episode = np.repeat(np.arange(shard.num_episodes), table["num_steps"].to_numpy())
+    return latent[valid], shard.first_record + np.flatnonzero(valid), shard.first_episode + episode[valid]
+
+
+def latent_statistics(directory: epath.Path, shards: list[LabelShard]) -> dict[str, Any] | None:
+    """What `como_jax.data.normalization` needs of the valid latents of `train`; None when there are none.
+
+    Quantiles are those of a sample of 16,384, see `LatentSums`.
+    """
+    labels = (read_labels(directory, shard) for shard in shards if shard.split == "train")
+    parts = [LatentSums.of(*found) for found in labels if len(found[0])]
+    if not parts:
+        return None
+    sums = LatentSums.combine(parts)
+    moments, low_high = sums.moments, np.quantile(sums.sample.astype(np.float64), (0.01, 0.99), axis=0)
+    found = {
+        "mean": moments.mean,
+        "std": np.sqrt(np.diag(moments.covariance)),
+        "min": sums.minimum,
+        "max": sums.maximum,
+        "q01": low_high[0],
+        "q99": low_high[1],
+    }
+    return {"count": moments.count} | {name: value.tolist() for name, value in found.items()}
+
+
+def write_flat_table(directory: epath.Path, shards: list[LabelShard], target: epath.Path) -> None:
+    """Writes one row a step of all shards: what a data frame wants."""
+
+    def write(file: object) -> None:
+        writer = None
+        for table in _flat_tables(directory, shards):
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+        writer.close()
+
+    write_atomic(target, write)
+
+
+def _flat_tables(directory: epath.Path, shards: list[LabelShard]) -> Iterator[pa.Table]:
+    for shard in shards:
+        with (directory / shard.table).open("rb") as file:
+            table = pq.read_table(file, schema=schema.EPISODE_TABLE_SCHEMA)
+        lengths = table["num_steps"].to_numpy()
+        columns = {
+            "split": pa.array([shard.split] * int(lengths.sum())),
+            "episode_id": table["episode_id"].combine_chunks().take(np.repeat(np.arange(len(lengths)), lengths)),
+            "step_index": np.concatenate([np.arange(length) for length in lengths]),
+            "latent_valid": table["latent_valid"].combine_chunks().flatten(),
+            "latent_motion": table["latent_motion"].combine_chunks().flatten(),
+        }
+        if not table["latent_codes"].null_count:
+            columns["latent_codes"] = table["latent_codes"].combine_chunks().flatten()
+        yield pa.table(columns)
+
+
+def _by_episode(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Values `[S]` or `[S, D]` as one list an episode."""
+    flat = pa.array(values.ravel())
+    if values.ndim == 2:
+        flat = pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], flat)
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), flat)

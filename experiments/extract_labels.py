@@ -1,0 +1,153 @@
+"""Labels every step of a dataset with its latent motion, and says how far the data is from what the model knows.
+
+    python -m experiments.extract_labels --workdir RUN --data DATASET --out LABELLED
+
+LABELLED is the same dataset with three more columns in its episode tables, `latent_motion`, `latent_valid` and, for
+discrete models, `latent_codes`. Beside them lie latents.parquet, one row a step for data frames; labels.json, where the
+labels come from; labelling_report.json with counts, unreadable pictures and the drift; drift.png. The same command
+goes on after a kill. On several hosts, start it on each with --coordinator, --num_processes and --process_id; hosts
+share out the shards and write to the same place.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+from tqdm import tqdm
+
+from como_jax import cli
+from como_jax.errors import ConfigError, UsageError
+from como_jax.labelling.gauge import FIGURE_NAME, drift_report, measure_drift, write_figure
+from como_jax.labelling.labelling import DatasetLabeller
+from como_jax.labelling.provenance import LabelSettings
+from como_jax.labelling.shards import LabelShard
+from como_jax.training import sharding
+from como_jax.training.run import Run, load_run
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run whose model labels.")
+DATA = flags.DEFINE_string("data", None, "Dataset directory.")
+OUT = flags.DEFINE_string("out", None, "Directory of the labelled dataset, to be made.")
+GAP_SECONDS = flags.DEFINE_float("gap_seconds", None, "Time between the two frames of a pair [that of the run].")
+CAMERA = flags.DEFINE_string("camera", "", "Observation key; empty for the dataset's first camera.")
+FIT = flags.DEFINE_enum("fit", None, ("crop", "stretch"), "How pictures become square [as in the run].")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Frames at once, on all devices of a host.")
+THREADS = flags.DEFINE_integer("threads", 8, "Decoding threads.")
+DRIFT = flags.DEFINE_bool("drift", True, "Compare the latents with those of the run's training data.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out, once the new dataset is complete.")
+RESTART = flags.DEFINE_bool("restart", False, "Discard what a stopped labelling left, and begin anew.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+
+logger = logging.getLogger("como_jax.extract_labels")
+
+
+def extract_labels(
+    workdir: epath.PathLike,
+    data: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    gap_seconds: float | None = None,
+    camera: str = "",
+    fit: str | None = None,
+    batch_size: int = 64,
+    threads: int = 8,
+    drift: bool = True,
+    overwrite: bool = False,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Labels a dataset and returns the report, on the first host; see the flags for the arguments.
+
+    Raises:
+      UsageError: run, data and `out` do not fit together.
+    """
+    run = load_run(workdir, sharding.make_mesh())
+    config = run.config.data
+    settings = LabelSettings(
+        gap_seconds=config.gap_seconds if gap_seconds is None else gap_seconds,
+        camera=camera,
+        fit=fit or config.fit,
+        batch_size=batch_size,
+    )
+    if settings.gap_seconds <= 0 or batch_size < 1:
+        raise ConfigError(f"--gap_seconds {settings.gap_seconds} and --batch_size {batch_size} must be positive.")
+    labeller = DatasetLabeller(run, data, out, settings, threads)
+
+    def summarize(labelled: epath.Path, shards: list[LabelShard]) -> dict[str, Any]:
+        return {"drift": gauge(run, labelled, shards, settings) if drift else None}
+
+    with tqdm(
+        total=sum(shard.num_records for shard in labeller.shards),
+        unit="step",
+        disable=jax.process_index() > 0,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    ) as bar:
+        return labeller.label(
+            overwrite=overwrite,
+            restart=restart,
+            progress=lambda shard, notes: bar.update(shard.num_records),
+            summarize=summarize,
+        )
+
+
+def gauge(run: Run, labelled: epath.Path, shards: list[LabelShard], settings: LabelSettings) -> dict[str, Any]:
+    """The drift as a part of the report, or why there is none, which does not make labels worthless."""
+    try:
+        reference, new, found = measure_drift(
+            run, labelled, shards, settings.gap_seconds, settings.camera, settings.fit
+        )
+    except UsageError as error:
+        logger.warning("No drift: %s", error)
+        return {"missing": str(error)}
+    write_figure(labelled / FIGURE_NAME, reference, new, found.s_pcfc)
+    return drift_report(found)
+
+
+def print_report(out: str, report: dict[str, Any]) -> None:
+    """Says what was labelled and what was not."""
+    logger.info(
+        "%d of %d steps of %d episodes have a latent motion; the others lie within a gap of the end of their episode%s",
+        report["labelled"],
+        report["steps"],
+        report["episodes"],
+        f", or need one of {len(report['unreadable'])} unreadable pictures" if report["unreadable"] else "",
+    )
+    for entry in report["unreadable"][:5]:
+        logger.warning("unreadable: episode %s, step %d", entry["episode"], entry["step"])
+    drift = report["drift"]
+    if drift and "verdict" in drift:
+        logger.info("Drift: %s. %s", drift["verdict"], drift["advice"])
+    logger.info("Labelled dataset: %s", out)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the flags."""
+    cli.no_arguments(arguments)
+    if COORDINATOR.value is not None:
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    report = extract_labels(
+        WORKDIR.value,
+        DATA.value,
+        OUT.value,
+        gap_seconds=GAP_SECONDS.value,
+        camera=CAMERA.value,
+        fit=FIT.value,
+        batch_size=BATCH_SIZE.value,
+        threads=THREADS.value,
+        drift=DRIFT.value,
+        overwrite=OVERWRITE.value,
+        restart=RESTART.value,
+    )
+    if report:
+        print_report(OUT.value, report)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "data", "out"])
+    cli.run(main)
