@@ -3,7 +3,8 @@
     python -m experiments.evaluate --workdir RUN --data DIR[,DIR] --out DIR
 
 Writes metrics.json, with means over datasets and `DATASET/...` of each where there are several, and report.html, a
-page that refers to nothing outside it.
+page that refers to nothing outside it. With --labelled, datasets that experiments.extract_labels labelled, it also
+writes domains.json and domains.png: whether an action has the same latents in all of them (CoMo, Figure 4).
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from ml_collections import ConfigDict
 from como_jax import cli
 from como_jax.data.mixture import parse_mixture
 from como_jax.data.schema import SPLITS
-from como_jax.errors import DatasetError, RunError
+from como_jax.errors import ConfigError, DatasetError, RunError
+from como_jax.evaluation.labelled_domains import compare_labelled, write_matrix
 from como_jax.evaluation.probes import ProbeError
 from como_jax.evaluation.report import Report, describe_measurements, transfer_strips, write_report
 from como_jax.evaluation.transitions import EvaluationSet, TransitionRunner, measure, summarize
 from como_jax.files import write_text
+from como_jax.labelling.provenance import hash_params
 from como_jax.training import sharding
 from como_jax.training.run import load_run
 
@@ -39,6 +42,8 @@ def evaluate(
     batch_size: int = 64,
     num_pictures: int = 6,
     probe: bool = True,
+    labelled: str | None = None,
+    action_classes: epath.PathLike | None = None,
 ) -> dict[str, float | int | str]:
     """Evaluates the newest checkpoint of a run, writes metrics.json and report.html and returns the metrics.
 
@@ -47,7 +52,7 @@ def evaluate(
       data: DIR,DIR; the run's own datasets by default.
       out: directory of the two files; `workdir`/report by default.
       num_transitions: of every dataset, held out, and as many to fit the probe on; fewer where there are fewer.
-      batch_size, num_pictures, probe: see `define_flags`.
+      batch_size, num_pictures, probe, labelled, action_classes: see `define_flags`.
 
     Raises:
       UsageError: run, data and `out` do not fit together, or episodes are too few for the probe.
@@ -60,6 +65,11 @@ def evaluate(
     except OSError as error:
         raise RunError(f"--out {out} cannot be written: {error}") from error
     notes: list[str] = []
+    if action_classes is not None and labelled is None:
+        raise ConfigError("--action_classes says which instructions of --labelled are one action; pass both.")
+    domains = None
+    if labelled is not None:
+        domains = compare_labelled(labelled, action_classes, hash_params(run.params), notes)
     runner = TransitionRunner(run.model, mesh, batch_size, with_ssim=True)
     results = []
     for splits in open_splits(run.config, data, notes):
@@ -73,8 +83,10 @@ def evaluate(
     strips = transfer_strips(run.model, run.params, [result.item for result in results], num_pictures, notes)
     facts = {"Run": str(run.workdir), "Step": str(run.step), "Family": run.config.family}
     facts |= describe_measurements(results)
-    report = Report(f"Latent motion of {run.workdir.name}", facts, notes, metrics, results, strips)
+    report = Report(f"Latent motion of {run.workdir.name}", facts, notes, metrics, results, strips, domains)
     write_text(out / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    if domains is not None:
+        write_matrix(out, domains)
     write_report(out / "report.html", report)
     for note in notes:
         logger.warning(note)
@@ -135,12 +147,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 64, "Clips at once; a clip has two transitions.", lower_bound=1)
     flags.DEFINE_integer("num_pictures", 6, "Rows of predictions of every dataset.", lower_bound=1)
     flags.DEFINE_bool("probe", True, "Whether to fit the linear probe where there are actions.")
+    flags.DEFINE_string("labelled", None, "DIR,DIR, labelled datasets of several domains, to compare with each other.")
+    flags.DEFINE_string("action_classes", None, 'FILE.json, {"INSTRUCTION": "ACTION"}: instructions of one action.')
 
 
 def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
     names = ("workdir", "data", "out", "num_transitions", "batch_size", "num_pictures", "probe")
+    names = (*names, "labelled", "action_classes")
     evaluate(**{name: flags.FLAGS[name].value for name in names})
 
 

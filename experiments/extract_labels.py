@@ -30,21 +30,6 @@ from como_jax.labelling.shards import LabelShard
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run whose model labels.")
-DATA = flags.DEFINE_string("data", None, "Dataset directory.")
-OUT = flags.DEFINE_string("out", None, "Directory of the labelled dataset, to be made.")
-GAP_SECONDS = flags.DEFINE_float("gap_seconds", None, "Time between the two frames of a pair [that of the run].")
-CAMERA = flags.DEFINE_string("camera", "", "Observation key; empty for the dataset's first camera.")
-FIT = flags.DEFINE_enum("fit", None, ("crop", "stretch"), "How pictures become square [as in the run].")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Frames at once, on all devices of a host.")
-THREADS = flags.DEFINE_integer("threads", 8, "Decoding threads.")
-DRIFT = flags.DEFINE_bool("drift", True, "Compare the latents with those of the run's training data.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out, once the new dataset is complete.")
-RESTART = flags.DEFINE_bool("restart", False, "Discard what a stopped labelling left, and begin anew.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-
 logger = logging.getLogger("como_jax.extract_labels")
 
 
@@ -62,7 +47,7 @@ def extract_labels(
     overwrite: bool = False,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Labels a dataset and returns the report, on the first host; see the flags for the arguments.
+    """Labels a dataset and returns the report, on the first host; see `define_flags` for the arguments.
 
     Raises:
       UsageError: run, data and `out` do not fit together.
@@ -126,28 +111,37 @@ def print_report(out: str, report: dict[str, Any]) -> None:
     logger.info("Labelled dataset: %s", out)
 
 
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("workdir", None, "Directory of the run whose model labels.", required=True)
+    flags.DEFINE_string("data", None, "Dataset directory.", required=True)
+    flags.DEFINE_string("out", None, "Directory of the labelled dataset, to be made.", required=True)
+    flags.DEFINE_float("gap_seconds", None, "Time between the two frames of a pair [that of the run].")
+    flags.DEFINE_string("camera", "", "Observation key; empty for the dataset's first camera.")
+    flags.DEFINE_enum("fit", None, ("crop", "stretch"), "How pictures become square [as in the run].")
+    flags.DEFINE_integer("batch_size", 64, "Frames at once, on all devices of a host.")
+    flags.DEFINE_integer("threads", 8, "Decoding threads.")
+    flags.DEFINE_bool("drift", True, "Compare the latents with those of the run's training data.")
+    flags.DEFINE_bool("overwrite", False, "Replace --out, once the new dataset is complete.")
+    flags.DEFINE_bool("restart", False, "Discard what a stopped labelling left, and begin anew.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
+    flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
-    if COORDINATOR.value is not None:
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    report = extract_labels(
-        WORKDIR.value,
-        DATA.value,
-        OUT.value,
-        gap_seconds=GAP_SECONDS.value,
-        camera=CAMERA.value,
-        fit=FIT.value,
-        batch_size=BATCH_SIZE.value,
-        threads=THREADS.value,
-        drift=DRIFT.value,
-        overwrite=OVERWRITE.value,
-        restart=RESTART.value,
-    )
+    given = flags.FLAGS
+    if given.coordinator is not None:
+        jax.distributed.initialize(given.coordinator, given.num_processes, given.process_id)
+    names = ("workdir", "data", "out", "gap_seconds", "camera", "fit", "batch_size", "threads", "drift")
+    names = (*names, "overwrite", "restart")
+    report = extract_labels(**{name: given[name].value for name in names})
     if report:
-        print_report(OUT.value, report)
+        print_report(given.out, report)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "data", "out"])
+    define_flags()
     cli.run(main)

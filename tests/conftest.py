@@ -1,5 +1,7 @@
 """Fixtures for all tests."""
 
+import functools
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from absl import flags
 from como_jax.models.motion import Como, MotionConfig
 from como_jax.models.vit import VitConfig
 from como_jax.training.train_state import ModelDef
+from experiments.pretrain import pretrain
 from tools.datasets.catalog import BUILDERS, make_settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -63,3 +66,19 @@ def tabletop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("datasets") / "tabletop"
     BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 24}), None).convert()
     return directory
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Trains a recipe of `configs` by one step on the demonstrations, and returns its directory; each only once."""
+
+    @functools.cache
+    def train(recipe: str) -> Path:
+        config = importlib.import_module(f"configs.pretrain_{recipe}").get_config("smoke")
+        mixture = {"data.mixture": str(tabletop_dataset), "data.gap_seconds": 0.3}
+        config.update_from_flattened_dict({**mixture, "train.stop_after": 1})
+        workdir = tmp_path_factory.mktemp("runs") / recipe
+        pretrain(config, workdir)
+        return workdir
+
+    return train

@@ -15,6 +15,7 @@ from etils import epath
 
 from como_jax.errors import NoClipsError
 from como_jax.evaluation import figures
+from como_jax.evaluation.domains import TransferMatrix, transfer_figure
 from como_jax.evaluation.latents import cosine_similarity_matrix, principal_components
 from como_jax.evaluation.reconstruction import comparison_grid
 from como_jax.evaluation.similarity import past_future_similarities
@@ -84,6 +85,7 @@ class Report:
       metrics: means over datasets.
       results: of every dataset.
       transfer: strips of motion transfer.
+      domains: what labelled datasets have in common, if there are any.
     """
 
     title: str
@@ -92,6 +94,7 @@ class Report:
     metrics: Mapping[str, float]
     results: Sequence[DatasetResult]
     transfer: Sequence[TransferStrip]
+    domains: TransferMatrix | None = None
 
 
 class Picture(NamedTuple):
@@ -117,6 +120,7 @@ def write_report(path: epath.PathLike, report: Report) -> None:
         components=component_pictures(report.results),
         similarity=similarity_picture(report.results),
         histogram=histogram_picture(report.results),
+        domains=report.domains and domain_picture(report.domains),
     )
     write_text(path, page)
 
@@ -249,6 +253,11 @@ def histogram_picture(results: Sequence[DatasetResult]) -> Picture:
         for result in results
     }
     return Picture("S-PCFC of single clips", figures.figure_uri(figures.similarity_histogram(similarities)))
+
+
+def domain_picture(matrix: TransferMatrix) -> Picture:
+    """Cosines between the segments of labelled datasets."""
+    return Picture(f"Labels of {', '.join(matrix.names)}", figures.figure_uri(transfer_figure(matrix)))
 
 
 def _episode_label(item: EvaluationSet, row: int) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
@@ -23,9 +23,11 @@ from como_jax.evaluation.latent_statistics import LatentStatistics, LatentSums
 from como_jax.evaluation.similarity import past_future_similarity
 from como_jax.files import write_atomic, write_text
 from como_jax.labelling.shards import LabelShard, read_labels
+from como_jax.labelling.streaming import READ_ERRORS
 from como_jax.training.run import Run
+from como_jax.training.train_state import ModelDef, Params
 
-STATISTICS_NAME, FIGURE_NAME = "latent_statistics.json", "drift.png"
+FIGURE_NAME = "drift.png"
 _REFERENCE_CLIPS, _SIMILARITY_CLIPS, _BATCH = 2048, 256, 32
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ def reference_statistics(run: Run) -> LatentStatistics:
     Raises:
       DatasetError: they were never measured, and the training data is not here.
     """
-    path = run.workdir / STATISTICS_NAME
+    # Of one checkpoint: a run that is trained on has other latents.
+    path = run.workdir / f"latent_statistics_{run.step}.json"
     if path.exists():
         return LatentStatistics.from_json(path.read_text())
     data = run.config.data
@@ -52,7 +55,10 @@ def reference_statistics(run: Run) -> LatentStatistics:
         run, parse_mixture(data.mixture), data.gap_seconds, data.camera, data.fit, _REFERENCE_CLIPS
     )
     statistics = LatentStatistics.measure(sampled.sums, sampled.s_pcfc)
-    write_text(path, statistics.to_json())
+    try:
+        write_text(path, statistics.to_json())
+    except OSError as error:
+        logger.warning("The training statistics are not kept and will be measured again next time: %s", error)
     return statistics
 
 
@@ -64,7 +70,6 @@ def sample_transitions(
     Raises:
       DatasetError: a dataset is missing, or none has a clip.
     """
-    encode = jax.jit(lambda params, frames: run.model.bind(params).encode(frames))
     params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), run.params)
     past, reverse, sums = [], [], []
     clips = ClipConfig(gap_seconds, instants=3, offset_frames=False)
@@ -77,7 +82,7 @@ def sample_transitions(
         reader = FrameReader(Mixture((part,)), run.config.data.image_size, fit=fit, num_threads=4)
         count = min(num_clips // len(entries), len(part.index))
         chosen = np.unique(np.linspace(0, len(part.index) - 1, count).astype(np.int64))
-        latent = np.concatenate([_encode(encode, params, part, reader, rows) for rows in _batches(chosen)])
+        latent = np.concatenate([_encode(run.model, params, part, reader, rows) for rows in _batches(chosen)])
         past.append(latent[: len(chosen), 0])
         reverse.append(latent[: len(chosen), 1])
         # Records and episodes of different datasets must not share a number.
@@ -108,7 +113,7 @@ def measure_drift(
     try:
         entry = MixtureEntry(str(labelled))
         s_pcfc = sample_transitions(run, [entry], gap_seconds, camera, fit, _SIMILARITY_CLIPS).s_pcfc
-    except DatasetError as error:
+    except READ_ERRORS as error:
         logger.warning("No S-PCFC: %s", error)
         s_pcfc = None
     return reference, new, compare(reference, new, s_pcfc)
@@ -118,7 +123,6 @@ def write_figure(path: epath.Path, reference: LatentStatistics, new: LatentSums,
     """Draws both distributions."""
     figure = drift_figure(reference, new, s_pcfc)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    plt.close(figure)
 
 
 def drift_report(drift: Drift) -> dict[str, float | str | None]:
@@ -136,8 +140,13 @@ def _batches(chosen: np.ndarray) -> list[np.ndarray]:
     return list(padded.reshape(-1, _BATCH))
 
 
-def _encode(encode: object, params: object, part: MixturePart, reader: FrameReader, clips: np.ndarray) -> np.ndarray:
+def _encode(model: ModelDef, params: Params, part: MixturePart, reader: FrameReader, clips: np.ndarray) -> np.ndarray:
     """Latents `[B, 2, Q, L]` from past to current and from future to current."""
     frames = read_clips(part, reader, clips)["frames"]
     # Past, current, future, current: the middle transition is not needed.
-    return np.asarray(encode(params, frames[:, [0, 1, 2, 1]]))[:, [0, 2]]
+    return np.asarray(_encode_frames(model, params, frames[:, [0, 1, 2, 1]]))[:, [0, 2]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_frames(model: ModelDef, params: Params, frames: np.ndarray) -> jax.Array:
+    return model.bind(params).encode(frames)

@@ -82,26 +82,37 @@ class DatasetLabeller:
           OutputError: `out` is in the way, or another labelling into it runs or was stopped.
           DatasetError: no picture of a shard can be read.
         """
-        params = _on_this_host(self._run.params)
+        _check_outside(self._out, self._directory)
+        params, is_first = _on_this_host(self._run.params), jax.process_index() == 0
         plan = describe(self._run, hash_params(params), str(self._directory), self.shards, self._settings)
-        if jax.process_index() > 0:
-            self._wait("opened")
-            self._label_own(params, progress)
-            self._wait("labelled")
-            self._wait("published")
-            return {}
-        make_parent(self._out)
-        with self.staging.locked():
-            check_output(self._out, overwrite)
-            self.staging.open(plan, restart)
-            self.staging.finished([shard.name for shard in self.shards])
-            self._wait("opened")
-            with self._noting_what_is_kept():
-                self._label_own(params, progress)
-                self._wait("labelled")
-                report = self._finish(plan, summarize)
-                self.staging.publish(overwrite)
-        self._wait("published")
+        with contextlib.ExitStack() as lock:
+            with _on_all_hosts():
+                if is_first:
+                    make_parent(self._out)
+                    lock.enter_context(self.staging.locked())
+                    self._open(plan, overwrite, restart)
+            with self._noting_what_is_kept(), _on_all_hosts():
+                # There is none if all that an earlier run had left to do was to tidy up.
+                if self.staging.dataset.exists():
+                    self._label_own(params, progress)
+            with self._noting_what_is_kept(), _on_all_hosts():
+                return self._complete(plan, overwrite, summarize) if is_first else {}
+
+    def _open(self, plan: dict[str, Any], overwrite: bool, restart: bool) -> None:
+        """Makes the staging folder, or finds what an earlier run left in it."""
+        if self.staging.is_published(plan) and not restart:
+            return
+        check_output(self._out, overwrite)
+        self.staging.open(plan, restart)
+        self.staging.finished([shard.name for shard in self.shards])
+
+    def _complete(self, plan: dict[str, Any], overwrite: bool, summarize: Describe) -> dict[str, Any]:
+        """Publishes the dataset, unless an earlier run had, and returns the report."""
+        if not self.staging.dataset.exists():
+            self.staging.tidy()
+            return json.loads((self._out / REPORT_NAME).read_text())
+        report = self._finish(plan, summarize)
+        self.staging.publish(overwrite)
         return report
 
     @contextlib.contextmanager
@@ -115,11 +126,6 @@ class DatasetLabeller:
                 f"{self._out} cannot be written: {error}. {finished} of {len(self.shards)} shards are finished and "
                 f"kept in {self.staging.folder}; the same command goes on from there."
             ) from error
-
-    def _wait(self, what: str) -> None:
-        """For all hosts."""
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(what)
 
     def _label_own(self, params: Any, progress: Progress) -> None:
         """Labels this host's share of the shards, those of all hosts that are not finished."""
@@ -206,6 +212,21 @@ class DatasetLabeller:
         return notes
 
 
+@contextlib.contextmanager
+def _on_all_hosts() -> Iterator[None]:
+    """Waits until all hosts have done their part; if one fails, so do the others, instead of waiting for it."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = np.atleast_1d(multihost_utils.process_allgather(np.array(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise OutputError(f"host {np.flatnonzero(failed)[0]} has failed; it says why.")
+
+
 def _on_this_host(params: Any) -> Any:
     """Parameters as NumPy arrays, of which every host holds all."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
@@ -215,6 +236,13 @@ def _local_mesh() -> Mesh:
     """All devices of this host, between which frames are shared out."""
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
     return Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _check_outside(out: epath.Path, directory: epath.Path) -> None:
+    """Raises OutputError for an output inside the dataset, or in its place."""
+    local = is_local(out) and is_local(directory)
+    if local and out.resolve().is_relative_to(directory.resolve()):
+        raise OutputError(f"--out {out} lies in the dataset --data {directory}; choose a folder outside of it.")
 
 
 def _link(source: epath.Path, target: epath.Path) -> None:

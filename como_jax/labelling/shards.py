@@ -63,7 +63,7 @@ def list_shards(directory: epath.Path) -> list[LabelShard]:
 
 
 def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLabels) -> None:
-    """Copies an episode table with the labels of all its steps."""
+    """Copies an episode table with the labels of all its steps in place of any that it has."""
     with source.open("rb") as file:
         table = pq.read_table(file, schema=schema.EPISODE_TABLE_SCHEMA)
     lengths = table["num_steps"].to_numpy()
@@ -73,9 +73,9 @@ def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLab
         "latent_codes": labels.codes,
     }
     for name, values in columns.items():
-        position = schema.EPISODE_TABLE_SCHEMA.get_field_index(name)
-        if values is not None:
-            table = table.set_column(position, schema.EPISODE_TABLE_SCHEMA.field(name), _by_episode(values, lengths))
+        position, field = schema.EPISODE_TABLE_SCHEMA.get_field_index(name), schema.EPISODE_TABLE_SCHEMA.field(name)
+        column = pa.nulls(len(lengths), field.type) if values is None else _by_episode(values, lengths)
+        table = table.set_column(position, field, column)
     write_atomic(target, lambda file: pq.write_table(table, file))
 
 

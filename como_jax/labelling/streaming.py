@@ -125,16 +125,17 @@ class StreamLabeller:
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Frames, whether they are readable, and `back`, in batches of one size, decoded one batch ahead.
 
-        The last batch is filled up by repeating its last frame.
+        The last batch is filled up by repeating its last frame, which is not decoded again.
         """
         size = self.batch_size
-        padding = -len(records) % size
-        episode, records = (np.pad(x, (0, padding), mode="edge") for x in (episode, records))
-        back = np.pad(back, (0, padding)).astype(np.int32)
+        back = back.astype(np.int32)
 
         def read(begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             rows = slice(begin, begin + size)
-            return *read_frames(reader, single_frames(episode[rows], records[rows])), back[rows]
+            frames, readable = read_frames(reader, single_frames(episode[rows], records[rows]))
+            missing = size - len(frames)
+            frames = np.pad(frames, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge") if missing else frames
+            return frames, np.pad(readable, (0, missing)), np.pad(back[rows], (0, missing))
 
         with ThreadPoolExecutor(1, thread_name_prefix="read") as ahead:
             waiting = [ahead.submit(read, 0)]

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from como_jax.data import schema
-from como_jax.errors import DatasetError, RunError
+from como_jax.errors import ConfigError, DatasetError, RunError
 from como_jax.evaluation.probes import ProbeError
 from configs import pretrain_como, pretrain_mae
 from experiments.evaluate import evaluate
+from experiments.extract_labels import extract_labels
 from experiments.pretrain import pretrain
 from tests.conftest import REPOSITORY
 from tools.datasets.catalog import BUILDERS, make_settings
@@ -134,6 +135,78 @@ def test_what_is_not_there_is_refused(run: Path, tabletop_dataset: Path, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="--out .* cannot be written"):
         evaluate(run, None, tmp_path / "file" / "out", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def labelled(run: Path, tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two copies of the demonstrations, with labels of the run."""
+    folder = tmp_path_factory.mktemp("labelled")
+    first, second = folder / "robot", folder / "hand"
+    extract_labels(run, tabletop_dataset, first, drift=False)
+    shutil.copytree(first, second)
+    return first, second
+
+
+def test_labelled_datasets_are_compared_by_instruction_or_class(run: Path, labelled: tuple[Path, Path], tmp_path: Path):
+    text = ",".join(map(str, labelled))
+    evaluate(run, None, tmp_path / "out", **SIZES, probe=False, labelled=text)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "report.html", "domains.json", "domains.png"}
+    found = json.loads((out / "domains.json").read_text())
+    assert found["names"] == ["robot", "hand"]
+    assert found["same"][0][1] == found["same"][1][0] > found["same"][0][0], "an episode meets its copy elsewhere alone"
+    assert found["gap"][0][1] == pytest.approx(found["same"][0][1] - found["other"][0][1])
+    page = (out / "report.html").read_text()
+    assert "Transfer between domains" in page and "Labels of robot, hand" in page and "another model" not in page
+
+    rows = pq.read_table(next(labelled[0].glob("episodes-train-*.parquet")))
+    instructions = sorted(set(rows["language_instruction"].to_pylist()))
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps(dict.fromkeys(instructions[:2], "one of two")))
+    evaluate(run, None, tmp_path / "classed", **SIZES, probe=False, labelled=text, action_classes=classes)
+    classed = json.loads((tmp_path / "classed" / "domains.json").read_text())
+    assert classed["common"][0][1] == found["common"][0][1] - 1
+
+
+def test_labels_that_cannot_be_compared_are_refused(
+    run: Path, labelled: tuple[Path, Path], tabletop_dataset: Path, tmp_path: Path
+):
+    def refused(error: type[Exception], message: str, *directories: Path, classes: Path | None = None) -> None:
+        with pytest.raises(error, match=message):
+            text = ",".join(map(str, directories))
+            evaluate(run, None, tmp_path / "out", **SIZES, labelled=text or None, action_classes=classes)
+
+    first, second = labelled
+    refused(DatasetError, "--labelled .*robot names no two datasets", first)
+    refused(DatasetError, "tabletop .* has no latents; label it", first, tabletop_dataset)
+    refused(DatasetError, "nowhere is not a dataset directory", first, Path("/nowhere"))
+    refused(ConfigError, "--action_classes .* pass both", classes=tmp_path / "classes.json")
+    refused(ConfigError, "--action_classes .* cannot be read", *labelled, classes=tmp_path / "classes.json")
+    (tmp_path / "classes.json").write_text('["push"]')
+    refused(ConfigError, "classes.json must be an object of strings", *labelled, classes=tmp_path / "classes.json")
+
+    foreign = tmp_path / "foreign"
+    shutil.copytree(second, foreign)
+    origin = json.loads((foreign / "labels.json").read_text())
+    (foreign / "labels.json").write_text(json.dumps({**origin, "parameters": "0"}))
+    refused(DatasetError, "robot and .*foreign are labelled with another model each", first, foreign)
+    (foreign / "labels.json").write_text(json.dumps({**origin, "settings": {"gap_seconds": 9}}))
+    refused(DatasetError, "another gap_seconds each", first, foreign)
+    (foreign / "labels.json").write_text("{}")
+    refused(DatasetError, "foreign/labels.json is damaged", first, foreign)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_labels_of_another_model_than_the_run_are_noted(run: Path, labelled: tuple[Path, Path], tmp_path: Path):
+    copies = [tmp_path / directory.name for directory in labelled]
+    for directory, copy in zip(labelled, copies, strict=True):
+        shutil.copytree(directory, copy)
+    origin = json.loads((copies[0] / "labels.json").read_text())
+    (copies[0] / "labels.json").write_text(json.dumps({**origin, "parameters": "0"}))
+    (copies[1] / "labels.json").unlink()
+    evaluate(run, None, tmp_path / "out", **SIZES, probe=False, labelled=",".join(map(str, copies)))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "hand: it has no labels.json" in page and "of labels that another model than this made" in page
 
 
 @pytest.mark.parametrize(

@@ -89,5 +89,4 @@ def test_every_frame_is_read_once(
     monkeypatch.setattr(type(source), "read_jpegs", lambda self, records: seen.extend(records) or read(self, records))
     label(make_como(), reader, source, np.full(EPISODES, 4), 32, sharding.make_mesh())
     steps = int(source.length[:EPISODES].sum())
-    assert seen[:steps] == list(range(steps))
-    assert len(seen) == -(-steps // 32) * 32, "only the last batch is filled up"
+    assert sorted(seen) == list(range(steps))
