@@ -5,13 +5,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "beam": ["apache-beam>=2.70"],
+    "beam": ["apache-beam>=2.77"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "torch": ["torch>=2.4"],
     # metaworld imports packaging without requiring it.
     "metaworld": ["metaworld>=3.0", "packaging"],
-    "dev": ["apache-beam>=2.70", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4"],
+    "dev": ["apache-beam>=2.77", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4"],
 }
 
 setup(
@@ -34,7 +34,7 @@ setup(
         "grain>=0.2.12",
         "google-crc32c>=1.5",
         "gymnasium>=1.0",
-        "h5py>=3.10",
+        "h5py>=3.11",
         # tfds imports importlib_resources without requiring it.
         "importlib_resources>=6.0",
         "jax>=0.8",

@@ -266,8 +266,9 @@ def measure(item: EvaluationSet, found: Transitions, fitted: Transitions | None)
         raise ProbeError(f"{item.source.directory}: {error} Pass --noprobe to do without it.") from error
     metrics |= probe_metrics(probe)
     metrics |= {f"lp_mse/{dimension}": float(value) for dimension, value in enumerate(probe.per_dimension)}
-    if _is_choice(fitted.latent_action) and _is_choice(found.latent_action):
-        metrics |= _accuracy_metrics(fitted, found)
+    labels = [_choices(part.latent_action) for part in (fitted, found)]
+    if all(label is not None for label in labels):
+        metrics |= _accuracy_metrics(fitted, found, *labels)
     metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
     return DatasetResult(item, found, metrics, fitted, probe)
 
@@ -319,13 +320,22 @@ def probe_metrics(probe: ProbeResult) -> dict[str, float]:
     return {"lp_mse": probe.lp_mse, "lp_mse_mean_action": probe.lp_mse_mean_action, "lp_r2": probe.r2}
 
 
-def _is_choice(action: np.ndarray) -> bool:
-    return action.shape[1] == 1 and bool(np.all((action == np.round(action)) & (action >= 0)))
+def _choices(action: np.ndarray) -> np.ndarray | None:
+    """Numbers int64 `[N]` of the choices that actions `[N, A]` are, one-hot or as a number each; None if not.
+
+    A mean over several different choices is not a choice, so that the gap has to be one step.
+    """
+    if action.shape[1] == 1:
+        whole = np.all((action == np.round(action)) & (action >= 0))
+        return action[:, 0].astype(np.int64) if whole else None
+    one_hot = np.all((action == 0) | (action == 1)) and np.all(action.sum(axis=1) == 1)
+    return action.argmax(axis=1) if one_hot else None
 
 
-def _accuracy_metrics(fitted: Transitions, held_out: Transitions) -> dict[str, float]:
-    """The probe as a classifier, of actions that are numbers of choices."""
-    label, test_label = (part.latent_action[:, 0].astype(np.int64) for part in (fitted, held_out))
+def _accuracy_metrics(
+    fitted: Transitions, held_out: Transitions, label: np.ndarray, test_label: np.ndarray
+) -> dict[str, float]:
+    """The probe as a classifier."""
     found = linear_probe_accuracy(fitted.latent, label, fitted.latent_episode, held_out.latent, test_label)
     return {"lp_accuracy": found.accuracy, "lp_accuracy_majority": found.majority_accuracy}
 

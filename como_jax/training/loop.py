@@ -180,15 +180,10 @@ def _log(
     if np.isfinite(rate):
         values["speed/pairs_per_second"] = rate * samples_per_step
     writer.scalars(step, values)
-    loss = values.get("train/loss", float("nan"))
-    bar.set_postfix_str(f"loss {loss:.4f}, {rate * samples_per_step:.0f} pairs/s")
+    parts = [f"loss {values.get('train/loss', float('nan')):.4f}"]
+    if np.isfinite(rate):
+        parts.append(f"{rate * samples_per_step:.0f} pairs/s")
+    bar.set_postfix_str(", ".join(parts))
     if bar.disable:
-        left = (num_steps - step) / rate if np.isfinite(rate) else float("nan")
-        logger.info(
-            "step %d/%d  loss %.4f  %.0f pairs/s  %.0f s left",
-            step,
-            num_steps,
-            loss,
-            rate * samples_per_step,
-            left,
-        )
+        left = [f"{(num_steps - step) / rate:.0f} s left"] if np.isfinite(rate) else []
+        logger.info("step %d/%d  %s", step, num_steps, "  ".join([*parts, *left]))

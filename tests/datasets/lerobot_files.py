@@ -48,7 +48,9 @@ def rows(index: int, length: int) -> dict[str, list[Any]]:
         "action": [[float(step), float(index)] for step in range(length)],
         "observation.state": [[step / 2, 1.0, 2.0] for step in range(length)],
         "gripper": [float(-step) for step in range(length)],
+        "note": ["as usual"] * length,
         "timestamp": [step / FPS for step in range(length)],
+        "frame_index": list(range(length)),
         "episode_index": [index] * length,
         "task_index": [index % 2] * length,
     }
@@ -64,9 +66,17 @@ def write_info(root: Path, version: str, cameras: Sequence[str], **changes: Any)
     features: dict[str, Any] = {key: {"dtype": "video", "shape": [24, 32, 3]} for key in cameras}
     for key, size in (("action", 2), ("observation.state", 3), ("gripper", 1), ("timestamp", 1)):
         features[key] = {"dtype": "float32", "shape": [size], "names": None}
+    for key in ("frame_index", "episode_index", "index", "task_index"):
+        features[key] = {"dtype": "int64", "shape": [1], "names": None}
+    for key in ("frame_index", "episode_index", "index", "task_index"):
+        features[key] = {"dtype": "int64", "shape": [1], "names": None}
     features["note"] = {"dtype": "string", "shape": [1], "names": None}
     info = {
         "codebase_version": version,
+        "robot_type": None,
+        "total_episodes": len(LENGTHS),
+        "total_frames": sum(LENGTHS.values()),
+        "total_tasks": len(TASKS),
         "fps": FPS,
         "chunks_size": 4,
         "splits": {"train": f"0:{len(LENGTHS)}"},
@@ -106,33 +116,49 @@ def write_v2(root: Path, version: str = "v2.1", cameras: Sequence[str] = (TOP,))
 
 
 def write_v3(root: Path, cameras: Sequence[str] = (TOP,)) -> Path:
-    """Episodes 1 and 2 share their files, and 6 has files of its own."""
+    """Episodes 1 and 2 share a table and the videos of all cameras but the last of several, where 2 and 6 do."""
     write_info(root, "v3.0", cameras)
+    tables = {1: (0, 0), 2: (0, 0), 6: (0, 1)}
+    places = dict.fromkeys(cameras, tables) | {camera: {1: (0, 0), 2: (1, 0), 6: (1, 0)} for camera in cameras[1:]}
     entries = []
-    for file, indices in enumerate([(1, 2), (6,)]):
-        place = {"chunk_index": 0, "file_index": file}
-        columns: dict[str, list[Any]] = {}
-        values: list[int] = []
-        for index in indices:
-            length = LENGTHS[index]
-            begin = len(values) / FPS
-            # Columns grow in place, as one table holds several episodes.
-            for key, column in rows(index, length).items():
-                columns.setdefault(key, []).extend(column)
-            values += [brightness(index, step) for step in range(length)]
-            entry = {"episode_index": index, "tasks": [TASKS[index % 2]], "length": length}
-            entry |= {f"data/{name}": value for name, value in place.items()}
-            for camera in cameras:
-                times = {"from_timestamp": begin, "to_timestamp": begin + length / FPS}
-                entry |= {f"videos/{camera}/{name}": value for name, value in (place | times).items()}
-            entries.append(entry | {"stats/action/max": [1.0, 2.0]})
-        write_table(root / V3_TABLE.format(**place), columns)
-        for camera in cameras:
-            write_video(root / V3_VIDEO.format(video_key=camera, **place), values)
+    first_row = 0
+    for index, length in LENGTHS.items():
+        entry = {"episode_index": index, "tasks": [TASKS[index % 2]], "length": length}
+        entry |= {"dataset_from_index": first_row, "dataset_to_index": first_row + length}
+        entry |= {"data/chunk_index": tables[index][0], "data/file_index": tables[index][1]}
+        for camera, place in places.items():
+            before = sum(LENGTHS[other] for other in LENGTHS if other < index and place[other] == place[index])
+            times = {"from_timestamp": before / FPS, "to_timestamp": (before + length) / FPS}
+            values = {"chunk_index": place[index][0], "file_index": place[index][1]} | times
+            entry |= {f"videos/{camera}/{name}": value for name, value in values.items()}
+        entry |= {"stats/action/max": [1.0, 2.0], "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        entries.append(entry)
+        first_row += length
+    for place in dict.fromkeys(tables.values()):
+        _write_v3_table(root, place, [entry for entry in entries if tables[entry["episode_index"]] == place])
+    for camera, place in places.items():
+        for file in dict.fromkeys(place.values()):
+            members = [index for index in LENGTHS if place[index] == file]
+            values = [brightness(index, step) for index in members for step in range(LENGTHS[index])]
+            write_video(root / V3_VIDEO.format(video_key=camera, chunk_index=file[0], file_index=file[1]), values)
     write_episode_list(root, entries)
-    tasks = {"task_index": list(TASKS), "task": list(TASKS.values())}
-    write_table(root / "meta" / "tasks.parquet", tasks)
+    # Pandas would write the texts as the index of the table, which is its last column.
+    write_table(root / "meta" / "tasks.parquet", {"task_index": list(TASKS), "task": list(TASKS.values())})
     return root
+
+
+def _write_v3_table(root: Path, place: tuple[int, int], entries: Sequence[dict[str, Any]]) -> None:
+    """One table of several episodes, with a row group for each, as a writer leaves it that adds one after the other."""
+    path = root / V3_TABLE.format(chunk_index=place[0], file_index=place[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for entry in entries:
+        numbers = list(range(entry["dataset_from_index"], entry["dataset_to_index"]))
+        columns = rows(entry["episode_index"], entry["length"])
+        parts.append(pa.table(columns | {"frame_index": list(range(entry["length"])), "index": numbers}))
+    with pq.ParquetWriter(path, parts[0].schema) as writer:
+        for part in parts:
+            writer.write_table(part)
 
 
 def write_episode_list(root: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -108,13 +108,17 @@ def test_a_probe_of_other_episodes_reads_what_the_latent_holds(sets):
     assert "lp_accuracy" not in metrics
 
 
-def test_an_action_that_is_a_choice_is_classified_too(sets):
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_an_action_that_is_a_choice_is_classified_too(sets, one_hot):
     def choices(seed: int) -> Transitions:
         exact = made_up(seed=seed)
-        return dataclasses.replace(exact, action=(exact.action > 0).astype(np.float32))
+        chosen = (exact.action > 0).astype(np.float32)
+        return dataclasses.replace(exact, action=np.concatenate([chosen, 1 - chosen], -1) if one_hot else chosen)
 
     metrics = measure(sets[1], choices(2), choices(1)).metrics
     assert metrics["lp_accuracy"] > 0.85 > metrics["lp_accuracy_majority"]
+    mixed = dataclasses.replace(choices(2), action=np.full((24, 2, 2), 0.5, np.float32))
+    assert not one_hot or "lp_accuracy" not in measure(sets[1], mixed, choices(1)).metrics
 
 
 def test_without_fitting_episodes_there_is_no_probe(sets):

@@ -14,6 +14,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
@@ -121,12 +122,8 @@ class _Worker:
         self._num_done = 0
 
     def __enter__(self) -> _Worker:
-        # Ctrl-C in a terminal goes to all processes of a command, and this one says how they end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _interrupts_held_back():
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         # Were this end kept open, nobody would notice that the process is gone.
         self._far_end.close()
         return self
@@ -172,6 +169,30 @@ class _Worker:
             )
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         return f"a process ended {how} while it converted {source}"
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Keeps Ctrl-C, which in a terminal goes to all processes of a command, from a process that is being started.
+
+    It inherits the blocked signal, and this process, which says how all of them end, interrupts itself afterwards:
+    another of its threads may get the signal, and a half-started process would end with a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # It would be started with the first process, and unblock the signal on the way.
+    resource_tracker.ensure_running()
+    pressed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _work(builder: EpisodeBuilder, connection: Connection) -> None:

@@ -28,6 +28,7 @@ from tools.datasets.lerobot.episode_lists import EpisodeEntry
 from tools.datasets.lerobot.frames import stored_frames, video_frames
 from tools.datasets.lerobot.metadata import INFO_PATH, Metadata, read_metadata
 from tools.datasets.lerobot.rows import column_names, join_numbers, read_rows, task_indices
+from tools.datasets.listing import check_file
 from tools.datasets.sources import Source
 from tools.datasets.video import VIDEO_ERRORS
 
@@ -154,7 +155,12 @@ class LeRobot(EpisodeBuilder):
     def _path(self, path: str) -> epath.Path:
         if path not in self._metadata.files:
             raise SourceError(f"{path} is missing")
-        return self._metadata.root / path
+        full_path = self._metadata.root / path
+        try:
+            check_file(full_path)
+        except ValueError as error:
+            raise SourceError(f"{path} {error}") from error
+        return full_path
 
     def _language(self, entry: EpisodeEntry, table: pa.Table) -> tuple[str, list[str]]:
         """The instruction of an episode, and what is unusual about it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from etils import epath
 
 from como_jax.errors import ConversionError
 from tools.datasets.lerobot.files import FileIndex, fill
+from tools.datasets.lerobot.values import parse_json, whole
+from tools.datasets.listing import check_file
 
 _V2_TABLE = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 _V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
@@ -22,6 +23,8 @@ _V2_TABLE_NAME = re.compile(r"episode_(\d+)\.parquet")
 _V3_TABLE = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _V3_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _DEFAULT_CHUNK_SIZE = 1000
+# Lengths only serve to size shards and to warn.
+_MAX_LENGTH = 2**40
 # Pandas names the index of a frame so when it has no name of its own.
 _TASK_COLUMNS = ("task", "__index_level_0__")
 
@@ -80,8 +83,8 @@ def read_v2(
     stored = {int(match[1]) for match in matches if match}
     if unlisted := stored - listed.keys():
         warnings.append(f"{len(unlisted)} episodes have a table but are not listed in {path}")
-    chunk_size = info.get("chunks_size")
-    if not isinstance(chunk_size, int) or chunk_size < 1:
+    chunk_size = whole(info.get("chunks_size"))
+    if chunk_size is None or chunk_size < 1:
         chunk_size = _DEFAULT_CHUNK_SIZE
     episodes = []
     for index in sorted(stored | listed.keys()):
@@ -171,14 +174,15 @@ def _read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
     rows = []
     try:
         # Only line feeds end a line of JSON; texts may hold other separators.
-        lines = path.read_bytes().decode().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        check_file(path)
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ConversionError(f"{path}, line {number}: {error}") from error
         if not isinstance(row, dict):
@@ -190,24 +194,26 @@ def _read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
 def _read_parquet(path: epath.Path) -> list[dict[str, Any]]:
     """The rows of a small table, without the statistics that may lie in it."""
     try:
+        check_file(path)
         with path.open("rb") as file:
             table = pq.ParquetFile(file)
             columns = [name for name in table.schema_arrow.names if not name.startswith("stats/")]
             return table.read(columns).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        # Arrow's messages have several lines.
+        raise ConversionError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _integer(path: epath.Path, row: Mapping[str, Any], key: str) -> int:
-    value = row.get(key)
-    if not isinstance(value, int):
-        raise ConversionError(f"{path}: {key} must be a whole number in every row, got {value!r}")
+    value = whole(row.get(key))
+    if value is None or value < 0:
+        raise ConversionError(f"{path}: {key} must be a whole number in every row, got {row.get(key)!r}")
     return value
 
 
 def _length(row: Mapping[str, Any]) -> int | None:
-    length = row.get("length")
-    return length if isinstance(length, int) else None
+    length = whole(row.get("length"))
+    return None if length is None or not 0 <= length <= _MAX_LENGTH else length
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from tools.datasets.lerobot.metadata import Feature
 
 ACTION_KEYS = ("action", "actions")
 STATE_KEYS = ("observation.state", "state")
+# The name that states have beside the cameras of a step.
+_STATE = "state"
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
@@ -43,8 +45,10 @@ def select_cameras(available: Sequence[str], wanted: Sequence[str]) -> dict[str,
       ConversionError: there is no such camera.
     """
     names = {key: _camera_name(key) for key in available}
-    if len(set(names.values())) < len(names):
+    if len(set(names.values())) < len(names) or _STATE in names.values():
         names = {key: _identifier(key) for key in available}
+    if len(set(names.values())) < len(names) or _STATE in names.values():
+        names = {key: f"camera_{index}" for index, key in enumerate(available)}
     keys = {name: key for key, name in names.items()} | {key: key for key in available}
     for name in wanted:
         if name not in keys:
@@ -77,8 +81,16 @@ def select_numbers(
 
 
 def size(features: Mapping[str, Feature], keys: Sequence[str]) -> int | None:
-    """Number of values in the joined keys, or None without keys."""
-    return sum(math.prod(features[key].shape) for key in keys) if keys else None
+    """Number of values in the joined keys, or None without keys.
+
+    Raises:
+      ConversionError: the shape of one is not known.
+    """
+    shapes = {key: features[key].shape for key in keys}
+    for key, shape in shapes.items():
+        if shape is None:
+            raise ConversionError(f"meta/info.json: shape of {key!r} must be a list of positive whole numbers")
+    return sum(math.prod(shape) for shape in shapes.values() if shape is not None) if keys else None
 
 
 def _camera_name(key: str) -> str:
@@ -93,5 +105,5 @@ def _identifier(key: str) -> str:
 def _is_number(feature: Feature) -> bool:
     try:
         return np.dtype(feature.dtype).kind in "biuf"
-    except TypeError:
+    except (SyntaxError, TypeError, ValueError):
         return False

@@ -15,6 +15,8 @@ from tools.datasets.video import VideoReader
 
 # H.264 and its successors hold at most so many frames back to reorder them.
 _MAX_REORDERED = 16
+# No video is as long, and FFmpeg counts time in 64 bits.
+_MAX_SECONDS = 1e9
 
 
 class VideoPartReader(VideoReader):
@@ -24,10 +26,10 @@ class VideoPartReader(VideoReader):
         """Yields the RGB pictures, uint8 `[H, W, 3]`, that are shown from `begin` to `end` seconds.
 
         Raises:
-          ValueError: a frame is damaged, or the times are not in order.
+          ValueError: a frame is damaged or of another size, or the times are not in order.
           av.error.FFmpegError: the decoder gave up.
         """
-        if not -math.inf < begin < end < math.inf:
+        if not -_MAX_SECONDS < begin < end < _MAX_SECONDS:
             raise ValueError(f"the metadata let it run from {begin} to {end} seconds of its video")
         frame_seconds = 1 / self.frame_rate if self.frame_rate else 0.0
         # The bounds are sums of durations: half a frame keeps their rounding from moving a frame across.
@@ -36,15 +38,12 @@ class VideoPartReader(VideoReader):
         target = max(0.0, begin - _MAX_REORDERED * frame_seconds)
         assert self._stream.time_base is not None
         self._container.seek(math.floor(target / self._stream.time_base), stream=self._stream)
-        for frame in self._container.decode(self._stream):
+        for frame in self._decoded():
             if frame.time is None or frame.time < begin:
                 continue
             if frame.time >= end:
                 return
-            if frame.is_corrupt:
-                raise ValueError(f"the frame at {frame.time:.3f} s is damaged")
-            image = frame.to_ndarray(format="rgb24")
-            yield np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
+            yield self._picture(frame, f"the frame at {frame.time:.3f} s")
 
 
 def video_frames(path: epath.PathLike, seconds: tuple[float, float] | None) -> Iterator[np.ndarray]:

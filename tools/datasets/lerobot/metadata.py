@@ -7,8 +7,6 @@ each camera for every episode, v3.0 joins several episodes in one file.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +17,8 @@ from como_jax.errors import ConversionError
 from tools.datasets.lerobot import episode_lists
 from tools.datasets.lerobot.episode_lists import EpisodeEntry
 from tools.datasets.lerobot.files import FileIndex
+from tools.datasets.lerobot.values import finite_float, parse_json, whole
+from tools.datasets.listing import check_file
 from tools.datasets.rlds.builder import VALIDATION_SPLITS
 
 INFO_PATH = "meta/info.json"
@@ -32,12 +32,12 @@ class Feature:
 
     Attributes:
       dtype: a type of NumPy, `video`, `image` or `string`.
-      shape: without the time axis.
+      shape: without the time axis, or None when the dataset does not say.
       is_depth: whether the pictures of a camera are distances.
     """
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     is_depth: bool = False
 
     @property
@@ -116,7 +116,8 @@ def _read_info(root: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise ConversionError(f"source folder {root} holds no LeRobot dataset (no {INFO_PATH})")
     try:
-        info = json.loads(path.read_text())
+        check_file(path)
+        info = parse_json(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not isinstance(info, dict):
@@ -132,8 +133,8 @@ def _mapping(root: epath.Path, info: Mapping[str, Any], key: str) -> dict[str, A
 
 
 def _fps(info: Mapping[str, Any]) -> float | None:
-    fps = info.get("fps")
-    return float(fps) if isinstance(fps, int | float) and 0 < fps < math.inf else None
+    fps = finite_float(info.get("fps"))
+    return fps if fps and fps > 0 else None
 
 
 def _validation(root: epath.Path, info: Mapping[str, Any]) -> tuple[range, ...]:
@@ -153,8 +154,8 @@ def _feature(value: Any) -> Feature:
     """A feature as `info.json` describes it; what is missing is found out with the data."""
     value = value if isinstance(value, dict) else {}
     shape = value.get("shape")
-    numbers = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    sizes = tuple(whole(size) or 0 for size in shape) if isinstance(shape, list) else (0,)
     # v2.0 calls it `video_info`, later versions `info`.
     details = [value.get(key) for key in ("info", "video_info")]
     flags = [entry.get(key) for entry in details if isinstance(entry, dict) for key in _DEPTH_FLAGS]
-    return Feature(str(value.get("dtype", "")), tuple(shape) if numbers else (), any(flags))
+    return Feature(str(value.get("dtype", "")), sizes if all(size > 0 for size in sizes) else None, any(flags))

@@ -37,10 +37,13 @@ def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = N
         for key in (*keys, *([] if episode is None else [_EPISODE_COLUMN])):
             if key not in names:
                 raise SourceError(f"the table has no column {key!r}")
-        columns = [*keys, *order, *(name for name in (_TASK_COLUMN,) if name in names)]
+        columns = dict.fromkeys([*keys, *order, *(name for name in (_TASK_COLUMN,) if name in names)])
+        for name in (*columns, _EPISODE_COLUMN):
+            if names.count(name) > 1:
+                raise SourceError(f"the table has {names.count(name)} columns {name!r}")
         file.seek(0)
         filters = None if episode is None else [(_EPISODE_COLUMN, "=", episode)]
-        table = pq.read_table(file, columns=list(dict.fromkeys(columns)), filters=filters)
+        table = pq.read_table(file, columns=list(columns), filters=filters)
     if not table.num_rows:
         raise SourceError("the table has no rows of this episode")
     return table.sort_by(order[0]) if order else table
@@ -54,13 +57,15 @@ def join_numbers(table: pa.Table, keys: Sequence[str]) -> list[np.ndarray] | lis
     """
     if not keys:
         return [None] * table.num_rows
-    columns = [table[key].to_pylist() for key in keys]
     try:
-        return [
-            np.concatenate([np.asarray(value, np.float32).ravel() for value in values])
-            for values in zip(*columns, strict=True)
-        ]
-    except TypeError as error:
+        columns = [table[key].to_pylist() for key in keys]
+        # What is too large for float32 becomes infinite, which is found out later.
+        with np.errstate(over="ignore"):
+            return [
+                np.concatenate([np.asarray(value, np.float32).ravel() for value in values])
+                for values in zip(*columns, strict=True)
+            ]
+    except (OverflowError, TypeError) as error:
         raise ValueError(f"not every row of {', '.join(keys)} holds numbers") from error
 
 
