@@ -1,5 +1,6 @@
 """Conversions that are stopped, killed or run twice, and go on."""
 
+import functools
 import os
 import random
 import signal
@@ -163,7 +164,9 @@ def test_an_older_dataset_comes_back_when_the_new_one_is_given_up(tmp_path, monk
 def build(out: Path, *flags: str, episodes: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "tools.datasets.build", "tabletop", f"--out={out}", f"--episodes={episodes}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *flags], cwd=REPOSITORY, start_new_session=True, **pipes)
+    # Tests that run in the background of a shell ignore Ctrl-C, and so would what they start.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*command, *flags], cwd=REPOSITORY, start_new_session=True, preexec_fn=heed, **pipes)
 
 
 def wait_for_shards(out: Path, count: int, process: subprocess.Popen) -> None:

@@ -178,7 +178,8 @@ def _interrupts_held_back() -> Iterator[None]:
     It inherits the blocked signal, and this process, which says how all of them end, interrupts itself afterwards:
     another of its threads may get the signal, and a half-started process would end with a traceback.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     # It would be started with the first process, and unblock the signal on the way.
