@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -12,12 +11,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import example_serializer, file_adapters, writer
+from tensorflow_datasets.core import file_adapters, writer
 
 from como_jax.data import schema
 from como_jax.data.schema import Episode
 from como_jax.files import write_atomic
 from como_jax.staging import Staging, is_local
+from tools.datasets.record_files import StableSerializer, disk_errors
 from tools.datasets.report import SourceOutcome
 from tools.datasets.sources import Shard, Source
 
@@ -97,7 +97,7 @@ class ShardWriter(writer.ShardWriter):
 
     def __init__(self, features: tfds.features.FeaturesDict, staging: Staging):
         """Prepares writing into a staging folder."""
-        serializer = _Serializer(features.get_serialized_info())
+        serializer = StableSerializer(features.get_serialized_info())
         super().__init__(features, serializer, _AtomicExampleWriter(file_adapters.FileFormat.ARRAY_RECORD))
         self._staging = staging
 
@@ -109,13 +109,6 @@ class ShardWriter(writer.ShardWriter):
         files = [path.name, table_name(examples.shard)]
         self._staging.write_notes(examples.shard.name, files, dataclasses.asdict(notes))
         return num_records
-
-
-class _Serializer(example_serializer.ExampleSerializer):
-    """Gives the same bytes in every process; protobuf alone puts the fields in an order that changes with each."""
-
-    def serialize_example(self, example: Any) -> bytes:
-        return self.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 class _AtomicExampleWriter(writer.ExampleWriter):
@@ -139,16 +132,5 @@ class _AtomicExampleWriter(writer.ExampleWriter):
                     write_atomic(path, lambda target: shutil.copyfileobj(file, target))
 
     def _write(self, path: epath.Path, examples: Iterable[Any]) -> None:
-        with _disk_errors(path):
+        with disk_errors(path):
             super().write(path, examples)
-
-
-@contextlib.contextmanager
-def _disk_errors(path: epath.Path) -> Iterator[None]:
-    """ArrayRecord raises RuntimeError when a disk is full; so does a builder, but about something else."""
-    try:
-        yield
-    except RuntimeError as error:
-        if f"writing {path}" in str(error):
-            raise OSError(f"cannot write records: {error}") from error
-        raise

@@ -6,7 +6,6 @@ whether the last step is a terminal state) is left out.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, writer
+from tensorflow_datasets.core import dataset_info, file_adapters, writer
 
+from tools.datasets.record_files import StableSerializer, disk_errors
 from tools.labels.dataset import LABELS_NAME, LabelledDataset, LabelledEpisode, file_numbers
 
 # Half a gigabyte of pictures of the default size.
@@ -42,7 +42,9 @@ def write_rlds(
       OSError: the folder cannot be written to.
     """
     features = episode_features(dataset)
-    shards = writer.ShardWriter(features, _Serializer(features.get_serialized_info()), writer.ExampleWriter(_FORMAT))
+    shards = writer.ShardWriter(
+        features, StableSerializer(features.get_serialized_info()), writer.ExampleWriter(_FORMAT)
+    )
     splits = []
     for split in dataset.splits:
         template = tfds.core.ShardedFileTemplate(
@@ -53,7 +55,7 @@ def write_rlds(
         paths = [template.sharded_filepath(shard_index=i, num_shards=len(lengths)) for i in range(len(lengths))]
         examples = _examples(dataset, split, on_episode)
         for path, length in zip(paths, lengths, strict=True):
-            with _disk_errors(path):
+            with disk_errors(path):
                 shards.write(itertools.islice(examples, length), path)
         # The generator does its last work after the last example.
         next(examples, None)
@@ -146,21 +148,3 @@ def _write_info(
     info.set_file_format(_FORMAT)
     info.set_splits(tfds.core.SplitDict(splits))
     info.write_to_directory(folder)
-
-
-@contextlib.contextmanager
-def _disk_errors(path: epath.Path) -> Iterator[None]:
-    """ArrayRecord raises RuntimeError when it cannot write, with the path in its message."""
-    try:
-        yield
-    except RuntimeError as error:
-        if str(path) in str(error):
-            raise OSError(f"cannot write records: {error}") from error
-        raise
-
-
-class _Serializer(example_serializer.ExampleSerializer):
-    """Gives the same bytes in every process; protobuf alone puts the fields in an order that changes with each."""
-
-    def serialize_example(self, example: Any) -> bytes:
-        return self.get_tf_example(example).SerializeToString(deterministic=True)
