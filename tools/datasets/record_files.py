@@ -19,10 +19,10 @@ class StableSerializer(example_serializer.ExampleSerializer):
 
 @contextlib.contextmanager
 def disk_errors(path: epath.Path) -> Iterator[None]:
-    """ArrayRecord raises RuntimeError when a disk is full; so does a builder, but about something else."""
+    """ArrayRecord raises RuntimeError, with the path, when it cannot write; a builder may, about something else."""
     try:
         yield
     except RuntimeError as error:
-        if f"writing {path}" in str(error):
+        if str(path) in str(error):
             raise OSError(f"cannot write records: {error}") from error
         raise
