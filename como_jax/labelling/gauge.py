@@ -109,6 +109,8 @@ def measure_drift(
         offset = 2**40 if shard.split == "val" else 0
         if len(latent):
             sums.append(LatentSums.of(latent, offset + records, offset + episodes))
+    if not sums:
+        raise DatasetError("no step has a label to compare, since no episode is longer than one gap.")
     new, reference = LatentSums.combine(sums), reference_statistics(run)
     try:
         entry = MixtureEntry(str(labelled))
