@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
+from como_jax.data.normalization import KINDS
 from como_jax.data.sources import EpisodeSource
 from como_jax.data.transforms import FITS
 from como_jax.errors import DatasetError, closest
@@ -115,8 +116,10 @@ def _parse_section(number: int, section: dict[str, Any]) -> MixtureEntry:
     entry = MixtureEntry(**section)
     if not 0 < entry.weight < float("inf"):
         raise DatasetError(f"{where}: weight must be a positive number, not {entry.weight}.")
-    if entry.fit and entry.fit not in FITS:
-        raise DatasetError(f"{where}: fit must be one of {', '.join(FITS)}, not {entry.fit!r}.")
+    for name, choices in (("fit", FITS), ("normalization", KINDS)):
+        value = getattr(entry, name)
+        if value and value not in choices:
+            raise DatasetError(f"{where}: {name} must be one of {', '.join(choices)}, not {value!r}.")
     return entry
 
 

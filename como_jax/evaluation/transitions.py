@@ -101,6 +101,8 @@ class EvaluationSet:
         clips = ClipConfig(gap_seconds, instants=3, offset_frames=False)
         found = []
         for number, entry in enumerate(entries):
+            # Metrics are in the units of the data.
+            entry = dataclasses.replace(entry, normalization="none")
             splits = [split for split in SPLITS if entry.has_split(split)]
             for split in splits or SPLITS[:1]:  # Opening what is not there says what is wrong with the directory.
                 try:

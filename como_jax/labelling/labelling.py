@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from como_jax.data.clips import ClipConfig, gap_steps
+from como_jax.data.clips import ClipConfig, ClipIndex, gap_steps
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
 from como_jax.data.schema import SPLITS
@@ -168,7 +168,8 @@ class DatasetLabeller:
         entry = MixtureEntry(str(self._directory), fit=self._settings.fit)
         clips = ClipConfig(self._settings.gap_seconds, offset_frames=False)
         # Frames are asked for by their records, so that no clips have to be found.
-        part = MixturePart(entry, source, clips, None)
+        nothing = np.empty(0, np.int64)
+        part = MixturePart(entry, source, clips, ClipIndex(nothing, nothing, nothing, nothing, 0, 0))
         return FrameReader(Mixture((part,)), self._run.config.data.image_size, num_threads=self._threads)
 
     def _notes(self, shard: LabelShard, labels: StepLabels) -> dict[str, Any]:
