@@ -60,6 +60,86 @@ class FramePairs:
         chex.assert_shape([self.dataset, self.episode, *([] if self.gap is None else [self.gap])], (batch,))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What a policy sees. Axes: B batch, T instants of history, C cameras, H and W pixels, S state, M text tokens.
+
+    Attributes:
+      images: uint8 RGB `[B, T, C, H, W, 3]`; the last instant is now.
+      has_camera: float32 `[B, C]`, 0 where the dataset lacks the camera and its picture is black.
+      state: float32 `[B, T, S]`, normalised proprioception, or None when the policy has none.
+      has_state: float32 `[B]`, 0 where the dataset has no state, or None.
+      text: int32 `[B, M]`, token ids of the instruction, 0 where it has ended, or None.
+      text_embedding: float32 `[B, E]`, an embedding of the instruction made beforehand, or None.
+    """
+
+    images: Array
+    has_camera: Array
+    state: Array | None = None
+    has_state: Array | None = None
+    text: Array | None = None
+    text_embedding: Array | None = None
+
+    def check_shapes(self) -> None:
+        """Raises AssertionError unless all shapes and dtypes agree."""
+        batch, instants, cameras, height, width, _ = self.images.shape
+        chex.assert_shape(self.images, (batch, instants, cameras, height, width, 3))
+        chex.assert_type(self.images, np.uint8)
+        chex.assert_shape(self.has_camera, (batch, cameras))
+        if self.state is not None:
+            chex.assert_shape(self.state, (batch, instants, None))
+            chex.assert_shape(self.has_state, (batch,))
+        if self.text is not None:
+            chex.assert_shape(self.text, (batch, None))
+        if self.text_embedding is not None:
+            chex.assert_shape(self.text_embedding, (batch, None))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyBatch:
+    """Observations and what followed: true actions, latent motion, or both.
+
+    The targets cover every step from the first instant of the history to the end of the chunk that starts now. With
+    T instants, `stride` steps apart, and chunks of H steps they are `W = (T - 1) * stride + H` steps, and the chunk
+    that starts at instant i is `[i * stride : i * stride + H]`. Axes: A action, Q latent tokens, L size of one.
+
+    Attributes:
+      observation: what is seen.
+      action: float32 `[B, W, A]`, normalised by dataset.
+      has_action: float32 `[B, W, A]`, 0 past the end of the episode, in dimensions that the dataset's actions lack,
+        and everywhere in data without actions.
+      latent: float32 `[B, W, Q * L]`, the normalised motion from a step to the step one gap later, or None when no
+        dataset is labelled.
+      has_latent: float32 `[B, W]`, 0 where a step has no label, or None.
+      codes: int32 `[B, W, Q]`, the numbers of the latent's codes where labels are discrete, or None.
+      dataset: int32 `[B]`, the position of the dataset in the mixture.
+      episode: int32 `[B]`, the episode's row in its dataset.
+    """
+
+    observation: Observation
+    action: Array
+    has_action: Array
+    latent: Array | None
+    has_latent: Array | None
+    codes: Array | None
+    dataset: Array
+    episode: Array
+
+    def check_shapes(self) -> None:
+        """Raises AssertionError unless all shapes agree."""
+        self.observation.check_shapes()
+        batch, window, _ = self.action.shape
+        chex.assert_equal_shape([self.action, self.has_action])
+        if self.latent is not None:
+            chex.assert_shape(self.latent, (batch, window, None))
+            chex.assert_shape(self.has_latent, (batch, window))
+        if self.codes is not None:
+            chex.assert_shape(self.codes, (batch, window, None))
+        chex.assert_shape([self.dataset, self.episode], (batch,))
+
+
 class LossOutput(NamedTuple):
     """What a model's loss gives.
 
@@ -115,6 +195,21 @@ class LatentMotionModel(Protocol):
         """
 
 
+class Policy(Protocol):
+    """What training, rollouts and exports may assume of a policy of any family."""
+
+    def loss(self, batch: PolicyBatch, key: jax.Array) -> LossOutput:
+        """What is minimised, and its terms."""
+
+    def sample_actions(self, observation: Observation, keys: jax.Array) -> jax.Array:
+        """Normalised action chunks, float32 `[B, H, A]`, the first action for now.
+
+        Args:
+          observation: of B scenes.
+          keys: `[B]`, one for each, so that a sample does not depend on what else is in the batch.
+        """
+
+
 def fake_frame_pairs(
     batch: int = 4,
     instants: int = 2,
@@ -143,4 +238,48 @@ def fake_frame_pairs(
         flow=0.1 * normal(batch, pairs, cells, cells, 2) if flow else None,
         labels=None if label_size is None else normal(batch, pairs, label_size),
         labelled=None if label_size is None else np.ones((batch, pairs, label_size), np.float32),
+    )
+
+
+def fake_policy_batch(
+    batch: int = 4,
+    *,
+    instants: int = 1,
+    stride: int = 1,
+    cameras: int = 1,
+    image_size: int = 16,
+    chunk: int = 4,
+    action_size: int = 3,
+    state_size: int | None = 2,
+    text_length: int = 8,
+    latent_shape: tuple[int, int] | None = (2, 3),
+    codebook_size: int | None = None,
+) -> PolicyBatch:
+    """Random numbers of the right shapes: the first half has actions, the second half latent motion."""
+    rng = np.random.default_rng(0)
+    window = (instants - 1) * stride + chunk
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    is_robot = (np.arange(batch) < (batch + 1) // 2).astype(np.float32)
+    text = rng.integers(1, 256, (batch, text_length), dtype=np.int32)
+    text[:, text_length // 2 :] *= (np.arange(batch) % 2)[:, None]
+    observation = Observation(
+        images=rng.integers(0, 256, (batch, instants, cameras, image_size, image_size, 3), dtype=np.uint8),
+        has_camera=np.ones((batch, cameras), np.float32),
+        state=None if state_size is None else normal(batch, instants, state_size) * is_robot[:, None, None],
+        has_state=None if state_size is None else is_robot,
+        text=text,
+    )
+    queries, size = latent_shape or (0, 0)
+    return PolicyBatch(
+        observation=observation,
+        action=normal(batch, window, action_size) * is_robot[:, None, None],
+        has_action=np.broadcast_to(is_robot[:, None, None], (batch, window, action_size)).copy(),
+        latent=None if latent_shape is None else normal(batch, window, queries * size),
+        has_latent=None if latent_shape is None else np.repeat(1 - is_robot[:, None], window, axis=1),
+        codes=None if codebook_size is None else rng.integers(0, codebook_size, (batch, window, queries), np.int32),
+        dataset=(1 - is_robot).astype(np.int32),
+        episode=np.arange(batch, dtype=np.int32),
     )

@@ -105,27 +105,71 @@ class Attention(nnx.Module):
             (num_heads, head_size), width, axis=(-2, -1), kernel_init=xavier_uniform, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
-        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens."""
+    def __call__(self, x: jax.Array, num_outputs: int | None = None, mask: jax.Array | None = None) -> jax.Array:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens, or to those of the mask.
+
+        Args:
+          x: tokens.
+          num_outputs: when set, only the first so many are computed.
+          mask: bool, broadcast to `[B, outputs, N]`; a row without any True attends to all alike.
+        """
         x = x.astype(self.dtype)
         query = self._heads(x[:, :num_outputs], 0)
-        key, value = self._heads(x, 1), self._heads(x, 2)
-        logits = jnp.einsum("bhqk,bhnk->bhqn", query * query.shape[-1] ** -0.5, key)
-        weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
-        mixed = jnp.einsum("bhqn,bhnk->bqhk", weights, value)
-        kernel, bias = self.proj.kernel[...].astype(self.dtype), self.proj.bias[...].astype(self.dtype)
-        batch, outputs, width = len(x), query.shape[2], x.shape[2]
-        return (mixed.reshape(batch * outputs, width) @ kernel.reshape(width, width) + bias).reshape(
-            batch, outputs, width
-        )
+        return _merge_heads(self.proj, attend(query, self._heads(x, 1), self._heads(x, 2), mask), self.dtype)
 
     def _heads(self, x: jax.Array, part: int) -> jax.Array:
         """Query (0), key (1) or value (2) `[B, H, N, K]` of tokens `[B, N, D]`, as one matrix product."""
-        kernel = self.qkv.kernel[...][:, part].astype(self.dtype)
-        bias = self.qkv.bias[...][part].astype(self.dtype)
-        batch, tokens, width = x.shape
-        heads = (x.reshape(batch * tokens, width) @ kernel.reshape(width, width)).reshape(batch, tokens, *bias.shape)
-        return jnp.moveaxis(heads + bias, 2, 1)
+        return _split_heads(x, self.qkv.kernel[...][:, part], self.qkv.bias[...][part], self.dtype)
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention from tokens to a context of any width."""
+
+    def __init__(self, width: int, context_width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        if width % num_heads:
+            raise ConfigError(f"width {width} must be divisible by num_heads {num_heads}.")
+        heads = (num_heads, width // num_heads)
+        self.dtype = dtype
+        self.q = nnx.LinearGeneral(width, heads, kernel_init=xavier_uniform, rngs=rngs)
+        self.kv = nnx.LinearGeneral(context_width, (2, *heads), kernel_init=xavier_uniform, rngs=rngs)
+        self.proj = nnx.LinearGeneral(heads, width, axis=(-2, -1), kernel_init=xavier_uniform, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`[B, N, D]` to `[B, N, D]`; `mask`, bool, is broadcast to `[B, N, M]` for a context `[B, M, C]`."""
+        x, context = x.astype(self.dtype), context.astype(self.dtype)
+        query = _split_heads(x, self.q.kernel[...], self.q.bias[...], self.dtype)
+        key, value = (
+            _split_heads(context, self.kv.kernel[...][:, part], self.kv.bias[...][part], self.dtype) for part in (0, 1)
+        )
+        return _merge_heads(self.proj, attend(query, key, value, mask), self.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Scaled dot-product attention: `[B, H, Q, K]` over `[B, H, N, K]` to `[B, Q, H, K]`, softmax in float32.
+
+    A bool mask is broadcast to `[B, Q, N]`.
+    """
+    logits = jnp.einsum("bhqk,bhnk->bhqn", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits).astype(query.dtype)
+    return jnp.einsum("bhqn,bhnk->bqhk", weights, value)
+
+
+def _split_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`[B, N, D]` to `[B, H, N, K]` by a kernel `[D, H, K]` and a bias `[H, K]`, as one matrix product."""
+    kernel, bias = kernel.astype(dtype), bias.astype(dtype)
+    batch, tokens, width = x.shape
+    heads = (x.reshape(batch * tokens, width) @ kernel.reshape(width, -1)).reshape(batch, tokens, *bias.shape)
+    return jnp.moveaxis(heads + bias, 2, 1)
+
+
+def _merge_heads(proj: nnx.LinearGeneral, mixed: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`[B, Q, H, K]` to `[B, Q, D]`, as one matrix product."""
+    kernel, bias = proj.kernel[...].astype(dtype), proj.bias[...].astype(dtype)
+    batch, outputs = mixed.shape[:2]
+    merged = mixed.reshape(batch * outputs, -1) @ kernel.reshape(-1, kernel.shape[-1]) + bias
+    return merged.reshape(batch, outputs, -1)
 
 
 class Mlp(nnx.Module):
@@ -151,4 +195,13 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
         """`[B, N, D]` to `[B, num_outputs or N, D]`."""
         x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs)
+        return x + self.mlp(self.norm2(x))
+
+
+class MaskedBlock(Block):
+    """Pre-norm transformer block whose tokens attend as a mask says."""
+
+    def __call__(self, x: jax.Array, mask: jax.Array, num_outputs: int | None = None) -> jax.Array:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; see `Attention`."""
+        x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs, mask)
         return x + self.mlp(self.norm2(x))

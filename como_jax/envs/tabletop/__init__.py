@@ -2,7 +2,7 @@
 
 from como_jax.envs.tabletop.env import IMAGE_SIZES, Tabletop
 from como_jax.envs.tabletop.expert import Demonstration, ExpertStyle, demonstrate, expert_action
-from como_jax.envs.tabletop.look import HARD, HUMAN, MOVING, PLAIN, Look
+from como_jax.envs.tabletop.look import HARD, HUMAN, LOOKS, MOVING, PLAIN, Look
 from como_jax.envs.tabletop.scene import CONTROL_RATE_HZ, Scene
 from como_jax.envs.tabletop.tasks import TASKS, Goal
 
@@ -11,6 +11,7 @@ __all__ = [
     "HARD",
     "HUMAN",
     "IMAGE_SIZES",
+    "LOOKS",
     "MOVING",
     "PLAIN",
     "TASKS",

@@ -51,3 +51,5 @@ MOVING = Look(distractors=3, camera_shake=0.02)
 """What moves besides the robot, on a clean table: distractors and the camera."""
 HUMAN = Look(agent="hand")
 """A human hand in place of the gripper."""
+LOOKS = {"plain": PLAIN, "moving": MOVING, "hard": HARD, "human": HUMAN}
+"""By the name that commands use."""

@@ -19,7 +19,6 @@ from tools.datasets.builder import (
 )
 from tools.datasets.sources import Source
 
-LOOKS = {"plain": tabletop.PLAIN, "moving": tabletop.MOVING, "hard": tabletop.HARD, "human": tabletop.HUMAN}
 # Seeds of two datasets must not meet, or one would be trained on the other's validation episodes.
 _SEED_STRIDE = 1_000_000
 
@@ -54,8 +53,8 @@ class TabletopSettings(Settings):
         unknown = [task for task in self.tasks if task not in (*tabletop.TASKS, "all")]
         if unknown or not self.tasks:
             raise ConversionError(f"unknown tasks {unknown}; there are all, {', '.join(tabletop.TASKS)}")
-        if self.look not in LOOKS:
-            raise ConversionError(f"unknown look {self.look!r}; there are {', '.join(LOOKS)}")
+        if self.look not in tabletop.LOOKS:
+            raise ConversionError(f"unknown look {self.look!r}; there are {', '.join(tabletop.LOOKS)}")
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ConversionError(f"noise must not be negative, got {self.noise}")
         if self.seed < 0:
@@ -114,6 +113,6 @@ class TabletopDemonstrations(EpisodeBuilder):
     @functools.cached_property
     def _environments(self) -> dict[str, tabletop.Tabletop]:
         return {
-            task: tabletop.Tabletop(task, self.settings.image_size, LOOKS[self.settings.look])
+            task: tabletop.Tabletop(task, self.settings.image_size, tabletop.LOOKS[self.settings.look])
             for task in tabletop.TASKS
         }

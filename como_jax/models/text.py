@@ -1,0 +1,107 @@
+"""Towers that read an instruction: a byte-level transformer of the project's own, and embeddings made beforehand.
+
+Axes: B batch, M tokens, D width, E size of an embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from como_jax.errors import ConfigError
+from como_jax.models.layers import LayerNorm, Linear, MaskedBlock
+from como_jax.models.stack import Stack
+from como_jax.types import Observation
+
+TOWERS = ("bytes", "clip", "t5", "embedding")
+BYTE_VOCABULARY = 257
+"""Token 0 ends the text, byte b is token b + 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The tower that reads instructions.
+
+    Attributes:
+      tower: "bytes", trained with the policy; "clip" or "t5" with weights that the user brings (see
+        `como_jax.models.text_towers`); "embedding" for embeddings that the dataset holds.
+      max_length: tokens of the longest instruction.
+      width, depth, num_heads: of the tower; of public towers those of their weights.
+      mlp_width, vocabulary_size: of public towers.
+      frozen: whether the tower is left as it is; the byte-level one is always trained.
+      embedding_size: of the dataset's embeddings; 0 takes what the data has.
+    """
+
+    tower: str = "bytes"
+    max_length: int = 64
+    width: int = 256
+    depth: int = 4
+    num_heads: int = 4
+    mlp_width: int = 0
+    vocabulary_size: int = 0
+    frozen: bool = True
+    embedding_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tower not in TOWERS:
+            raise ConfigError(f"text.tower {self.tower!r} is unknown; choose one of {', '.join(TOWERS)}.")
+
+
+class TextFeatures(NamedTuple):
+    """Tokens of an instruction `[B, M, D]`, which of them are there, bool `[B, M]`, and one for all `[B, D]`."""
+
+    tokens: jax.Array
+    mask: jax.Array
+    pooled: jax.Array
+
+
+class ByteTransformer(nnx.Module):
+    """A small transformer over the bytes of the instruction."""
+
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        width = config.width
+
+        def embedding(*shape: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+        self.width, self.dtype = width, dtype
+        self.token_embed = embedding(BYTE_VOCABULARY, width)
+        self.pos_embed = embedding(config.max_length, width)
+        self.blocks = Stack(
+            lambda rngs: MaskedBlock(width, config.num_heads, dtype=dtype, rngs=rngs), config.depth, rngs=rngs
+        )
+        self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, observation: Observation) -> TextFeatures:
+        """Features of `observation.text`."""
+        text = observation.text
+        # The token that ends the text is read too, so that no instruction is without tokens.
+        mask = jnp.pad(text[:, :-1] != 0, ((0, 0), (1, 0)), constant_values=True)
+        x = (self.token_embed[...][text] + self.pos_embed[...][: text.shape[1]]).astype(self.dtype)
+        x = self.norm(self.blocks(x, mask[:, None]))
+        return TextFeatures(x, mask, masked_mean(x, mask))
+
+
+class EmbeddingTower(nnx.Module):
+    """One token from an embedding that the dataset holds."""
+
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        if not config.embedding_size:
+            raise ConfigError("text.embedding_size is 0: the size of the dataset's embeddings is not known.")
+        self.width = config.width
+        self.proj = Linear(config.embedding_size, config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, observation: Observation) -> TextFeatures:
+        """Features of `observation.text_embedding`."""
+        x = self.proj(observation.text_embedding)
+        return TextFeatures(x[:, None], jnp.ones((len(x), 1), bool), x)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean `[B, D]` of the tokens `[B, M, D]` that are there."""
+    weights = mask.astype(x.dtype)[..., None]
+    return (x * weights).sum(axis=1) / weights.sum(axis=1)
