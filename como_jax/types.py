@@ -70,7 +70,7 @@ class Observation:
       has_camera: float32 `[B, C]`, 0 where the dataset lacks the camera and its picture is black.
       state: float32 `[B, T, S]`, normalised proprioception, or None when the policy has none.
       has_state: float32 `[B]`, 0 where the dataset has no state, or None.
-      text: int32 `[B, M]`, token ids of the instruction, 0 where it has ended, or None.
+      text: int32 `[B, M]`, numbers of the instruction's tokens plus one, 0 where it has ended, or None.
       text_embedding: float32 `[B, E]`, an embedding of the instruction made beforehand, or None.
     """
 

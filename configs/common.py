@@ -36,6 +36,78 @@ def pretraining(family: str) -> ConfigDict:
     config.data.num_threads = 16  # Decoding threads of a process.
     config.data.num_workers = 0  # Decoding processes; 0 decodes in threads of the training process.
 
+    training(config)
+    config.train.collapse_steps = 1000  # Steps with a hardly used codebook after which a warning is given.
+    config.evaluation = ConfigDict()
+    config.evaluation.num_clips = 1024
+    config.evaluation.num_pictures = 6
+    config.evaluation.batch_size = 64
+    return config
+
+
+def policy(family: str) -> ConfigDict:
+    """Everything but the model of a policy: data, towers, optimiser, loop, evaluation, mesh."""
+    config = ConfigDict()
+    config.family = family
+    config.seed = 0
+    config.init_from = ""  # Workdir of another policy's run to start from; what fits is taken, the rest is new.
+
+    config.data = ConfigDict()
+    config.data.mixture = "datasets/robot,datasets/labelled"  # Robot and labelled data; --data replaces it.
+    config.data.videos = ("*",)  # Names of datasets without actions that take part; () trains on robot data alone.
+    config.data.latent_only = False  # Leaves out all actions: the first of two stages.
+    config.data.robot_latents = False  # Whether labels of robot data are used beside its actions.
+    config.data.cameras = ()  # Names of the pictures; () takes the first camera of every dataset.
+    config.data.image_size = 224
+    config.data.fit = "crop"  # How pictures become square: crop to the central square, or stretch.
+    config.data.random_shift = 10  # Pixels, one shift for all pictures of a sample.
+    config.data.min_crop_fraction = 1.0  # Side of the part that is cut out at random.
+    config.data.instants = 1  # Pictures of each camera: now, and the history.
+    config.data.stride = 1  # Control steps between two of them.
+    config.data.chunk = 16  # Actions that are predicted at once.
+    config.data.proprioception = True
+    config.data.state_size = 0  # 0 takes what the data has.
+    config.data.normalization = "min_max"  # Of actions and states: none, mean_std, quantile or min_max.
+    config.data.latent_normalization = "mean_std"
+    config.data.missing_instructions = "refuse"  # refuse, or empty to train on episodes without.
+    config.data.batch_size = 256
+    config.data.num_threads = 16
+    config.data.num_workers = 0
+
+    config.encoder = encoder("B")
+    config.encoder.tower = "vit"  # vit, or conv: a small convolutional network from scratch.
+    config.encoder.frozen = False
+    config.encoder.init_from = ""  # Workdir of a pretraining run whose encoder to start from.
+    config.encoder.pool = 2  # Side of the square of image tokens that are averaged to one.
+
+    config.text = ConfigDict()
+    config.text.tower = "bytes"  # bytes, clip, t5, or embedding: made beforehand by tools/embed_instructions.py.
+    config.text.max_length = 96  # Tokens of the longest instruction.
+    config.text.update({"width": 256, "depth": 4, "num_heads": 4, "pool": 1})  # Of the byte-level tower.
+    config.text.frozen = True  # Of clip and t5.
+    config.text.weights = ""  # .safetensors of clip or t5, with config.json beside it.
+    config.text.tokenizer_file = ""  # tokenizer.json of clip or t5.
+    config.text.embedding_size = 0  # 0 takes what the data has.
+    # Of clip and t5, all taken from their config.json.
+    config.text.update({"mlp_width": 0, "vocabulary_size": 0, "activation": "", "norm_epsilon": 1e-5, "positions": 0})
+    config.text.update({"head_size": 0, "relative_buckets": 0, "relative_distance": 0})
+
+    training(config)
+    config.optim.update({"final_learning_rate": 1e-6, "beta2": 0.95, "ema_decay": 0.999})
+    config.evaluation = ConfigDict()
+    config.evaluation.num_samples = 512  # Of every robot dataset and split, for the action error.
+    config.evaluation.batch_size = 64
+    config.evaluation.env = ""  # FAMILY:TASK,... or FAMILY:all: also reports the success rate there.
+    config.evaluation.env_settings = ()  # NAME=VALUE of the environment.
+    config.evaluation.rollout_every = 0  # Steps between two rollouts, a multiple of evaluate_every; 0: at the end.
+    config.evaluation.episodes = 10  # Of every task.
+    config.evaluation.execute = 8  # Actions of every chunk that are executed.
+    config.evaluation.env_workers = 2  # Processes.
+    return config
+
+
+def training(config: ConfigDict) -> None:
+    """Optimiser, loop and mesh."""
     config.optim = ConfigDict()
     config.optim.learning_rate = 1e-4
     config.optim.final_learning_rate = 5e-5
@@ -56,15 +128,8 @@ def pretraining(family: str) -> ConfigDict:
     config.train.evaluate_every = 5000
     config.train.checkpoint_every = 5000
     config.train.keep_checkpoints = 2
-    config.train.collapse_steps = 1000  # Steps with a hardly used codebook after which a warning is given.
-
-    config.evaluation = ConfigDict()
-    config.evaluation.num_clips = 1024
-    config.evaluation.num_pictures = 6
-    config.evaluation.batch_size = 64
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    return config
 
 
 def apply_variant(config: ConfigDict, name: str, variants: Sequence[Callable[[ConfigDict], None]]) -> ConfigDict:
@@ -94,3 +159,22 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.data.update({"image_size": 32, "batch_size": 8})
     config.train.update({"num_steps": 4, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2})
     config.evaluation.update({"num_clips": 8, "num_pictures": 2, "batch_size": 8})
+
+
+def shrink_policy(config: ConfigDict) -> None:
+    """64 px and small towers, for minutes on a CPU."""
+    config.encoder.update({"patch_size": 8, "width": 128, "depth": 3, "num_heads": 2, "frozen": True})
+    config.text.update({"width": 64, "depth": 1, "num_heads": 2, "max_length": 64, "pool": 8})
+    config.data.update({"image_size": 64, "batch_size": 32, "random_shift": 3, "num_threads": 2, "chunk": 8})
+    config.optim.update({"learning_rate": 1e-3, "final_learning_rate": 1e-5, "warmup_steps": 50, "ema_decay": 0.99})
+    config.train.update({"dtype": "float32", "num_steps": 1500, "evaluate_every": 500, "checkpoint_every": 500})
+    config.evaluation.update({"execute": 4})
+
+
+def shrink_policy_to_smoke(config: ConfigDict) -> None:
+    """A few steps of a few samples, on top of `shrink_policy`."""
+    config.encoder.update({"patch_size": 16, "width": 32, "depth": 1, "num_heads": 2})
+    config.text.update({"width": 16, "depth": 1, "num_heads": 2})
+    config.data.update({"image_size": 32, "batch_size": 8, "chunk": 4})
+    config.train.update({"num_steps": 4, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2})
+    config.evaluation.update({"num_samples": 8, "batch_size": 8, "episodes": 1})

@@ -44,6 +44,19 @@ class Normalizer:
         self._offset, self._varies = offset, scale > _NEGLIGIBLE * np.maximum(1.0, np.abs(offset))
         self._scale = np.where(self._varies, scale, 1.0)
 
+    def to_json(self) -> dict[str, list[Any]]:
+        """What `from_json` needs, as lists of numbers."""
+        return {"offset": self._offset.tolist(), "scale": self._scale.tolist(), "varies": self._varies.tolist()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Sequence[Any]]) -> Normalizer:
+        """The normalizer that `to_json` described."""
+        normalizer = cls.__new__(cls)
+        normalizer._offset = np.asarray(values["offset"], np.float64)
+        normalizer._scale = np.asarray(values["scale"], np.float64)
+        normalizer._varies = np.asarray(values["varies"], bool)
+        return normalizer
+
     @property
     def size(self) -> int:
         """Dimensions of the vector."""

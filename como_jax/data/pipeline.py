@@ -7,7 +7,7 @@ and a checkpoint of the iterator, which is that number, resumes it exactly.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -15,30 +15,32 @@ import numpy as np
 
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import MixturePart
-from como_jax.data.samples import Samples, TrainingSamples, draw_samples
+from como_jax.data.samples import draw_samples
 from como_jax.types import FramePairs
 
 _BATCHES_AHEAD = 2
 
 
 class _SampleSource:
-    """The batches of `TrainingSamples` as an endless random-access source of Grain."""
+    """Batches by their number as an endless random-access source of Grain."""
 
-    def __init__(self, samples: TrainingSamples):
+    def __init__(self, samples: Callable[[int], Any]):
         self._samples = samples
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, number: Any) -> Samples:
+    def __getitem__(self, number: Any) -> Any:
         return self._samples(int(number))
 
 
-def train_batches(samples: TrainingSamples, reader: FrameReader, *, num_workers: int = 0) -> grain.IterDataset:
-    """An endless stream of this host's part of every batch, as dictionaries of `FramePairs` arrays.
+def train_batches(
+    samples: Callable[[int], Any], reader: grain.transforms.Map, *, num_workers: int = 0
+) -> grain.IterDataset:
+    """An endless stream of this host's part of every batch, as dictionaries of arrays.
 
     Args:
-      samples: what is in the batches.
+      samples: what is in a batch, by its number.
       reader: how it is read, on how many threads of each process.
       num_workers: reading processes; 0 reads in threads of this one.
     """

@@ -31,6 +31,14 @@ class Augmentation:
         if not 0 < self.min_crop_fraction <= 1:
             raise ConfigError(f"data.min_crop_fraction must lie in (0, 1], not {self.min_crop_fraction}.")
 
+    def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The crops `[size, 3]` and shifts `[size, 2]` of `Samples`."""
+        crop = rng.random((size, 3))
+        if self.min_crop_fraction == 1:
+            crop = np.full_like(crop, 0.5)
+        crop[:, 0] = 1 - (1 - self.min_crop_fraction) * crop[:, 0]
+        return crop, rng.integers(-self.random_shift, self.random_shift + 1, (size, 2))
+
 
 NO_AUGMENTATION = Augmentation()
 
@@ -105,11 +113,8 @@ def draw_samples(
     """Draws gaps, offsets and augmentation of clips `[B]` of datasets `[B]`."""
     config = parts[0].clips
     size, pairs = len(datasets), config.instants - 1
-    for_gap, for_offset, for_crop = rng.random(size), rng.random((size, pairs)), rng.random((size, 3))
-    limit = augmentation.random_shift
-    shift = rng.integers(-limit, limit + 1, (size, 2))
-    crop = for_crop if augmentation.min_crop_fraction < 1 else np.full_like(for_crop, 0.5)
-    crop[:, 0] = 1 - (1 - augmentation.min_crop_fraction) * crop[:, 0]
+    for_gap, for_offset = rng.random(size), rng.random((size, pairs))
+    crop, shift = augmentation.draw(rng, size)
     first, episode, full_gap, last = _look_up(parts, datasets, clips)
     gap = draw_gaps(full_gap, config.min_gap_fraction, for_gap)
     records = first[:, None] + gap[:, None] * np.arange(config.instants)

@@ -25,7 +25,8 @@ class EpisodeSource:
 
     Attributes:
       name: name of the dataset.
-      camera: the observation that `read_jpegs` returns.
+      cameras: all observations that are pictures.
+      camera: the one of them that `read_jpegs` returns.
       start, length: int64 `[E]`, first record and number of steps of every episode.
       control_rate: float64 `[E]`, Hz.
       motion: float32 `[S]`, see `schema.EPISODE_TABLE_SCHEMA`.
@@ -55,9 +56,10 @@ class EpisodeSource:
             )
         info = self._builder.info
         self.name = info.name
+        self.cameras = _cameras(info)
         self.camera = camera or _first_camera(self.directory, info)
-        if self.camera not in _cameras(info):
-            raise DatasetError(f"{self.directory} has no camera {self.camera!r}; it has: {', '.join(_cameras(info))}.")
+        if self.camera not in self.cameras:
+            raise DatasetError(f"{self.directory} has no camera {self.camera!r}; it has: {', '.join(self.cameras)}.")
         if split not in info.splits or not info.splits[split].num_examples:
             raise DatasetError(f"{self.directory} has no split {split!r}; it has: {', '.join(info.splits)}.")
         self._read_tables()
@@ -73,13 +75,12 @@ class EpisodeSource:
 
     def read_jpegs(self, records: Sequence[int]) -> list[bytes]:
         """The JPEG bytes of some steps' pictures; may be called from several threads."""
-        # One by one: its reading of many at once starts threads, at twice the cost of a picture in the page cache.
-        return [self._picture(self._records[record]) for record in records]
+        return [pictures[0] for pictures in self.read_cameras(records, [self.camera])]
 
-    def _picture(self, record: bytes) -> bytes:
-        # Only this one feature: the general parser of TFDS takes four times as long.
-        feature = tf_example_pb2.Example.FromString(record).features.feature[f"observation/{self.camera}"]
-        return feature.bytes_list.value[0]
+    def read_cameras(self, records: Sequence[int], cameras: Sequence[str]) -> list[list[bytes]]:
+        """The same of several cameras, for every step."""
+        # One by one: its reading of many at once starts threads, at twice the cost of a picture in the page cache.
+        return [_pictures(self._records[record], cameras) for record in records]
 
     def _read_tables(self) -> None:
         table = schema.read_episode_table(self.directory, self.split)
@@ -113,6 +114,12 @@ class EpisodeSource:
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to worker processes, each of which opens its own.
         return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_records")}
+
+
+def _pictures(record: bytes, cameras: Sequence[str]) -> list[bytes]:
+    # Only these features: the general parser of TFDS takes four times as long.
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    return [features[f"observation/{camera}"].bytes_list.value[0] for camera in cameras]
 
 
 def _cameras(info: tfds.core.DatasetInfo) -> list[str]:

@@ -37,6 +37,12 @@ class EnvironmentOptions:
     max_steps: int = 0
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.max_steps < 0:
+            raise ConfigError(
+                f"image_size must be 1 or more and max_steps 0 or more, got {self.image_size} and {self.max_steps}."
+            )
+
     def take(self, *known: str) -> dict[str, str]:
         """The settings, which must be among `known`.
 
@@ -63,20 +69,24 @@ class _Family(Protocol):
 def environment_names(text: str) -> tuple[str, ...]:
     """`FAMILY:TASK` of every task in `FAMILY:TASK,TASK,...` or `FAMILY:all`.
 
+    Tasks that are named `GROUP/...` may be asked for together, by `FAMILY:GROUP`.
+
     Raises:
       ConfigError: an unknown family or task, or a simulator that is not installed; the message says how to.
     """
     family, _, wanted = text.partition(":")
     known = _family(family).tasks(family)
-    tasks = known if wanted == "all" else tuple(filter(None, (task.strip() for task in wanted.split(","))))
-    if not tasks:
+    asked = [task.strip() for task in wanted.split(",") if task.strip()]
+    if not asked:
         raise ConfigError(f"--env {text}: name a task, as in {family}:{known[0]}, or all of them by {family}:all.")
-    for task in tasks:
-        if task not in known:
-            raise ConfigError(
-                f"--env {text}: {family} has no task {task!r}{closest(task, known)}; it has {_list(known)}."
-            )
-    return tuple(f"{family}:{task}" for task in tasks)
+    tasks = []
+    for name in asked:
+        found = [task for task in known if name in ("all", task, task.rpartition("/")[0])]
+        if not found:
+            raise ConfigError(f"--env {text}: {family} has no task {name!r}, only {_list(known)}{closest(name, known)}")
+        tasks += found
+    # Each once, in the order in which they were asked for.
+    return tuple(f"{family}:{task}" for task in dict.fromkeys(tasks))
 
 
 def make_environment(name: str, options: EnvironmentOptions) -> Environment:
@@ -85,7 +95,10 @@ def make_environment(name: str, options: EnvironmentOptions) -> Environment:
     Raises:
       ConfigError: see `environment_names`, or an option that the environment cannot follow.
     """
-    (name,) = environment_names(name)
+    names = environment_names(name)
+    if len(names) != 1:
+        raise ConfigError(f"--env {name}: name one task, not {len(names)}.")
+    (name,) = names
     family, _, task = name.partition(":")
     return _family(family).make(family, task, options)
 

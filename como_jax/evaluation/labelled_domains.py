@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from como_jax.data.label_info import LABELS_NAME
 from como_jax.data.mixture import MixtureEntry
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.evaluation.domains import TransferMatrix, transfer_figure, transfer_matrix
 from como_jax.files import write_atomic, write_json
 
-MATRIX_NAME, FIGURE_NAME, LABELS_NAME = "domains.json", "domains.png", "labels.json"
+MATRIX_NAME, FIGURE_NAME = "domains.json", "domains.png"
 
 
 def compare_labelled(

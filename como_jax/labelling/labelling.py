@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from como_jax.data.clips import ClipConfig, ClipIndex, gap_steps
 from como_jax.data.frames import FrameReader
+from como_jax.data.label_info import LABELS_NAME
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
@@ -36,7 +37,7 @@ from como_jax.staging import Staging, check_output, is_local, make_parent
 from como_jax.training import sharding
 from como_jax.training.run import Run
 
-LABELS_NAME, REPORT_NAME, FLAT_NAME = "labels.json", "labelling_report.json", "latents.parquet"
+REPORT_NAME, FLAT_NAME = "labelling_report.json", "latents.parquet"
 _COPIED = ("dataset_info.json", "features.json", "metadata.json", "conversion_report.json")
 
 Describe = Callable[[epath.Path, list[LabelShard]], dict[str, Any]]

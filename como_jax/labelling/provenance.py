@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from como_jax.labelling.shards import LabelShard
+from como_jax.models.build import codebook_size
 from como_jax.training.run import Run
 from como_jax.training.train_state import Params
 
@@ -54,6 +55,8 @@ def describe(
         "step": run.step,
         "family": run.config.family,
         "parameters": params_hash,
+        "latent_shape": list(latent_shape(run)),
+        "codebook_size": codebook_size(run.config),
         "config": json.loads(run.config.to_json_best_effort()),
         "dataset": directory,
         "episodes and steps": hashlib.blake2b(tables.encode(), digest_size=16).hexdigest(),
@@ -61,3 +64,10 @@ def describe(
         "versions": {name: metadata.version(name) for name in _LIBRARIES},
         "backend": jax.default_backend(),
     }
+
+
+def latent_shape(run: Run) -> tuple[int, int]:
+    """Latent tokens of a transition, and numbers of each."""
+    size = run.config.data.image_size
+    frames = jax.ShapeDtypeStruct((1, 2, size, size, 3), np.uint8)
+    return jax.eval_shape(lambda params, frames: run.model.bind(params).encode(frames), run.params, frames).shape[2:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -54,3 +56,13 @@ def motion_config(config: ConfigDict) -> MotionConfig:
     if config.model.gap_weight and config.data.min_gap_fraction == 1:
         raise ConfigError("model.gap_weight needs gaps that differ: set data.min_gap_fraction under 1.")
     return MotionConfig(**fields, bottleneck=bottleneck, freeze_encoder=config.encoder.frozen)
+
+
+def codebook_size(config: ConfigDict) -> int:
+    """Codes that a latent token of the config's model chooses from; 0 where the latent is continuous."""
+    if config.family == "laq":
+        return config.model.codebook_size
+    bottleneck = config.model.bottleneck
+    if bottleneck.kind == "fsq":
+        return math.prod(bottleneck.fsq_levels)
+    return bottleneck.codebook_size if bottleneck.kind in ("vq", "vq_ema", "nsvq") else 0

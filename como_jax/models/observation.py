@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.models.clip_text import ClipTextTower
 from como_jax.models.layers import LayerNorm, Linear, normalize_frames
+from como_jax.models.t5 import T5Tower
 from como_jax.models.text import ByteTransformer, EmbeddingTower, TextConfig, TextFeatures
 from como_jax.models.vit import Vit, VitConfig
 from como_jax.types import Observation
@@ -177,5 +179,5 @@ class ObservationEncoder(nnx.Module):
 
 def make_text_tower(config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
     """The tower of the config: a module with a `width` that makes `TextFeatures` of an `Observation`."""
-    towers = {"bytes": ByteTransformer, "embedding": EmbeddingTower}
+    towers = {"bytes": ByteTransformer, "clip": ClipTextTower, "t5": T5Tower, "embedding": EmbeddingTower}
     return towers[config.tower](config, dtype=dtype, rngs=rngs)

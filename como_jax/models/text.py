@@ -28,10 +28,16 @@ class TextConfig:
 
     Attributes:
       tower: "bytes", trained with the policy; "clip" or "t5" with weights that the user brings (see
-        `como_jax.models.text_towers`); "embedding" for embeddings that the dataset holds.
+        `como_jax.weights.text`); "embedding" for embeddings that the dataset holds.
       max_length: tokens of the longest instruction.
       width, depth, num_heads: of the tower; of public towers those of their weights.
-      mlp_width, vocabulary_size: of public towers.
+      pool: bytes in a row that are averaged to one token after the byte-level tower has read them.
+      mlp_width, vocabulary_size, activation, norm_epsilon: of public towers, those of their weights. An activation
+        "gated-NAME" is that of a gated linear unit.
+      positions: of CLIP's table of positions; 0 for max_length.
+      head_size: of one head of T5; 0 for width / num_heads.
+      relative_buckets, relative_distance: of T5's relative positions: their number, and the distance from which on
+        all share the last.
       frozen: whether the tower is left as it is; the byte-level one is always trained.
       embedding_size: of the dataset's embeddings; 0 takes what the data has.
     """
@@ -41,14 +47,23 @@ class TextConfig:
     width: int = 256
     depth: int = 4
     num_heads: int = 4
+    pool: int = 1
     mlp_width: int = 0
     vocabulary_size: int = 0
+    activation: str = "quick_gelu"
+    norm_epsilon: float = 1e-5
+    positions: int = 0
+    head_size: int = 0
+    relative_buckets: int = 32
+    relative_distance: int = 128
     frozen: bool = True
     embedding_size: int = 0
 
     def __post_init__(self) -> None:
         if self.tower not in TOWERS:
             raise ConfigError(f"text.tower {self.tower!r} is unknown; choose one of {', '.join(TOWERS)}.")
+        if self.pool < 1 or self.max_length % self.pool:
+            raise ConfigError(f"text.pool {self.pool} must divide text.max_length {self.max_length}.")
 
 
 class TextFeatures(NamedTuple):
@@ -68,7 +83,7 @@ class ByteTransformer(nnx.Module):
         def embedding(*shape: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
-        self.width, self.dtype = width, dtype
+        self.width, self.pool, self.dtype = width, config.pool, dtype
         self.token_embed = embedding(BYTE_VOCABULARY, width)
         self.pos_embed = embedding(config.max_length, width)
         self.blocks = Stack(
@@ -83,7 +98,10 @@ class ByteTransformer(nnx.Module):
         mask = jnp.pad(text[:, :-1] != 0, ((0, 0), (1, 0)), constant_values=True)
         x = (self.token_embed[...][text] + self.pos_embed[...][: text.shape[1]]).astype(self.dtype)
         x = self.norm(self.blocks(x, mask[:, None]))
-        return TextFeatures(x, mask, masked_mean(x, mask))
+        pooled = masked_mean(x, mask)
+        groups = mask.reshape(len(mask), -1, self.pool)
+        x = masked_mean(x.reshape(-1, self.pool, self.width), groups.reshape(-1, self.pool))
+        return TextFeatures(x.reshape(*groups.shape[:2], self.width), groups.any(axis=-1), pooled)
 
 
 class EmbeddingTower(nnx.Module):
@@ -102,6 +120,6 @@ class EmbeddingTower(nnx.Module):
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean `[B, D]` of the tokens `[B, M, D]` that are there."""
+    """Mean `[B, D]` of the tokens `[B, M, D]` that are there; 0 where there are none."""
     weights = mask.astype(x.dtype)[..., None]
-    return (x * weights).sum(axis=1) / weights.sum(axis=1)
+    return (x * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)

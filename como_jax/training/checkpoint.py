@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from como_jax.errors import RunError
@@ -87,15 +88,10 @@ def load_params(workdir: epath.PathLike, abstract: Params) -> Params:
     Raises:
       RunError: no checkpoint there, or a parameter is missing or has another shape.
     """
-    if not (epath.Path(workdir) / "checkpoints").exists():
-        raise RunError(f"{workdir} holds no run: it has no checkpoints directory.")
-    with _open(epath.Path(workdir), keep=None) as manager:
+    with _open_saved(workdir) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise RunError(f"{workdir} holds no complete checkpoint yet.")
         saved = _shapes(manager, step)
-        trained = "ema" if saved.get("ema") else "params"
-        available = merge_params(saved[trained], saved.get("frozen") or {})
+        trained, available = _saved_params(saved)
         _check_shapes(abstract, available, str(workdir))
         target = {name: _intersect(abstract, saved.get(name) or {}) for name in (trained, "frozen")}
         target = {name: tree for name, tree in target.items() if tree}
@@ -105,6 +101,42 @@ def load_params(workdir: epath.PathLike, abstract: Params) -> Params:
             step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, arguments, partial_restore=True))
         )
         return merge_params(restored.state.get(trained, {}), restored.state.get("frozen", {}))
+
+
+class Matched(NamedTuple):
+    """Parameters of another run; paths of what the model has beside them, and of what it has no place for."""
+
+    params: Params
+    new: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def describe(self) -> str:
+        """In one line."""
+        loaded = len(traverse_util.flatten_dict(self.params))
+        parts = [f"{loaded} arrays loaded"]
+        for title, paths in (("new", self.new), ("dropped", self.dropped)):
+            # The modules say enough; a tower has dozens of arrays.
+            modules = dict.fromkeys("/".join(path.split("/")[:2]) for path in paths)
+            parts.append(f"{len(paths)} {title}" + (f" ({', '.join(modules)})" if modules else ""))
+        return ", ".join(parts)
+
+
+def load_matching_params(workdir: epath.PathLike, abstract: Params) -> Matched:
+    """Reads those of a run's parameters that have the path and shape of one of `abstract`.
+
+    Raises:
+      RunError: no checkpoint there, or nothing in it fits.
+    """
+    with _open_saved(workdir) as manager:
+        saved = _saved_params(_shapes(manager, manager.latest_step()))[1]
+    wanted, there = (traverse_util.flatten_dict(tree) for tree in (abstract, saved))
+    fitting = {
+        path: value for path, value in wanted.items() if path in there and tuple(there[path].shape) == value.shape
+    }
+    if not fitting:
+        raise RunError(f"The checkpoint in {workdir} has no parameter of this model.")
+    names = [tuple("/".join(path) for path in tree if path not in fitting) for tree in (wanted, there)]
+    return Matched(load_params(workdir, traverse_util.unflatten_dict(fitting)), *names)
 
 
 def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
@@ -129,6 +161,23 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
             write_text(path, text)
     except OSError as error:
         raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
+
+
+def _open_saved(workdir: epath.PathLike) -> ocp.CheckpointManager:
+    """Opens a run's checkpoints to read; raises RunError where there is none."""
+    if not (epath.Path(workdir) / "checkpoints").exists():
+        raise RunError(f"{workdir} holds no run: it has no checkpoints directory.")
+    manager = _open(epath.Path(workdir), keep=None)
+    if manager.latest_step() is None:
+        manager.close()
+        raise RunError(f"{workdir} holds no complete checkpoint yet.")
+    return manager
+
+
+def _saved_params(saved: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Which of the trained parameters to read, the moving average where there is one, and the shapes of all."""
+    trained = "ema" if saved.get("ema") else "params"
+    return trained, merge_params(saved[trained], saved.get("frozen") or {})
 
 
 def _open(workdir: epath.Path, keep: int | None) -> ocp.CheckpointManager:

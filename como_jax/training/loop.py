@@ -68,6 +68,7 @@ def fit(
     writer: MetricWriter | NullWriter,
     evaluate: Callable[[TrainState, int], None],
     samples_per_step: int,
+    unit: str = "pairs",
     watch: Callable[[int, Metrics], None] | None = None,
 ) -> TrainState:
     """Trains until the last step, a requested stop or a number that is not finite.
@@ -81,7 +82,8 @@ def fit(
       checkpointer: saves state and iterator together.
       writer: takes the numbers.
       evaluate: called with state and step, writes what it finds itself.
-      samples_per_step: pairs that a step trains on, for the displayed rate.
+      samples_per_step: what a step trains on, for the displayed rate.
+      unit: what these are.
       watch: called with every step and its metrics, at least once.
 
     Returns:
@@ -117,7 +119,7 @@ def fit(
             checkpoint_due = _due(step, config.checkpoint_every) or step == last
             if _due(step, config.log_every) or step == config.num_steps:
                 rate = meter.rate(step, metrics)
-                _log(writer, bar, step, config.num_steps, metrics, rate, samples_per_step)
+                _log(writer, bar, step, config.num_steps, metrics, rate, (samples_per_step, unit))
             if evaluation_due or checkpoint_due:
                 inspect(step, metrics)
             if evaluation_due:
@@ -174,15 +176,16 @@ def _log(
     num_steps: int,
     metrics: Metrics,
     rate: float,
-    samples_per_step: int,
+    samples: tuple[int, str],
 ) -> None:
+    per_step, unit = samples
     values = {f"train/{name}": float(value) for name, value in metrics.items()}
     if np.isfinite(rate):
-        values["speed/pairs_per_second"] = rate * samples_per_step
+        values[f"speed/{unit}_per_second"] = rate * per_step
     writer.scalars(step, values)
     parts = [f"loss {values.get('train/loss', float('nan')):.4f}"]
     if np.isfinite(rate):
-        parts.append(f"{rate * samples_per_step:.0f} pairs/s")
+        parts.append(f"{rate * per_step:.0f} {unit}/s")
     bar.set_postfix_str(", ".join(parts))
     if bar.disable:
         left = [f"{(num_steps - step) / rate:.0f} s left"] if np.isfinite(rate) else []

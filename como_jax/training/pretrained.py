@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.models.perceptual import load_perceptual
-from como_jax.training.checkpoint import load_params
-from como_jax.training.train_state import TrainState, merge_params, replace_params
+from como_jax.training.checkpoint import load_matching_params, load_params
+from como_jax.training.train_state import Params, TrainState, merge_params, replace_params
+from como_jax.weights.text import load_text_tower
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +23,44 @@ def load_pretrained(config: ConfigDict, state: TrainState) -> TrainState:
       ConfigError: a perceptual network is asked for and no file of its weights.
     """
     params = merge_params(state.params, state.frozen)
-    if config.get("encoder", {}).get("init_from"):
-        logger.info("Encoder from %s", config.encoder.init_from)
-        state = replace_params(state, load_params(config.encoder.init_from, {"encoder": params["encoder"]}))
-    elif config.get("encoder", {}).get("frozen"):
-        logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
+    if "encoder" in config:
+        state = replace_params(state, _load_encoder(config, params["encoder"]))
     if "perceptual" in params:
         check_perceptual_file(config)
         weights = load_perceptual(config.model.perceptual_file, config.model.perceptual_space)
         state = replace_params(state, {"perceptual": weights})
     return state
+
+
+def load_policy_parts(config: ConfigDict, state: TrainState) -> TrainState:
+    """Puts the image encoder of a pretraining run, public text weights, or what fits of another policy into a policy.
+
+    Raises:
+      RunError: what the config names does not fit or is not there.
+    """
+    params = merge_params(state.params, state.frozen)
+    if config.encoder.tower == "vit":
+        found = _load_encoder(config, params["observation"]["images"])
+        if found:
+            state = replace_params(state, {"observation": {"images": found["encoder"]}})
+    if config.text.tower in ("clip", "t5"):
+        logger.info("Text tower from %s", config.text.weights)
+        state = replace_params(state, {"observation": {"text": load_text_tower(config.text.weights)}})
+    if config.init_from:
+        matched = load_matching_params(config.init_from, params)
+        logger.info("From %s: %s", config.init_from, matched.describe())
+        state = replace_params(state, matched.params)
+    return state
+
+
+def _load_encoder(config: ConfigDict, params: Params) -> Params:
+    """The encoder of the run that the config names, or nothing."""
+    if config.encoder.init_from:
+        logger.info("Encoder from %s", config.encoder.init_from)
+        return load_params(config.encoder.init_from, {"encoder": params})
+    if config.encoder.frozen:
+        logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
+    return {}
 
 
 def check_perceptual_file(config: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,26 +32,42 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: epath.PathLike, mesh: Mesh) -> Run:
-    """The model of a run with the parameters of its newest checkpoint, on the devices of `mesh`.
+    """The latent-motion model of a run with the parameters of its newest checkpoint, on the devices of `mesh`.
 
     Raises:
       RunError: no run, one of a family without latent motion, or one whose checkpoint does not fit its config.
     """
+    return open_run(workdir, mesh, LATENT_FAMILIES, build_model, "has no latent motion")
+
+
+def open_run(
+    workdir: epath.PathLike,
+    mesh: Mesh,
+    families: tuple[str, ...],
+    build: Callable[[ConfigDict], ModelDef],
+    otherwise: str,
+) -> Run:
+    """Any run of some families.
+
+    Args:
+      workdir: of the run.
+      mesh: of devices.
+      families: that fit.
+      build: makes the model of a config.
+      otherwise: what the error says of other families.
+
+    Raises:
+      RunError: no run, one of another family, or one whose checkpoint does not fit its config.
+    """
     workdir = epath.Path(workdir)
-    try:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"--workdir {workdir} holds no run: it has no config.json.") from error
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{workdir}/config.json is damaged: {error}") from error
+    config = read_config(workdir)
     family = config.get("family")
-    if family not in LATENT_FAMILIES:
+    if family not in families:
         raise RunError(
-            f"{workdir} is a run of family {family!r}, which has no latent motion; take one of "
-            f"{', '.join(LATENT_FAMILIES)}."
+            f"{workdir} is a run of family {family!r}, which {otherwise}; take one of {', '.join(families)}."
         )
     try:
-        model = build_model(config)
+        model = build(config)
     except (AttributeError, KeyError, TypeError) as error:
         raise RunError(f"{workdir}/config.json does not describe a model of this version: {error}") from error
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -61,3 +78,17 @@ def load_run(workdir: epath.PathLike, mesh: Mesh) -> Run:
     )
     params = load_params(workdir, abstract)
     return Run(workdir, config, model, params, max(ocp.utils.checkpoint_steps(workdir.resolve() / "checkpoints")))
+
+
+def read_config(workdir: epath.Path) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+      RunError: no run, or a damaged one.
+    """
+    try:
+        return ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(f"--workdir {workdir} holds no run: it has no config.json.") from error
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{workdir}/config.json is damaged: {error}") from error

@@ -96,7 +96,7 @@ def merge_params(first: Params, second: Params) -> Params:
 def replace_params(state: TrainState, new: Params) -> TrainState:
     """The state with some parameters, trained or frozen, in place of its own; the moving average starts from them."""
 
-    def replaced(old: Params | None) -> Params | None:
+    def replaced(old: Params | None, new: Params) -> Params | None:
         if old is None:
             return None
         flat_new = traverse_util.flatten_dict(new)
@@ -104,7 +104,11 @@ def replace_params(state: TrainState, new: Params) -> TrainState:
         return traverse_util.unflatten_dict(flat)
 
     return dataclasses.replace(
-        state, params=replaced(state.params), frozen=replaced(state.frozen), ema=replaced(state.ema)
+        state,
+        params=replaced(state.params, new),
+        frozen=replaced(state.frozen, new),
+        # Copies, since a step gives away the memory of its state and can give no array away twice.
+        ema=replaced(state.ema, jax.tree.map(jnp.copy, new)) if state.ema is not None else None,
     )
 
 

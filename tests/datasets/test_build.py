@@ -93,7 +93,7 @@ def test_every_setting_has_a_flag():
         (
             "robomimic",
             {},
-            "unknown builder 'robomimic'; there are calvin, lerobot, libero, npz, procgen, rlds, tabletop, "
+            "unknown builder 'robomimic'; there are calvin, lerobot, libero, metaworld, npz, procgen, rlds, tabletop, "
             "video_folder",
         ),
         ("tabletop", {"camera": ("a",)}, "--camera does not apply to tabletop"),

@@ -40,10 +40,10 @@ _BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "Options of the Beam pip
 
 # Flags without a value are left to the builder's settings, which know the defaults.
 _SETTINGS = [
-    flags.DEFINE_integer("image_size", None, "Shorter side of larger pictures [256; tabletop 64]."),
+    flags.DEFINE_integer("image_size", None, "Shorter side of larger pictures [256; tabletop, metaworld 64]."),
     flags.DEFINE_float("validation_fraction", None, "Share of the sources that becomes `val` [0.1]."),
-    flags.DEFINE_integer("seed", None, "Fixes the split, and the tabletop's episodes [0]."),
-    flags.DEFINE_string("source", None, "Folder to convert, or for rlds a TFDS name; not for tabletop."),
+    flags.DEFINE_integer("seed", None, "Fixes the split, and the episodes of tabletop and metaworld [0]."),
+    flags.DEFINE_string("source", None, "Folder to convert, or for rlds a TFDS name; not for tabletop, metaworld."),
     flags.DEFINE_string("data_dir", None, "rlds: where datasets given by name lie [where TFDS keeps them]."),
     flags.DEFINE_string("table", None, "rlds: TOML file of known datasets [Open X-Embodiment]."),
     flags.DEFINE_string("entry", None, "rlds: entry of the table [the name of the dataset]."),
@@ -58,11 +58,12 @@ _SETTINGS = [
     flags.DEFINE_integer("action_shift", None, "libero: picture t gets the action stored at t + this number [1]."),
     flags.DEFINE_bool("drop_noops", None, "libero: leave out steps that command no motion [false]."),
     flags.DEFINE_string("segments", None, "calvin: language (annotated windows), play (all) or both [language]."),
-    flags.DEFINE_integer("episodes", None, "tabletop: number of episodes [200]."),
-    flags.DEFINE_list("tasks", None, "tabletop: tasks, or `all` [all]."),
+    flags.DEFINE_integer("episodes", None, "tabletop, metaworld: number of episodes [200]."),
+    flags.DEFINE_list("tasks", None, "tabletop, metaworld: tasks, or `all` [all]."),
     flags.DEFINE_string("look", None, "tabletop: plain, moving, hard or human [plain]."),
-    flags.DEFINE_float("noise", None, "tabletop: standard deviation of the noise on actions [0]."),
-    flags.DEFINE_bool("actions", None, "tabletop: record actions and states [true]."),
+    flags.DEFINE_float("noise", None, "tabletop, metaworld: standard deviation of the noise on actions [0]."),
+    flags.DEFINE_bool("actions", None, "tabletop, metaworld: record actions and states [true]."),
+    flags.DEFINE_integer("action_repeat", None, "metaworld: simulator steps that an action lasts [2]."),
 ]
 
 

@@ -9,6 +9,7 @@ from tools.datasets.builder import EpisodeBuilder, Settings
 from tools.datasets.calvin.builder import Calvin
 from tools.datasets.lerobot.builder import LeRobot
 from tools.datasets.libero.builder import Libero
+from tools.datasets.metaworld.builder import MetaWorldDemonstrations
 from tools.datasets.npz.builder import Npz
 from tools.datasets.procgen.builder import Procgen
 from tools.datasets.rlds.builder import Rlds
@@ -19,6 +20,7 @@ BUILDERS: dict[str, type[EpisodeBuilder]] = {
     "calvin": Calvin,
     "lerobot": LeRobot,
     "libero": Libero,
+    "metaworld": MetaWorldDemonstrations,
     "npz": Npz,
     "procgen": Procgen,
     "rlds": Rlds,

@@ -15,7 +15,6 @@ from como_jax.data import schema
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
 
-LABELS_NAME = "labels.json"
 _SOMETIMES_MISSING = ("state", "action", "latent_codes")
 
 

@@ -1,0 +1,207 @@
+"""From a config to the batches that a policy is trained on."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from como_jax.data.chunks import ChunkConfig, PolicyPart, PolicyTrainingSamples, find_cameras, make_samples
+from como_jax.data.instructions import InstructionReader, InstructionTable
+from como_jax.data.label_info import LabelInfo
+from como_jax.data.mixture import MixtureEntry, parse_mixture
+from como_jax.data.normalization import Normalizer
+from como_jax.data.pipeline import train_batches
+from como_jax.data.policy_reader import PolicyReader
+from como_jax.data.samples import Augmentation
+from como_jax.data.sources import EpisodeSource
+from como_jax.errors import DatasetError
+from como_jax.policies.spec import PolicySpec, Scales
+
+
+class PolicyData(NamedTuple):
+    """What a policy is trained on.
+
+    Attributes:
+      parts: the datasets.
+      reader: makes batches of them.
+      chunks: the window of steps around a sample.
+      labels: of the latent motion, or None when there is none.
+      left_out: directories of videos that `data.videos` leaves out.
+    """
+
+    parts: tuple[PolicyPart, ...]
+    reader: PolicyReader
+    chunks: ChunkConfig
+    labels: LabelInfo | None
+    left_out: tuple[str, ...]
+
+    def describe(self) -> list[str]:
+        """One line a dataset."""
+        weights = np.array([part.entry.weight for part in self.parts])
+        lines = [part.describe(share) for part, share in zip(self.parts, weights / weights.sum(), strict=True)]
+        return lines + [f"{directory}: left out by data.videos" for directory in self.left_out]
+
+    def embeddings(self) -> dict[str, np.ndarray]:
+        """Embeddings of all instructions, where the text tower takes them from the datasets."""
+        found: dict[str, np.ndarray] = {}
+        for part in self.parts:
+            if part.instructions.key == "text_embedding":
+                found |= dict(zip(part.source.instruction, part.instructions.rows, strict=True))
+        return found
+
+    @property
+    def robots(self) -> list[PolicyPart]:
+        """The datasets with true actions."""
+        return [part for part in self.parts if part.action is not None]
+
+
+def open_policy_data(config: ConfigDict, split: str = "train") -> PolicyData:
+    """Opens one split of the datasets of a policy's config; of "val" only datasets that have it.
+
+    Raises:
+      DatasetError: a dataset is missing or damaged, gives neither actions nor labels, or does not fit the others.
+    """
+    data = config.data
+    chunks = ChunkConfig(data.instants, data.stride, data.chunk)
+    entries = parse_mixture(data.mixture)
+    if split != "train":
+        entries = tuple(entry for entry in entries if entry.has_split(split))
+    parts: list[PolicyPart] = []
+    left_out: list[str] = []
+    for entry in entries:
+        part = _open_part(entry, split, config)
+        if part is None:
+            left_out.append(entry.directory)
+        else:
+            parts.append(part)
+    if split == "train" and not any(part.action for part in parts) and not config.data.latent_only:
+        raise DatasetError(
+            "No dataset of the mixture has actions, so the policy would not learn to act; add robot data to --data, or "
+            "pretrain on labels alone with --config.data.latent_only=True."
+        )
+    if not parts and split == "train":
+        raise DatasetError("data.videos leaves out every dataset of the mixture.")
+    labels = _common_labels(parts)
+    reader = PolicyReader(parts, chunks, data.image_size, num_threads=data.num_threads, fit=data.fit)
+    return PolicyData(tuple(parts), reader, chunks, labels, tuple(left_out))
+
+
+def policy_train_batches(data: PolicyData, config: ConfigDict) -> grain.IterDataset:
+    """This host's part of the endless stream."""
+    samples = PolicyTrainingSamples(
+        data.parts,
+        Augmentation(config.data.random_shift, config.data.min_crop_fraction),
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return train_batches(samples, data.reader, num_workers=config.data.num_workers)
+
+
+def policy_evaluation_batches(
+    data: PolicyData, dataset: int, num_samples: int, batch_size: int
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """This host's part of batches over steps spread evenly over one dataset, and each batch's count of true samples."""
+    available = len(data.parts[dataset].steps)
+    chosen = np.unique(np.linspace(0, available - 1, min(num_samples, available)).astype(np.int64))
+    local = batch_size // jax.process_count()
+    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+    crop, shift = Augmentation().draw(np.random.default_rng(0), batch_size)
+    for begin in range(0, len(chosen), batch_size):
+        steps = chosen[begin : begin + batch_size]
+        padded = np.pad(steps, (0, batch_size - len(steps)), mode="edge")
+        samples = make_samples(data.parts, np.full(batch_size, dataset), padded, crop, shift)
+        yield data.reader.map(samples[mine]), len(steps)
+
+
+def make_spec(data: PolicyData, config: ConfigDict) -> PolicySpec:
+    """What the trained policy needs to know to act."""
+    robots = data.robots
+    first = robots[0] if robots else data.parts[0]
+    return PolicySpec(
+        cameras=tuple(config.data.cameras) or first.cameras,
+        image_size=config.data.image_size,
+        fit=config.data.fit,
+        instants=data.chunks.instants,
+        stride=data.chunks.stride,
+        chunk=data.chunks.chunk,
+        action_size=data.reader.action_size,
+        state_size=data.reader.state_size,
+        control_rate=float(np.median(first.source.control_rate)),
+        uses_text=True,
+        scales={part.source.directory.name: Scales(part.action, part.state) for part in robots},
+    )
+
+
+def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPart | None:
+    """One dataset; None where it is a video that `data.videos` leaves out."""
+    data = config.data
+    source = EpisodeSource(entry.directory, split, entry.camera)
+    is_robot = source.action is not None and not data.latent_only
+    if not is_robot and not _is_chosen(source, data.videos):
+        return None
+    uses_latent = source.latent_motion is not None and (not is_robot or data.robot_latents)
+    if not is_robot and not uses_latent:
+        raise DatasetError(
+            f"{source.directory} has neither actions nor labels of latent motion; label it with "
+            "`python -m experiments.extract_labels`, or leave it out of --data."
+        )
+    kind = entry.normalization or data.normalization
+    episode = np.repeat(np.arange(len(source.length)), source.length)
+    steps = np.arange(len(source)) if is_robot else np.flatnonzero(source.latent_valid)
+    if not len(steps):
+        raise DatasetError(f"{source.directory} ({source.split}): no step has a label; all episodes are too short.")
+    uses_state = data.proprioception and source.state is not None
+    return PolicyPart(
+        entry=entry,
+        source=source,
+        cameras=find_cameras(source, entry, tuple(data.cameras)),
+        steps=steps,
+        episode=episode,
+        action=Normalizer.load(source.directory, "action", kind) if is_robot else None,
+        state=Normalizer.load(source.directory, "state", kind) if uses_state else None,
+        latent=Normalizer.load(source.directory, "latent_motion", data.latent_normalization) if uses_latent else None,
+        instructions=InstructionTable.read(
+            source, InstructionReader.make(config.text, source.directory), data.missing_instructions
+        ),
+    )
+
+
+def _is_chosen(source: EpisodeSource, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(source.directory.name, pattern) for pattern in patterns)
+
+
+def _common_labels(parts: Sequence[PolicyPart]) -> LabelInfo | None:
+    """What all labelled datasets say of their labels, which must be of one model."""
+    found = [(part.source.directory, LabelInfo.read(part.source.directory)) for part in parts if part.latent]
+    for directory, labels in found:
+        if labels.parameters != found[0][1].parameters:
+            raise DatasetError(
+                f"{directory} and {found[0][0]} hold labels of different models, which mean different things; label "
+                "both with one run."
+            )
+    return found[0][1] if found else None
+
+
+def with_sizes(config: ConfigDict, data: PolicyData) -> ConfigDict:
+    """The config with the sizes that follow from the data, where it leaves them open by 0."""
+    queries, size = data.labels.latent_shape if data.labels else (0, 0)
+    found = {
+        "model.action_size": data.reader.action_size,
+        "model.latent_queries": queries,
+        "model.latent_dim": size,
+        "model.codebook_size": data.labels.codebook_size if data.labels else 0,
+        "data.state_size": data.reader.state_size,
+    }
+    if config.text.tower == "embedding":
+        found["text.embedding_size"] = data.parts[0].instructions.rows.shape[1]
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(found)
+    return config

@@ -1,0 +1,116 @@
+"""Who reads whom in the autoregressive policy: one function for every rule.
+
+Every rule gives the pairs that it allows, bool `[N, N]`, where row i reads column j; the mask is their union. Language
+reads language alone. The tokens of an instant read language, the observations up to their instant, and:
+
+- observations nothing else, so that no action query can learn of a latent through them;
+- latent tokens the latents before them, of their own instant and of all earlier ones, as in Moto (arXiv 2412.04445);
+- action queries each other within their instant, and the latents up to it, which in training are dropped for some
+  samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Kind(enum.IntEnum):
+    """What a token is."""
+
+    LANGUAGE = 0
+    OBSERVATION = 1
+    LATENT = 2
+    ACTION = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The tokens of a sequence, each an int array `[N]`.
+
+    Attributes:
+      kind: a `Kind`.
+      instant: position in the history; -1 for language.
+      slot: number of the token among those of its kind and instant.
+    """
+
+    kind: np.ndarray
+    instant: np.ndarray
+    slot: np.ndarray
+
+
+def make_layout(instants: int, *, language: int, observations: int, latents: int, actions: int) -> Layout:
+    """All language tokens, all observations, all latents, all queries, each instant after instant.
+
+    Args:
+      instants: of the history.
+      language: tokens of the instruction.
+      observations: tokens seen at one instant.
+      latents: latent tokens of one instant.
+      actions: action queries of one instant.
+    """
+    parts = [(Kind.LANGUAGE, -1, language)]
+    for kind, count in ((Kind.OBSERVATION, observations), (Kind.LATENT, latents), (Kind.ACTION, actions)):
+        parts += [(kind, instant, count) for instant in range(instants)]
+    return Layout(
+        kind=np.concatenate([np.full(count, kind) for kind, _, count in parts]),
+        instant=np.concatenate([np.full(count, instant) for _, instant, count in parts]),
+        slot=np.concatenate([np.arange(count) for _, _, count in parts]),
+    )
+
+
+def language_is_read_by_all(layout: Layout) -> np.ndarray:
+    """Every token reads the instruction."""
+    return np.broadcast_to(layout.kind == Kind.LANGUAGE, (len(layout.kind),) * 2)
+
+
+def observations_are_read_from_their_instant_on(layout: Layout) -> np.ndarray:
+    """The tokens of an instant read its observations and all earlier ones, observations of an instant each other."""
+    return (layout.kind == Kind.OBSERVATION) & (layout.instant[:, None] >= layout.instant)
+
+
+def latents_read_the_latents_before_them(layout: Layout) -> np.ndarray:
+    """Latent tokens read those of earlier instants, and of their own those up to themselves."""
+    earlier = layout.instant[:, None] > layout.instant
+    before = (layout.instant[:, None] == layout.instant) & (layout.slot[:, None] >= layout.slot)
+    return _pairs(layout, Kind.LATENT, Kind.LATENT) & (earlier | before)
+
+
+def actions_read_each_other(layout: Layout) -> np.ndarray:
+    """The action queries of one instant read each other, and nothing else ever reads them."""
+    return _pairs(layout, Kind.ACTION, Kind.ACTION) & (layout.instant[:, None] == layout.instant)
+
+
+def actions_read_latents(layout: Layout) -> np.ndarray:
+    """Action queries read the latents of their instant and of earlier ones."""
+    return _pairs(layout, Kind.ACTION, Kind.LATENT) & (layout.instant[:, None] >= layout.instant)
+
+
+def attention_mask(layout: Layout, present: jax.Array, heed: jax.Array) -> jax.Array:
+    """The mask of a batch, bool `[B, N, N]`.
+
+    Args:
+      layout: of the sequence.
+      present: bool `[B, N]`; a token that is not there (padding of text, a missing camera, an unknown latent) is read
+        by none but itself, which keeps every row of the softmax proper.
+      heed: bool `[B]`; where it is False, the sample's action queries do not read the latents.
+    """
+    chex.assert_shape(present, (len(heed), len(layout.kind)))
+    always = (
+        language_is_read_by_all(layout)
+        | observations_are_read_from_their_instant_on(layout)
+        | latents_read_the_latents_before_them(layout)
+        | actions_read_each_other(layout)
+    )
+    allowed = always | (actions_read_latents(layout) & heed[:, None, None])
+    return (allowed & present[:, None]) | jnp.eye(len(layout.kind), dtype=bool)
+
+
+def _pairs(layout: Layout, reader: Kind, read: Kind) -> np.ndarray:
+    """All pairs of a token of one kind that reads one of another."""
+    return (layout.kind == reader)[:, None] & (layout.kind == read)

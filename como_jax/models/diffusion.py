@@ -1,0 +1,147 @@
+"""Denoising diffusion and flow matching: what is added to a sample in training, and the way back in sampling.
+
+Both are one interface: time runs from 0, the data, to 1, pure noise, and a network is given a noisy sample and its
+time. Axes: B batch, `...` the axes of a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from como_jax.errors import ConfigError
+
+KINDS = ("ddpm", "flow")
+PREDICTIONS = ("epsilon", "sample")
+Network = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Noised(NamedTuple):
+    """Noisy samples `[B, ...]`, their times `[B]`, and what a network should say of them `[B, ...]`."""
+
+    x: jax.Array
+    time: jax.Array
+    target: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """How samples are noised and made.
+
+    Attributes:
+      kind: "ddpm" (arXiv 2006.11239) on the cosine schedule (arXiv 2102.09672), sampled by DDIM (arXiv 2010.02502), or
+        "flow", matching the straight flow from noise to data (arXiv 2210.02747).
+      train_steps: noise levels of DDPM; flow matching knows all.
+      sample_steps: of sampling.
+      prediction: what the network of DDPM says: the noise, "epsilon", or the clean "sample".
+      eta: share of DDPM's noise that DDIM adds at every step; 0 is deterministic.
+      clip: largest magnitude of a clean sample on the way back, for data of known limits; 0 clips nothing.
+    """
+
+    kind: str = "ddpm"
+    train_steps: int = 100
+    sample_steps: int = 10
+    prediction: str = "epsilon"
+    eta: float = 0.0
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", KINDS), ("prediction", PREDICTIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"model.diffusion.{name} {getattr(self, name)!r} must be one of {', '.join(choices)}."
+                )
+        limit = self.train_steps if self.kind == "ddpm" else np.inf
+        if not 1 <= self.sample_steps <= limit:
+            raise ConfigError(f"model.diffusion.sample_steps must lie between 1 and {limit}, not {self.sample_steps}.")
+
+
+def add_noise(config: DiffusionConfig, sample: jax.Array, key: jax.Array) -> Noised:
+    """Draws a time for every sample `[B, ...]`, and noises it."""
+    time_key, noise_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, sample.shape)
+    if config.kind == "flow":
+        time = jax.random.uniform(time_key, (len(sample),))
+        share = _expand(time, sample)
+        return Noised((1 - share) * sample + share * noise, time, noise - sample)
+    level = jax.random.randint(time_key, (len(sample),), 1, config.train_steps + 1)
+    kept = _expand(jnp.asarray(alpha_bars(config.train_steps))[level], sample)
+    target = noise if config.prediction == "epsilon" else sample
+    return Noised(jnp.sqrt(kept) * sample + jnp.sqrt(1 - kept) * noise, level / config.train_steps, target)
+
+
+def denoise(config: DiffusionConfig, network: Network, noise: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """Samples `[B, ...]` from normal noise of the same shape.
+
+    Args:
+      config: of the network's training, whose steps of sampling may have been changed.
+      network: of samples `[B, ...]` and times `[B]`.
+      noise: `[B, ...]`.
+      keys: `[B]`, of the noise that `eta` adds.
+    """
+    step = _flow_step if config.kind == "flow" else _ddim_step
+    # Levels of the noise, from all of it down to none.
+    times = np.linspace(1.0, 0.0, config.sample_steps + 1, dtype=np.float32)
+    if config.kind == "ddpm":
+        times = np.rint(times * config.train_steps) / config.train_steps
+
+    def body(x: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        number, now, after = inputs
+        said = network(x, jnp.full(len(x), now))
+        fresh = jnp.zeros_like(x)
+        if config.kind == "ddpm" and config.eta:
+            draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), x.shape[1:]))
+            fresh = draw(keys)
+        return step(config, x, said, now, after, fresh), None
+
+    inputs = (jnp.arange(config.sample_steps), jnp.asarray(times[:-1]), jnp.asarray(times[1:]))
+    return jax.lax.scan(body, noise, inputs)[0]
+
+
+def alpha_bars(num_steps: int) -> np.ndarray:
+    """Shares of the signal's variance `[num_steps + 1]` that the cosine schedule keeps (arXiv 2102.09672, equation 17).
+
+    The first is 1, the data; no step loses more than 0.999 of what is left.
+    """
+    angle = (np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2
+    curve = np.cos(angle) ** 2
+    betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
+    return np.concatenate([[1.0], np.cumprod(1 - betas)]).astype(np.float32)
+
+
+def _flow_step(
+    config: DiffusionConfig, x: jax.Array, velocity: jax.Array, now: jax.Array, after: jax.Array, fresh: jax.Array
+) -> jax.Array:
+    """Euler's step along the flow, whose velocity is noise less data."""
+    if not config.clip:
+        return x + (after - now) * velocity
+    sample = jnp.clip(x - now * velocity, -config.clip, config.clip)
+    # The velocity that leads to the clipped sample.
+    return x + (after - now) * (x - sample) / now
+
+
+def _ddim_step(
+    config: DiffusionConfig, x: jax.Array, said: jax.Array, now: jax.Array, after: jax.Array, fresh: jax.Array
+) -> jax.Array:
+    """One step of DDIM (arXiv 2010.02502, equations 12 and 16)."""
+    schedule = jnp.asarray(alpha_bars(config.train_steps))
+    levels = jnp.rint(jnp.stack([now, after]) * config.train_steps).astype(jnp.int32)
+    kept, kept_after = schedule[levels[0]], schedule[levels[1]]
+    is_noise = config.prediction == "epsilon"
+    sample = (x - jnp.sqrt(1 - kept) * said) / jnp.sqrt(kept) if is_noise else said
+    if config.clip:
+        sample = jnp.clip(sample, -config.clip, config.clip)
+    noise = (x - jnp.sqrt(kept) * sample) / jnp.sqrt(1 - kept)
+    sigma = config.eta * jnp.sqrt((1 - kept_after) / (1 - kept) * (1 - kept / kept_after))
+    direction = jnp.sqrt(jnp.maximum(1 - kept_after - sigma**2, 0.0))
+    return jnp.sqrt(kept_after) * sample + direction * noise + sigma * fresh
+
+
+def _expand(values: jax.Array, like: jax.Array) -> jax.Array:
+    """`[B]` to `[B, 1, ...]`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,45 @@
+"""Autoregressive policy on actions and latent motion: a GPT after Moto (arXiv 2412.04445) and CoMo on CALVIN.
+
+    python -m experiments.train_policy --config configs/policy_autoregressive.py:tiny --workdir RUN --data DIR,LABELLED
+
+Everything else, variants included, is as in `policy_diffusion.py`. Labels of a model with a codebook are learned as
+codes, all others as continuous tokens, by regression or with `--config.model.latent_head=diffusion`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The full recipe, or a smaller one by name."""
+    config = common.policy("autoregressive_policy")
+    config.data.update({"instants": 2, "stride": 5, "chunk": 5, "robot_latents": True})
+    config.model = ConfigDict()
+    config.model.update({"width": 768, "depth": 12, "num_heads": 12})
+    config.model.gripper_dim = -1  # The dimension that opens and closes a gripper.
+    config.model.latent_head = "regression"  # regression or diffusion, of continuous latents.
+    config.model.update({"head_width": 512, "head_depth": 3, "diffusion_steps": 100})  # Of the diffusion head.
+    config.model.latent_dropout = 0.5
+    config.model.action_weight = 1.0
+    config.model.gripper_weight = 0.1
+    config.model.latent_weight = 1.0
+    config.model.think = False  # Whether latents are generated before actions.
+    config.model.temperature = 0.0
+    config.model.update({"action_size": 0, "latent_queries": 0, "latent_dim": 0, "codebook_size": 0})  # Of the data.
+    return common.apply_variant(config, variant, (tiny, smoke))
+
+
+def tiny(config: ConfigDict) -> None:
+    """Minutes on two CPU cores."""
+    common.shrink_policy(config)
+    config.data.instants = 1
+    config.model.update({"width": 128, "depth": 3, "num_heads": 2, "head_width": 64, "head_depth": 1})
+
+
+def smoke(config: ConfigDict) -> None:
+    """Seconds on anything."""
+    tiny(config)
+    common.shrink_policy_to_smoke(config)
+    config.data.instants = 2
+    config.model.update({"width": 32, "depth": 1})

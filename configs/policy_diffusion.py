@@ -1,0 +1,58 @@
+"""Diffusion policy on robot actions and latent motion (CoMo, arXiv 2505.17006, stage 2): a DiT over action chunks.
+
+    python -m experiments.train_policy --config configs/policy_diffusion.py:tiny --workdir RUN --data ROBOT,LABELLED
+
+| variant | hardware | what to expect |
+|---|---|---|
+| (none)  | TPU slice, large GPUs | ViT-B and a 12-layer trunk of 512 numbers, 224 px |
+| `:tiny` | laptop CPU, minutes | 64 px, small towers; start its encoder from `pretrain_mae.py:tiny` |
+| `:smoke`| anything, seconds | a check that everything runs; learns nothing |
+
+ROBOT has true actions, LABELLED is what `experiments.extract_labels` wrote. `--config.data.videos=()` leaves the
+labelled videos out: the robot-only baseline, equal in all else. In two stages: first
+`--config.data.latent_only=True`, then a new run on ROBOT alone with `--config.init_from=FIRST`.
+`--config.model.diffusion.kind=flow` matches flows instead of denoising.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The full recipe, or a smaller one by name."""
+    config = common.policy("diffusion_policy")
+    config.model = ConfigDict()
+    config.model.update({"width": 512, "depth": 12, "num_heads": 8})
+    config.model.diffusion = ConfigDict(
+        {
+            "kind": "ddpm",  # ddpm or flow.
+            "train_steps": 100,
+            "sample_steps": 10,
+            "prediction": "epsilon",  # epsilon or sample.
+            "eta": 0.0,
+            "clip": 1.0,  # Largest normalised action; 0.0 for normalizations without limits.
+        }
+    )
+    config.model.draws = 1  # Noisy versions of every chunk.
+    config.model.action_weight = 1.0
+    config.model.latent_weight = 1.0
+    config.model.latent_share = 0.5  # How often labelled robot data is trained on its labels.
+    config.model.instruction_dropout = 0.0
+    config.model.guidance = 1.0
+    config.model.update({"action_size": 0, "latent_queries": 0, "latent_dim": 0, "codebook_size": 0})  # Of the data.
+    return common.apply_variant(config, variant, (tiny, smoke))
+
+
+def tiny(config: ConfigDict) -> None:
+    """Minutes on two CPU cores."""
+    common.shrink_policy(config)
+    config.model.update({"width": 128, "depth": 3, "num_heads": 2, "draws": 2})
+
+
+def smoke(config: ConfigDict) -> None:
+    """Seconds on anything."""
+    tiny(config)
+    common.shrink_policy_to_smoke(config)
+    config.model.update({"width": 32, "depth": 1})
+    config.model.diffusion.sample_steps = 2

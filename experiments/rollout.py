@@ -1,0 +1,164 @@
+"""Rolls a trained policy out in a simulator and counts how often it solves its tasks.
+
+    python -m experiments.rollout --workdir RUN --env tabletop:all --episodes 20
+    python -m experiments.rollout --workdir RUN --env metaworld:reach-v3,push-v3 --workers 8 --execute 4 --ensemble 0.01
+
+Writes to RUN/rollouts/ENV-stepN: table.md and table.csv, success of every task with its 95 % Wilson interval and the
+mean length of episodes; episodes.csv; summary.json; videos/TASK-EPISODE-OUTCOME.mp4; and grid.png, pictures of some
+episodes. Episodes are the same for equal --seed, whatever the number of workers; the simulator is reset with seeds
+from 900,000,000 on, which demonstrations do not use. Episodes whose simulator crashes or hangs are counted apart. The
+exit status is 1 if all did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from absl import flags
+from etils import epath
+
+from como_jax import cli
+from como_jax.envs.build import EnvironmentOptions, environment_names
+from como_jax.errors import RunError
+from como_jax.evaluation.rollout_checks import parse_settings
+from como_jax.evaluation.rollout_report import RolloutRecorder, table_markdown
+from como_jax.evaluation.rollouts import Recording, RolloutOptions, picture_size, roll_out
+from como_jax.evaluation.success import EpisodeResult, RolloutSummary
+from como_jax.policies.controller import ControlConfig
+from como_jax.policies.runner import load_policy
+from como_jax.training import sharding
+
+logger = logging.getLogger("como_jax.rollout")
+
+_MAX_NAME = 80
+
+
+def rollout(
+    workdir: epath.PathLike,
+    env: str,
+    options: RolloutOptions,
+    *,
+    out: epath.PathLike | None = None,
+    dataset: str = "",
+    image_size: int = 0,
+    max_steps: int = 0,
+    settings: Mapping[str, str] | None = None,
+    videos: int | None = None,
+) -> RolloutSummary:
+    """Rolls the newest checkpoint of a run out, and writes what the module says.
+
+    Args:
+      workdir: of the run.
+      env: FAMILY:TASK,TASK or FAMILY:all.
+      options: of the rollouts.
+      out: gets the files; a new directory in `workdir`/rollouts by default.
+      dataset, image_size, max_steps, settings, videos: see `define_flags`.
+
+    Raises:
+      UsageError: run, environment and `out` do not fit together.
+    """
+    names = environment_names(env)
+    runner = load_policy(workdir, sharding.make_mesh(), dataset)
+    options = dataclasses.replace(options, control=options.control.resolve(runner.spec))
+    size = image_size or picture_size(runner.spec)
+    environment = EnvironmentOptions(image_size=size, max_steps=max_steps, settings=dict(settings or {}))
+    with new_directory(out, epath.Path(workdir) / "rollouts", f"{env}-step{runner.step}") as directory:
+        recorder = RolloutRecorder(directory, len(names), videos)
+        logger.info("%d episodes of %d tasks, written to %s", len(names) * options.episodes, len(names), directory)
+
+        def on_episode(result: EpisodeResult, recording: Recording) -> None:
+            reason = f": {result.reason}" if result.crashed else ""
+            ended = f"{result.outcome} after {result.steps} steps{reason}"
+            logger.info("%s, episode %d: %s", result.task, result.episode, ended)
+            recorder(result, recording)
+
+        results = roll_out(runner, names, environment, options, on_episode)
+        facts = {"workdir": str(workdir), "step": runner.step, "env": env, "dataset": dataset}
+        configs = {"options": dataclasses.asdict(options), "environment": dataclasses.asdict(environment)}
+        summary = recorder.finish(results, {**facts, **configs})
+        logger.info("Table: %s", directory / "table.md")
+    return summary
+
+
+@contextlib.contextmanager
+def new_directory(out: epath.PathLike | None, parent: epath.Path, name: str) -> Iterator[epath.Path]:
+    """`out`, which must not hold anything yet, or else a directory in `parent` named after `name`.
+
+    It is removed if nothing was written to it.
+
+    Raises:
+      RunError: it cannot be made, or `out` holds files, which those of these rollouts would mix with.
+    """
+    path = epath.Path(out) if out is not None else _unused(parent, name)
+    try:
+        path.mkdir(parents=True, exist_ok=out is not None)
+    except OSError as error:
+        raise RunError(f"--out {path} cannot be made: {error}") from error
+    if any(path.iterdir()):
+        raise RunError(f"--out {path} holds files already; choose another or empty it.")
+    try:
+        yield path
+    finally:
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _unused(parent: epath.Path, name: str) -> epath.Path:
+    stem, number = re.sub(r"[^\w.-]+", "-", name), 1
+    if len(stem) > _MAX_NAME:
+        stem = f"{stem[: _MAX_NAME // 2]}...{stem[-_MAX_NAME // 2 :]}"
+    while (path := parent / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return path
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("workdir", None, "Directory of a policy's run.", required=True)
+    flags.DEFINE_string("env", None, "FAMILY:TASK,TASK or FAMILY:all, as in tabletop:reach.", required=True)
+    flags.DEFINE_integer("episodes", 20, "Of every task.")
+    flags.DEFINE_integer("workers", 2, "Simulators at once, each in a process.")
+    flags.DEFINE_integer("seed", 0, "Another one gives other episodes.")
+    flags.DEFINE_integer("execute", 0, "Steps of each chunk before the next is asked for; 0 for half of them.")
+    flags.DEFINE_float(
+        "ensemble", None, "Averages all chunks that cover a step, weighted by exp(-ENSEMBLE * steps since the oldest)."
+    )
+    flags.DEFINE_float("step_timeout", 120.0, "Seconds after which a simulator that does not answer counts as crashed.")
+    flags.DEFINE_integer("max_steps", 0, "Of an episode; 0 for the environment's own limit.")
+    flags.DEFINE_integer("image_size", 0, "Side of the rendered pictures; 0 for that of the policy, but at least 64.")
+    flags.DEFINE_multi_string("env_setting", [], "NAME=VALUE of the environment, as in look=hard; may be repeated.")
+    flags.DEFINE_string("dataset", "", "Whose scales of actions and states to use, for policies of several robots.")
+    flags.DEFINE_integer("videos", None, "Episodes of every task to write videos of; all by default.", lower_bound=0)
+    flags.DEFINE_string("out", None, "Gets the files; RUN/rollouts/ENV-stepN by default.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the flags."""
+    cli.no_arguments(arguments)
+    values = flags.FLAGS.flag_values_dict()
+    names = ("episodes", "workers", "seed", "step_timeout")
+    options = RolloutOptions(
+        **{name: values[name] for name in names}, control=ControlConfig(values["execute"], values["ensemble"])
+    )
+    names = ("workdir", "env", "out", "dataset", "image_size", "max_steps", "videos")
+    try:
+        summary = rollout(
+            **{name: values[name] for name in names}, options=options, settings=parse_settings(values["env_setting"])
+        )
+    except KeyboardInterrupt:
+        logger.info("Stopped; episodes.csv lists the episodes that ended.")
+        sys.exit(130)
+    print(table_markdown(summary), end="")
+    if not summary.total.finished:
+        logger.error("All %d episodes crashed; their reasons are in episodes.csv.", summary.total.crashed)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

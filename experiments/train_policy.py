@@ -1,0 +1,103 @@
+"""Trains a policy on robot data and labelled videos together.
+
+    python -m experiments.train_policy --config configs/policy_diffusion.py:tiny --workdir RUN --data ROBOT,LABELLED
+
+ROBOT has true actions; LABELLED is what `experiments.extract_labels` wrote of videos. `--config.data.videos=()` leaves
+the videos out. Run the same command again to resume; `python -m experiments.rollout` tries the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from como_jax import cli
+from como_jax.data.instructions import InstructionReader
+from como_jax.data.language import write_embeddings
+from como_jax.data.mixture import mixture_text
+from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, policy_train_batches, with_sizes
+from como_jax.data.policy_reader import to_policy_batch
+from como_jax.evaluation.policy_in_loop import PolicyEvaluationConfig, PolicyEvaluator
+from como_jax.models.build_policy import build_policy, with_text_sizes
+from como_jax.policies.runner import PolicyRunner
+from como_jax.training import session, sharding
+from como_jax.training.pretrained import load_policy_parts
+from como_jax.training.train_state import ModelDef, TrainState
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing run of an equal config is resumed.")
+DATA = flags.DEFINE_string("data", None, "DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml instead of the config's mixture.")
+
+
+def train_policy(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+    """Runs or resumes a policy's training.
+
+    Args:
+      config: of configs/policy_*.py.
+      workdir: gets policy.json, config.json, checkpoints, tensorboard and metrics.jsonl.
+
+    Raises:
+      UsageError: config, data and workdir do not fit together.
+      NonFiniteError: training diverged.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
+    data = open_policy_data(config)
+    config = with_text_sizes(with_sizes(config, data))
+    model = build_policy(config)
+    return session.train(
+        config,
+        workdir,
+        model,
+        mesh,
+        batches=policy_train_batches(data, config),
+        name_batch=to_policy_batch,
+        initialize=lambda state: load_policy_parts(config, state),
+        evaluate=make_evaluator(config, model, data, workdir, mesh),
+        data_lines=data.describe(),
+        samples_per_step=config.data.batch_size,
+        unit="samples",
+        prepare=lambda: write_inputs(config, data, workdir),
+    )
+
+
+def make_evaluator(
+    config: ConfigDict, model: ModelDef, data: PolicyData, workdir: epath.PathLike, mesh: Mesh
+) -> PolicyEvaluator:
+    """What judges the run while it trains."""
+    evaluation = PolicyEvaluationConfig(**{**config.evaluation, "env_settings": tuple(config.evaluation.env_settings)})
+    spec, runner = make_spec(data, config), None
+    if spec.scales:
+        scales = next(iter(spec.scales.values()))
+        embeddings = data.embeddings()
+        instructions = (
+            InstructionReader.of_embeddings(embeddings) if embeddings else InstructionReader.make(config.text, workdir)
+        )
+        runner = PolicyRunner(model, {}, spec, scales, instructions, mesh)
+    sets = [item for item in (data, open_policy_data(config, "val")) if item.parts]
+    return PolicyEvaluator(model, sets, runner, mesh, evaluation, num_steps=config.train.num_steps)
+
+
+def write_inputs(config: ConfigDict, data: PolicyData, workdir: epath.PathLike) -> None:
+    """What the policy needs to act, beside its config and its numbers."""
+    make_spec(data, config).save(workdir)
+    if embeddings := data.embeddings():
+        write_embeddings(workdir, embeddings)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the flags."""
+    cli.no_arguments(arguments)
+    config = CONFIG.value
+    if DATA.value is not None:
+        config.data.mixture = mixture_text(DATA.value)
+    train_policy(config, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

@@ -1,0 +1,257 @@
+"""Tokenizers, embeddings made beforehand, and the command that makes them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from como_jax.data import schema
+from como_jax.data.language import (
+    EMBEDDINGS_NAME,
+    ByteTokenizer,
+    FileTokenizer,
+    make_tokenizer,
+    read_embeddings,
+    write_embeddings,
+)
+from como_jax.errors import ConfigError, DatasetError
+from como_jax.models.observation import make_text_tower
+from como_jax.models.text import TextConfig
+from como_jax.weights.text import load_text_tower, text_config_of
+from como_jax.weights.text_tables import t5_table
+from tools.embed_instructions import embed_instructions
+
+WORDS = ("push", "the", "red", "blue", "cube")
+ENDS = {"clip": ("<|startoftext|>", "<|endoftext|>"), "t5": ("</s>",)}
+
+
+@pytest.fixture
+def make_tokenizer_file(tmp_path: Path) -> Any:
+    """Writes a tokenizer.json of a few words, with the special tokens of CLIP or T5."""
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def make(kind: str) -> Path:
+        *_, end = ends = ENDS[kind]
+        # Token 0 is a word, as in CLIP.
+        vocabulary = {word: number for number, word in enumerate((*WORDS, "<unk>", *ends))}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.add_special_tokens(list(ends))
+        single = f"{ends[0]} $A {end}" if kind == "clip" else f"$A {end}"
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[(token, vocabulary[token]) for token in ends]
+        )
+        # What a published file may ask for, and would do harm here.
+        tokenizer.enable_padding(length=20, pad_token=end, pad_id=vocabulary[end])
+        tokenizer.enable_truncation(4)
+        path = tmp_path / f"tokenizer_{kind}.json"
+        tokenizer.save(str(path))
+        return path
+
+    return make
+
+
+def test_bytes_are_numbered_from_one_and_zero_ends_the_text() -> None:
+    found = ByteTokenizer(6)(["ab", "", "é\0"])
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, [[98, 99, 0, 0, 0, 0], [0] * 6, [0xC4, 0xAA, 1, 0, 0, 0]])
+    assert ByteTokenizer(6)([]).shape == (0, 6)
+
+
+def test_an_instruction_that_does_not_fit_is_refused_with_its_length_in_bytes() -> None:
+    ByteTokenizer(4)(["éé"])
+    with pytest.raises(ConfigError, match=r"'ééa' has 5 bytes, more than the 4 of text.max_length; raise it to .* 5"):
+        ByteTokenizer(4)(["a", "ééa"])
+
+
+def test_a_file_tokenizer_adds_the_ends_and_neither_pads_nor_cuts(make_tokenizer_file: Any) -> None:
+    clip, t5 = (FileTokenizer(make_tokenizer_file(kind), 8, kind) for kind in ("clip", "t5"))
+    # One more than the tokens: 6 begins and 7 ends, and "push" is token 0.
+    np.testing.assert_array_equal(clip(["push the red blue cube", ""]), [[7, 1, 2, 3, 4, 5, 8, 0], [7, 8] + [0] * 6])
+    np.testing.assert_array_equal(t5(["push moon"]), [[1, 6, 7, 0, 0, 0, 0, 0]])
+    assert (clip.vocabulary_size, t5.vocabulary_size) == (8, 7)
+    with pytest.raises(ConfigError, match=r"'push push push push push push push' has 9 tokens, more than the 8"):
+        clip(["push " * 6 + "push"])
+
+
+def test_the_tokenizer_of_a_tower_is_made_by_name(make_tokenizer_file: Any) -> None:
+    np.testing.assert_array_equal(make_tokenizer("bytes", 3, "")(["a"]), [[98, 0, 0]])
+    np.testing.assert_array_equal(make_tokenizer("t5", 3, make_tokenizer_file("t5"))(["the"]), [[2, 7, 0]])
+    with pytest.raises(ConfigError, match="text.tower=embedding reads no tokens"):
+        make_tokenizer("embedding", 3, "")
+    with pytest.raises(ConfigError, match="text.tower=clip needs text.tokenizer_file"):
+        make_tokenizer("clip", 3, "")
+
+
+def test_tokenizer_files_of_another_kind_are_refused(make_tokenizer_file: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer_t5\.json does not put <\|startoftext\|> first, as that of clip"):
+        FileTokenizer(make_tokenizer_file("t5"), 8, "clip")
+    with pytest.raises(ConfigError, match=r"tokenizer_clip\.json does not put </s> last, as that of t5"):
+        FileTokenizer(make_tokenizer_file("clip"), 8, "t5")
+    with pytest.raises(ConfigError, match=r"nothing\.json does not exist"):
+        FileTokenizer(tmp_path / "nothing.json", 8, "t5")
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"broken\.json is no tokenizer\.json"):
+        FileTokenizer(tmp_path / "broken.json", 8, "t5")
+
+
+def test_a_missing_library_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=re.escape("pip install 'como_jax[language]'")):
+        FileTokenizer("tokenizer.json", 8, "clip")
+
+
+def test_embeddings_come_back_as_they_were_written(tmp_path: Path) -> None:
+    embeddings = {"": np.zeros(3, np.float32), "drücke": np.array([0.1, -2.0, 1e-30], np.float32)}
+    assert write_embeddings(tmp_path, embeddings) == tmp_path / EMBEDDINGS_NAME
+    found = read_embeddings(tmp_path)
+    assert (len(found), found.size, "drücke" in found, "x" in found) == (2, 3, True, False)
+    for instruction, embedding in embeddings.items():
+        np.testing.assert_array_equal(found[instruction], embedding)
+        assert found[instruction].dtype == np.float32
+
+
+def test_an_instruction_without_embedding_is_named_with_the_command(tmp_path: Path) -> None:
+    command = re.escape(f"python -m tools.embed_instructions --dataset {tmp_path}")
+    with pytest.raises(DatasetError, match=rf"has no {EMBEDDINGS_NAME}\. Make it with: {command}"):
+        read_embeddings(tmp_path)
+    write_embeddings(tmp_path, {"go": np.zeros(3)})
+    with pytest.raises(DatasetError, match=rf"no embedding of 'stop'\. Make it with: {command}"):
+        read_embeddings(tmp_path)["stop"]
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        ({}, "has no embeddings"),
+        ({"a": np.zeros(0)}, "has embeddings of sizes 0"),
+        ({"a": np.zeros(2), "b": np.zeros(3)}, "has embeddings of sizes 2, 3; all must have one size"),
+        ({"a": np.zeros(2), "b": np.array([1.0, np.nan])}, "of 'b' holds numbers that are not finite"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_neither_written_nor_read(
+    tmp_path: Path, embeddings: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        write_embeddings(tmp_path, embeddings)
+    assert not list(tmp_path.iterdir())
+    write_table(tmp_path, {"instruction": list(embeddings), "embedding": [x.tolist() for x in embeddings.values()]})
+    with pytest.raises(DatasetError, match=message):
+        read_embeddings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"instruction": ["a"], "vector": [[1.0]]}, "must be Parquet with instruction: string, embedding: list"),
+        ({"instruction": ["a"], "embedding": ["b"]}, "must be Parquet with"),
+        ({"instruction": ["a"], "embedding": [None]}, "must be Parquet with"),
+        ({"instruction": ["a", "a"], "embedding": [[1.0], [2.0]]}, "two embeddings of 'a'"),
+    ],
+)
+def test_tables_of_another_form_are_refused(tmp_path: Path, table: dict[str, list], message: str) -> None:
+    write_table(tmp_path, table)
+    with pytest.raises(DatasetError, match=message):
+        read_embeddings(tmp_path)
+
+
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / EMBEDDINGS_NAME).write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match="cannot be read; it must be Parquet"):
+        read_embeddings(tmp_path)
+
+
+def write_table(directory: Path, columns: dict[str, list]) -> None:
+    pq.write_table(pa.table(columns), directory / EMBEDDINGS_NAME)
+
+
+def make_dataset(directory: Path, **instructions: list[str]) -> Path:
+    """Episode tables with these instructions for each split."""
+    directory.mkdir()
+    for split, texts in instructions.items():
+        episodes = [
+            schema.Episode(f"{split}{number}", "source", 5.0, [], np.zeros(0, np.float32), text)
+            for number, text in enumerate(texts)
+        ]
+        path = directory / schema.episode_table_name(split, 0, 1)
+        schema.write_episode_table(path, [schema.episode_row(episode) for episode in episodes])
+    return directory
+
+
+@pytest.fixture
+def t5_weights(tmp_path: Path) -> Path:
+    """Random weights of a tiny T5 encoder, config.json beside them."""
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 10}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", **sizes}))
+    weights = tmp_path / "model.safetensors"
+    rng, tensors = np.random.default_rng(0), {}
+    for entry in t5_table(text_config_of(weights, TextConfig(tower="t5")), "shared.weight").values():
+        for name in entry.names:
+            tensors[name.format(layer=0)] = rng.normal(size=entry.shape).astype(np.float32)
+    save_file(tensors, weights)
+    return weights
+
+
+def test_the_command_embeds_all_instructions_of_all_splits(
+    tmp_path: Path, make_tokenizer_file: Any, t5_weights: Path
+) -> None:
+    many = [" ".join(WORDS[: 1 + number % 5]) + " cube" * (number // 5) for number in range(35)]
+    dataset = make_dataset(tmp_path / "dataset", train=[*many, "push", "push"], val=["blue cube"])
+    tokenizer = make_tokenizer_file("t5")
+    command = ("--dataset", dataset, "--tower", "t5", "--weights", t5_weights, "--tokenizer", tokenizer)
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.embed_instructions", *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+    )
+    assert result.returncode == 0, result.stderr
+    wanted = {*many, "push", "blue cube"}
+    assert f"{len(wanted)} instructions embedded in 8 numbers each" in result.stderr
+    found = read_embeddings(dataset)
+    assert len(found) == len(wanted)
+    # One by one and without the command.
+    config = text_config_of(t5_weights, TextConfig(tower="t5", max_length=16))
+    module = nnx.eval_shape(lambda: make_text_tower(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    tower = nnx.merge(nnx.split(module)[0], jax.device_put(load_text_tower(t5_weights)))
+    tokenize = FileTokenizer(tokenizer, 16, "t5")
+    for instruction in ("push", "blue cube", many[-1]):
+        np.testing.assert_allclose(
+            found[instruction], tower.read(tokenize([instruction])).pooled[0], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_episodes_without_instruction_are_said_and_embedded(
+    tmp_path: Path, make_tokenizer_file: Any, t5_weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = make_dataset(tmp_path / "dataset", train=["push", ""], val=[""])
+    found = embed_instructions(dataset, "t5", t5_weights, make_tokenizer_file("t5"))
+    assert sorted(found) == ["", "push"]
+    assert "2 of 3 episodes have no instruction" in caplog.text
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path, make_tokenizer_file: Any, t5_weights: Path) -> None:
+    dataset, tokenizer = make_dataset(tmp_path / "dataset", train=["push"]), make_tokenizer_file("t5")
+    with pytest.raises(DatasetError, match="is not a dataset directory: it has no episode tables"):
+        embed_instructions(tmp_path, "t5", t5_weights, tokenizer)
+    with pytest.raises(ConfigError, match="weights of the text tower 't5', but text.tower is 'clip'"):
+        embed_instructions(dataset, "clip", t5_weights, tokenizer)
+    with pytest.raises(ConfigError, match="'push' has 2 tokens, more than the 1 of text.max_length"):
+        embed_instructions(dataset, "t5", t5_weights, tokenizer, max_length=1)
+    config = json.loads(t5_weights.with_name("config.json").read_text())
+    t5_weights.with_name("config.json").write_text(json.dumps({**config, "vocab_size": 6}))
+    with pytest.raises(ConfigError, match="has 7 tokens and .* only 6: they do not belong together"):
+        embed_instructions(dataset, "t5", t5_weights, tokenizer)
+    assert not (dataset / EMBEDDINGS_NAME).exists()

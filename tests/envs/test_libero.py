@@ -1,0 +1,188 @@
+"""LIBERO's arm behind the common interface, with robosuite's own tasks."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from etils import epath
+from scipy.spatial.transform import Rotation
+
+from como_jax.envs.build import EnvironmentOptions, make_environment
+from como_jax.envs.libero import arm, own_tasks
+from como_jax.errors import ConfigError
+from tools.datasets.libero import builder, demonstrations
+
+HAS_ROBOSUITE = importlib.util.find_spec("robosuite") is not None
+needs_robosuite = pytest.mark.skipif(not HAS_ROBOSUITE, reason="robosuite is not installed (extra libero)")
+SMALL = {"render_size": "64"}
+
+
+def view(settings: dict[str, str] | None = None, **options: object) -> arm.View:
+    return arm.View.of(settings or {}, EnvironmentOptions(**options))
+
+
+def test_missing_packages_are_named_with_the_way_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "robosuite", None)
+    monkeypatch.setitem(sys.modules, "libero", None)
+    with pytest.raises(ConfigError, match=r"pip install 'como_jax\[libero\]'$"):
+        make_environment("robosuite:Lift", EnvironmentOptions())
+    with pytest.raises(ConfigError, match=r"'como_jax\[libero\]' && pip install --no-deps 'hf-libero==0.1.4'$"):
+        make_environment("libero:libero_goal/0", EnvironmentOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cameras": ("agentview",)}, "camera 'agentview' is none of agentview_rgb"),
+        ({"cameras": ("agentview_rgb", "agentview_rgb")}, "named twice"),
+        ({"settings": {"orientation": "up"}}, "'up' is none of rotate180, flip, stored"),
+        ({"settings": {"state": "ee_pos,ee"}}, "'ee' is none of"),
+        ({"settings": {"render_size": "0"}}, "render_size=0"),
+        ({"settings": {"colour": "red"}}, "colour: this environment has orientation, state, render_size"),
+        ({"settings": {"instruction": "name"}}, "instruction: this environment has"),
+        ({"image_size": 0}, "image_size"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_environment("robosuite:Lift", EnvironmentOptions(**options))
+
+
+def test_pictures_are_turned_as_in_converted_datasets() -> None:
+    rendered = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    for orientation in builder.ORIENTATIONS:
+        shown = view({"orientation": orientation}, image_size=32).picture(rendered)
+        np.testing.assert_array_equal(shown, builder.turn(rendered, orientation, "opengl"))
+
+
+def test_defaults_are_those_of_converted_datasets() -> None:
+    layout = builder.Libero(epath.Path("unused"), builder.LiberoSettings(source="unused"), None).layout
+    assert view().cameras == layout.cameras and view().state_size == layout.state_size == 8
+    assert view().orientation == builder.LiberoSettings(source="unused").orientation
+    assert {name: size for name, (_, size) in demonstrations.STATES.items()} == arm.STATES
+    assert layout.action_size == arm.ACTION_SIZE and arm.CONTROL_RATE_HZ == builder.CONTROL_RATE_HZ
+
+
+def test_rotations_are_axes_times_angles() -> None:
+    rotations = Rotation.random(20, random_state=0)
+    angles = np.stack([arm._axis_angle(quaternion) for quaternion in rotations.as_quat()])
+    np.testing.assert_allclose((Rotation.from_rotvec(angles) * rotations.inv()).magnitude(), 0, atol=1e-6)
+    np.testing.assert_array_equal(arm._axis_angle(np.array([0.0, 0, 0, 1])), np.zeros(3))
+
+
+@pytest.fixture(scope="module")
+def lift() -> Iterator[arm.PandaEnvironment]:
+    """Small, and turned so that the pictures are what a camera sees."""
+    settings = {**SMALL, "orientation": "flip", "state": ",".join(arm.STATES)}
+    env = make_environment("robosuite:Lift", EnvironmentOptions(image_size=64, max_steps=3, settings=settings))
+    yield env
+    env.close()
+
+
+@needs_robosuite
+@pytest.mark.slow
+def test_equal_seeds_give_equal_episodes(lift: arm.PandaEnvironment) -> None:
+    np.random.seed(7)
+    expected = np.random.RandomState(7).normal()
+    other = make_environment("robosuite:Lift", EnvironmentOptions(cameras=("agentview_rgb",), settings=SMALL))
+
+    def episode(env: arm.PandaEnvironment, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        env.reset(seed)
+        sight = env.step(np.array([0.5, 0.2, -0.3, 0.1, 0, 0, 1])).sight
+        # The other one has the default states, which come first and fourth of all.
+        state = sight.state if env is other else sight.state[[0, 1, 2, 3, 4, 5, 12, 13]]
+        return env._env.sim.get_state().flatten(), state
+
+    first, second, third = episode(lift, 3), episode(lift, 4), episode(lift, 3)
+    np.testing.assert_array_equal(first[0], third[0])
+    assert np.abs(first[0] - second[0]).max() > 1e-3
+    for own, others in zip(first, episode(other, 3), strict=True):
+        np.testing.assert_array_equal(own, others)
+    assert other.spec.max_steps == 500 and other.spec.state_size == 8
+    other.close()
+    # Nobody else's random numbers changed.
+    assert np.random.normal() == expected
+
+
+@needs_robosuite
+def test_pictures_are_upright_and_rgb(lift: arm.PandaEnvironment) -> None:
+    from robosuite.utils import camera_utils
+
+    picture = lift.reset(0).images["agentview_rgb"].astype(int)
+    sim = lift._env.sim
+    matrix = camera_utils.get_camera_transform_matrix(sim, "agentview", 64, 64)
+    cube = sim.data.body_xpos[lift._env.cube_body_id]
+    expected = camera_utils.project_points_from_world_to_camera(cube, matrix, 64, 64)
+    red = (picture[..., 0] > 2 * picture[..., 1]) & (picture[..., 0] > 2 * picture[..., 2]) & (picture[..., 0] > 60)
+    assert red.sum() > 4
+    np.testing.assert_allclose(np.argwhere(red).mean(axis=0), expected, atol=2.5)
+
+
+@needs_robosuite
+def test_states_are_those_of_the_simulator(lift: arm.PandaEnvironment) -> None:
+    state = lift.reset(0).state
+    parts = dict(zip(arm.STATES, np.split(state, np.cumsum(list(arm.STATES.values()))[:-1]), strict=True))
+    sim = lift._env.sim
+    position = sim.data.site_xpos[lift._env.robots[0].eef_site_id]
+    rotation = Rotation.from_matrix(sim.data.body_xmat[sim.model.body_name2id("robot0_right_hand")].reshape(3, 3))
+    np.testing.assert_allclose(parts["ee_pos"], position, atol=1e-3)
+    assert (Rotation.from_rotvec(parts["ee_ori"]) * rotation.inv()).magnitude() < 1e-2
+    np.testing.assert_array_equal(parts["ee_states"], np.concatenate([parts["ee_pos"], parts["ee_ori"]]))
+    np.testing.assert_allclose(parts["joint_states"], sim.data.qpos[:7], atol=1e-5)
+    np.testing.assert_allclose(parts["gripper_states"], sim.data.qpos[7:9], atol=1e-3)
+    fingers, place, quaternion = np.split(parts["robot_states"], [2, 5])
+    np.testing.assert_array_equal(fingers, parts["gripper_states"])
+    np.testing.assert_array_equal(place, parts["ee_pos"])
+    assert (Rotation.from_quat(quaternion) * rotation.inv()).magnitude() < 1e-2
+
+
+@needs_robosuite
+def test_actions_move_the_arm_and_close_the_gripper(lift: arm.PandaEnvironment) -> None:
+    before = lift.reset(0).state
+    for _ in range(3):
+        # Beyond [-1, 1] is as good as 1.
+        after = lift.step(np.array([0, 9.0, 0, 0, 0, 0, 1])).sight.state
+    assert after[1] - before[1] > 0.02 > abs(after[0] - before[0])
+    width = slice(12, 14)
+    assert np.abs(after[width]).sum() < np.abs(before[width]).sum() - 0.01
+
+
+@needs_robosuite
+def test_an_episode_ends_with_success_or_after_its_last_step(lift: arm.PandaEnvironment) -> None:
+    lift.reset(0)
+    assert lift.instruction == "lift the red cube"
+    still = np.array([0, 0, 0, 0, 0, 0, -1.0])
+    results = [lift.step(still) for _ in range(3)]
+    assert [(result.success, result.done) for result in results] == [(False, False), (False, False), (False, True)]
+    lift.reset(0)
+    joint = lift._env.cube.joints[0]
+    place = lift._env.sim.data.get_joint_qpos(joint)
+    place[2] += 0.3
+    lift._env.sim.data.set_joint_qpos(joint, place)
+    result = lift.step(still)
+    assert result.success and result.done
+    with pytest.raises(NotImplementedError, match="robosuite:Lift has no expert"):
+        lift.expert_action()
+
+
+@needs_robosuite
+@pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan), np.zeros((1, 7))])
+def test_bad_actions_are_refused(lift: arm.PandaEnvironment, action: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="robosuite:Lift is 7 finite numbers"):
+        lift.step(action)
+
+
+@needs_robosuite
+def test_robosuite_has_all_its_tasks() -> None:
+    assert set(own_tasks.TASKS) <= set(arm.import_robosuite().ALL_ENVIRONMENTS)
+
+
+@needs_robosuite
+def test_a_newer_mujoco_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "3.12.0")
+    with pytest.raises(ConfigError, match=r"does not work with MuJoCo 3.12.0\); install it with"):
+        arm.import_robosuite()

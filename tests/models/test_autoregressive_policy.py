@@ -1,0 +1,448 @@
+"""The autoregressive policy: what its outputs depend on, what trains what, and that it learns."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from como_jax import types
+from como_jax.errors import ConfigError, DatasetError
+from como_jax.models.autoregressive_policy import AutoregressiveConfig, AutoregressivePolicy, Motion
+from como_jax.models.observation import ObservationConfig
+from como_jax.models.text import TextConfig
+from como_jax.models.vit import VitConfig
+from como_jax.training import sharding
+from como_jax.training.train_state import ModelDef, Params
+
+BATCH, INSTANTS, STRIDE, CHUNK, ACTIONS, QUERIES, LATENT, CODES = 8, 2, 2, 3, 3, 2, 4, 5
+SIZES = {"action_size": ACTIONS, "chunk": CHUNK, "stride": STRIDE, "width": 16, "depth": 2, "num_heads": 2}
+CONTINUOUS = {"latent_queries": QUERIES, "latent_dim": LATENT}
+SMALL_HEAD = {"head_width": 16, "head_depth": 1, "diffusion_steps": 20}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "robot": {},
+    "regression": CONTINUOUS,
+    "diffusion": {**CONTINUOUS, **SMALL_HEAD, "latent_head": "diffusion"},
+    "codes": {**CONTINUOUS, "codebook_size": CODES},
+}
+WITH_LATENTS = [name for name in VARIANTS if name != "robot"]
+LATENT_PARAMS = {"latent_start", "latent_pos", "latent_in", "latent_head"}
+ACTION_PARAMS = {"action_queries", "action_head"}
+KEYS = jax.random.split(jax.random.key(5), BATCH)
+
+
+def make_model(variant: str, dtype: Any = jnp.float32, freeze_images: bool = False, **changes: Any) -> ModelDef:
+    observation = ObservationConfig(
+        vit=VitConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2),
+        text=TextConfig(max_length=16, width=16, depth=1, num_heads=2),
+        freeze_images=freeze_images,
+        cameras=2,
+        instants=INSTANTS,
+        state_size=2,
+    )
+    config = AutoregressiveConfig(**{**SIZES, **VARIANTS[variant], **changes})
+    return ModelDef.create(lambda rngs: AutoregressivePolicy(observation, config, dtype=dtype, rngs=rngs))
+
+
+@functools.cache
+def init(variant: str) -> Params:
+    return jax.jit(make_model(variant).init)(jax.random.key(0))
+
+
+def make_batch(**changes: Any) -> types.PolicyBatch:
+    """Robot steps first and labelled videos after them."""
+    sizes = {"instants": INSTANTS, "stride": STRIDE, "cameras": 2, "chunk": CHUNK, "action_size": ACTIONS}
+    batch = types.fake_policy_batch(BATCH, **sizes, latent_shape=(QUERIES, LATENT), codebook_size=CODES)
+    return dataclasses.replace(batch, **changes)
+
+
+def make_labelled_robot_batch() -> types.PolicyBatch:
+    """Actions and latents at every step of every sample."""
+    batch = make_batch()
+    action = np.random.default_rng(1).uniform(-1, 1, batch.action.shape).astype(np.float32)
+    known = {"has_action": np.ones_like(batch.has_action), "has_latent": np.ones_like(batch.has_latent)}
+    return dataclasses.replace(batch, action=action, **known)
+
+
+def robot_half(batch: types.PolicyBatch) -> types.PolicyBatch:
+    return dataclasses.replace(batch, has_latent=np.zeros_like(batch.has_latent))
+
+
+def video_half(batch: types.PolicyBatch) -> types.PolicyBatch:
+    return dataclasses.replace(batch, has_action=np.zeros_like(batch.has_action))
+
+
+# Programs are compiled once for all tests that run them.
+@functools.cache
+def sampler(variant: str, method: str, **changes: Any) -> Callable[..., jax.Array]:
+    model = make_model(variant, **changes)
+    return jax.jit(lambda params, observation, keys: getattr(model.bind(params), method)(observation, keys))
+
+
+def sample(
+    variant: str,
+    observation: types.Observation,
+    method: str = "sample_actions",
+    keys: jax.Array = KEYS,
+    params: Params | None = None,
+    **changes: Any,
+) -> np.ndarray:
+    params = init(variant) if params is None else params
+    return np.asarray(sampler(variant, method, **changes)(params, observation, keys))
+
+
+@functools.cache
+def loss_function(variant: str, **changes: Any) -> Callable[..., Any]:
+    """Loss with its terms, and gradients, of parameters, a batch and a key."""
+    model = make_model(variant, **changes)
+
+    def loss(params: Params, batch: types.PolicyBatch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        output = model.bind(params).loss(batch, key)
+        return output.total, output.terms
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def loss_of(variant: str, batch: types.PolicyBatch, **changes: Any) -> tuple[float, dict[str, jax.Array], Params]:
+    (total, terms), gradients = loss_function(variant, **changes)(init(variant), batch, jax.random.key(3))
+    return float(total), terms, gradients
+
+
+def trained_modules(gradients: Params) -> set[str]:
+    return {name for name, part in gradients.items() if any(np.any(leaf) for leaf in jax.tree.leaves(part))}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_gives_a_loss_of_actions_and_of_its_latents(variant: str) -> None:
+    total, terms, gradients = loss_of(variant, make_batch())
+    expected = {"action_loss", "action_share"}
+    expected |= {"latent_loss", "latent_share"} if variant != "robot" else set()
+    assert set(terms) == expected | ({"latent_accuracy"} if variant == "codes" else set())
+    assert np.isfinite(total) and terms["action_share"] == 0.5 and terms.get("latent_share", 0.5) == 0.5
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("variant", WITH_LATENTS)
+def test_samples_have_the_shapes_of_targets(variant: str) -> None:
+    observation = make_batch().observation
+    actions = sample(variant, observation, think=True)
+    assert actions.shape == (BATCH, CHUNK, ACTIONS) and actions.dtype == np.float32
+    latents = sample(variant, observation, "predict_latents")
+    if variant == "codes":
+        assert latents.shape == (BATCH, QUERIES) and latents.dtype == np.int32
+    else:
+        assert latents.shape == (BATCH, QUERIES * LATENT) and latents.dtype == np.float32
+
+
+Inputs = tuple[types.Observation, Motion, np.ndarray]
+
+
+@functools.cache
+def outputs_function() -> Callable[..., Any]:
+    model = make_model("regression")
+
+    def run(params: Params, observation: types.Observation, motion: Motion, heed: jax.Array) -> Any:
+        policy = model.bind(params)
+        return policy(policy.observation(observation), motion, heed)
+
+    return functools.partial(jax.jit(run), init("regression"))
+
+
+def changed(inputs: Inputs, others: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Which outputs of latent tokens, bool `[B, T, Q + 1]`, and of action queries, bool `[B, T]`, differ."""
+    first, second = outputs_function()(*inputs), outputs_function()(*others)
+    latents = np.abs(first.latents - second.latents).max(axis=-1) > 1e-6
+    actions = np.abs(first.actions - second.actions).max(axis=-1) > 1e-6
+    assert np.array_equal(actions.any(axis=-1), actions.all(axis=-1)), "the queries of an instant see the same"
+    return latents, actions.any(axis=-1)
+
+
+def make_inputs(heed: bool = True, known: bool = True) -> Inputs:
+    values = np.random.default_rng(2).normal(size=(BATCH, INSTANTS, QUERIES, LATENT)).astype(np.float32)
+    return make_batch().observation, Motion(values, np.full((BATCH, INSTANTS), known)), np.full(BATCH, heed)
+
+
+def with_pixels(inputs: Inputs, sample: int, instant: int, camera: int = 0) -> Inputs:
+    observation, *rest = inputs
+    images = observation.images.copy()
+    images[sample, instant, camera] = 255 - images[sample, instant, camera]
+    return dataclasses.replace(observation, images=images), *rest
+
+
+def with_latent(inputs: Inputs, instant: int, token: int) -> Inputs:
+    observation, motion, heed = inputs
+    values = motion.values.copy()
+    values[0, instant, token] += 1.0
+    return observation, motion._replace(values=values), heed
+
+
+@pytest.mark.parametrize("instant", range(INSTANTS))
+def test_a_picture_changes_all_from_its_instant_on_and_nothing_before_it(instant: int) -> None:
+    latents, actions = changed(make_inputs(), with_pixels(make_inputs(), 0, instant))
+    expected = np.arange(INSTANTS) >= instant
+    np.testing.assert_array_equal(actions[0], expected)
+    np.testing.assert_array_equal(latents[0], np.repeat(expected[:, None], QUERIES + 1, axis=1))
+    assert not latents[1:].any() and not actions[1:].any()
+
+
+@pytest.mark.parametrize("heed", [True, False])
+@pytest.mark.parametrize(("instant", "token"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_latent_changes_later_latents_and_the_actions_that_heed_it(instant: int, token: int, heed: bool) -> None:
+    inputs = make_inputs(heed)
+    latents, actions = changed(inputs, with_latent(inputs, instant, token))
+    # The start token comes first: latent q stands in slot q + 1, whose output is for the next.
+    place = np.arange(INSTANTS * (QUERIES + 1)) >= instant * (QUERIES + 1) + token + 1
+    np.testing.assert_array_equal(latents[0], place.reshape(INSTANTS, QUERIES + 1))
+    np.testing.assert_array_equal(actions[0], (np.arange(INSTANTS) >= instant) & heed)
+    assert not latents[1:].any() and not actions[1:].any()
+
+
+@pytest.mark.parametrize("instant", range(INSTANTS))
+def test_an_unknown_latent_changes_no_action(instant: int) -> None:
+    inputs = make_inputs(known=False)
+    assert not changed(inputs, with_latent(inputs, instant, 0))[1].any()
+
+
+def test_the_actions_know_the_difference_between_latents_and_none() -> None:
+    assert changed(make_inputs(known=True), make_inputs(known=False))[1].all()
+    assert not changed(make_inputs(known=True, heed=False), make_inputs(known=False, heed=False))[1].any()
+
+
+def test_a_missing_camera_changes_nothing() -> None:
+    observation, *rest = make_inputs()
+    has_camera = observation.has_camera.copy()
+    has_camera[0, 1] = 0
+    inputs = (dataclasses.replace(observation, has_camera=has_camera), *rest)
+    for instant in range(INSTANTS):
+        latents, actions = changed(inputs, with_pixels(inputs, 0, instant, camera=1))
+        assert not latents.any() and not actions.any()
+
+
+def test_padding_of_the_instruction_changes_nothing() -> None:
+    observation = make_batch().observation
+    observation.text[:, -1] = 0  # The end of a text is read; what follows it is padding.
+    longer = dataclasses.replace(observation, text=np.pad(observation.text, ((0, 0), (0, 4))))
+    text = observation.text.copy()
+    text[:, 0] = text[:, 0] % 200 + 1
+    other = dataclasses.replace(observation, text=text)
+    actions, padded, reworded = (sample("robot", seen) for seen in (observation, longer, other))
+    np.testing.assert_allclose(padded, actions, rtol=1e-4, atol=1e-5)
+    assert np.abs(reworded - actions).max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", WITH_LATENTS)
+def test_a_policy_without_latents_has_the_other_parameters_of_one_with_latents(variant: str) -> None:
+    robot, both = init("robot"), init(variant)
+    assert set(both) - set(robot) == LATENT_PARAMS
+    jax.tree.map(np.testing.assert_array_equal, robot, {name: both[name] for name in robot})
+
+
+def test_a_policy_that_knows_of_no_latents_acts_like_one_without_them() -> None:
+    observation = make_batch().observation
+    robot, both = (sample(variant, observation) for variant in ("robot", "codes"))
+    np.testing.assert_allclose(both, robot, rtol=1e-4, atol=1e-5)
+    assert np.abs(sample("codes", observation, think=True) - robot).max() > 1e-4
+
+
+@pytest.mark.parametrize("variant", WITH_LATENTS)
+def test_samples_train_the_parts_that_their_labels_concern(variant: str) -> None:
+    everything = set(init(variant))
+    assert trained_modules(loss_of(variant, robot_half(make_batch()))[2]) == everything - LATENT_PARAMS
+    assert trained_modules(loss_of(variant, video_half(make_batch()))[2]) == everything - ACTION_PARAMS
+
+
+def test_each_kind_of_sample_gets_its_own_mean_in_a_mixed_batch() -> None:
+    batch = make_batch()
+    mixed, robot, video = (loss_of("regression", part) for part in (batch, robot_half(batch), video_half(batch)))
+    np.testing.assert_allclose(mixed[0], robot[0] + video[0], rtol=1e-5)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(lambda all_, a, b: same(all_, a + b), mixed[2], robot[2], video[2])
+
+
+def test_actions_depend_on_latents_in_training_unless_these_are_dropped() -> None:
+    batch = make_labelled_robot_batch()
+    other = dataclasses.replace(batch, latent=-batch.latent)
+    for changes, differ in (({}, True), ({"latent_dropout": 1.0}, False)):
+        first, second = (float(loss_of("regression", x, **changes)[1]["action_loss"]) for x in (batch, other))
+        assert (abs(first - second) > 1e-4) == differ
+
+
+def test_a_batch_without_labels_trains_actions_alone() -> None:
+    total, terms, gradients = loss_of("regression", make_batch(latent=None, has_latent=None, codes=None))
+    assert terms["latent_loss"] == 0 and total == terms["action_loss"] > 0
+    assert not trained_modules(gradients) & LATENT_PARAMS
+
+
+@pytest.mark.parametrize("variant", ["regression", "diffusion"])
+def test_unknown_labels_may_be_anything(variant: str) -> None:
+    batch = make_batch()
+    latent = np.where(batch.has_latent[..., None] > 0, batch.latent, np.nan)
+    action = np.where(batch.has_action > 0, batch.action, np.nan)
+    total, _, gradients = loss_of(variant, dataclasses.replace(batch, latent=latent, action=action))
+    np.testing.assert_allclose(total, loss_of(variant, batch)[0], rtol=1e-6)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+
+
+def test_the_action_loss_is_that_of_sampled_actions() -> None:
+    batch = make_labelled_robot_batch()
+    # Two steps that belong to the last instant's chunk alone, and not in all dimensions.
+    batch.has_action[:, : STRIDE + 1] = 0
+    batch.has_action[:3, STRIDE + 2 :] = 0
+    batch.has_action[4, :, 1] = 0
+    known = batch.has_action[:, STRIDE:] > 0
+    error = np.abs(sample("robot", batch.observation) - batch.action[:, STRIDE:])[known]
+    expected = np.where(error < 1, 0.5 * error**2, error - 0.5).mean()
+    np.testing.assert_allclose(loss_of("robot", batch)[1]["action_loss"], expected, rtol=1e-4)
+
+
+def test_the_latent_loss_is_that_of_predicted_latents_given_those_before_them() -> None:
+    batch = make_batch()
+    batch.has_latent[:] = 0
+    batch.has_latent[2:, STRIDE] = 1
+    predicted = sample("regression", batch.observation, "predict_latents")
+    # The first token is as predicted, so that what is predicted after it is the same.
+    batch.latent[:, STRIDE, :LATENT] = predicted[:, :LATENT]
+    expected = np.square(predicted - batch.latent[:, STRIDE])[2:].mean()
+    np.testing.assert_allclose(loss_of("regression", batch)[1]["latent_loss"], expected, rtol=1e-4)
+
+
+def test_latents_are_those_of_the_first_step_of_an_instant() -> None:
+    batch = make_labelled_robot_batch()
+    expected = loss_of("regression", batch)[0]
+    for step in range(batch.latent.shape[1]):
+        latent = batch.latent.copy()
+        latent[:, step] += 1.0
+        total = loss_of("regression", dataclasses.replace(batch, latent=latent))[0]
+        assert (abs(total - expected) > 1e-3) == (step in (0, STRIDE)), step
+
+
+def test_the_gripper_is_learned_by_its_sign_and_predicted_as_one_of_two_values() -> None:
+    batch, changes = make_labelled_robot_batch(), {"gripper_dim": 2, "gripper_weight": 0.5, "action_weight": 3.0}
+    total, terms, _ = loss_of("robot", batch, **changes)
+    np.testing.assert_allclose(total, 3.0 * (terms["action_loss"] + 0.5 * terms["gripper_loss"]), rtol=1e-5)
+    larger = dataclasses.replace(batch, action=batch.action * np.float32([1, 1, 7]))
+    assert loss_of("robot", larger, **changes)[0] == total
+    opposite = dataclasses.replace(batch, action=batch.action * np.float32([1, 1, -1]))
+    assert loss_of("robot", opposite, **changes)[1]["gripper_loss"] != terms["gripper_loss"]
+    actions, plain = sample("robot", batch.observation, gripper_dim=2), sample("robot", batch.observation)
+    np.testing.assert_array_equal(actions[..., 2], np.where(plain[..., 2] > 0, 1.0, -1.0))
+    np.testing.assert_allclose(actions[..., :2], plain[..., :2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", WITH_LATENTS)
+def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(variant: str) -> None:
+    changes = {"temperature": 5.0} if variant == "codes" else {}
+    observation = make_batch().observation
+    others = np.where(np.arange(BATCH) == 2, 2, 0)
+    first, second = (
+        sample(
+            variant, jax.tree.map(lambda x, rows=rows: x[rows], observation), "predict_latents", KEYS[rows], **changes
+        )
+        for rows in (np.arange(BATCH), others)
+    )
+    np.testing.assert_allclose(second[2], first[2], rtol=1e-4, atol=1e-5)
+
+
+def test_codes_at_a_temperature_depend_on_the_key_and_the_likeliest_do_not() -> None:
+    observation = make_batch().observation
+    for changes, differ in (({}, False), ({"temperature": 5.0}, True)):
+        first, second = (
+            sample("codes", observation, "predict_latents", keys, **changes) for keys in (KEYS, KEYS[::-1])
+        )
+        assert np.any(first != second) == differ
+
+
+@pytest.mark.parametrize("variant", ["regression", "codes"])
+def test_it_learns_a_batch_by_heart_and_generates_it(variant: str) -> None:
+    batch, steps = make_labelled_robot_batch(), 200
+    # As in use, latents are known at the last instant alone.
+    batch.has_latent[:, :STRIDE] = 0
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+    @jax.jit
+    def update(params: Params, state: Any, gradients: Params) -> tuple[Params, Any]:
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state
+
+    params = init(variant)
+    state, losses = optimizer.init(params), []
+    for step in range(steps):
+        (total, terms), gradients = loss_function(variant)(params, batch, jax.random.key(step))
+        params, state = update(params, state, gradients)
+        losses.append(float(total))
+    assert losses[-1] < 0.03 * losses[0]
+    actions = sample(variant, batch.observation, params=params, think=True)
+    np.testing.assert_allclose(actions, batch.action[:, STRIDE:], atol=0.3)
+    latents = sample(variant, batch.observation, "predict_latents", params=params)
+    if variant == "codes":
+        assert terms["latent_accuracy"] == 1.0
+        np.testing.assert_array_equal(latents, batch.codes[:, STRIDE])
+    else:
+        target = batch.latent[:, STRIDE]
+        assert np.square(latents - target).mean() < 0.05 * np.square(target).mean()
+
+
+def test_the_loss_of_a_batch_on_eight_devices_is_that_on_one() -> None:
+    batch = make_batch()
+    expected, terms, gradients = loss_of("diffusion", batch)
+    total, sharded_terms, sharded_gradients = loss_of("diffusion", sharding.shard_batch(batch, sharding.make_mesh(8)))
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(same, sharded_terms, terms)
+    jax.tree.map(same, sharded_gradients, gradients)
+
+
+def test_a_frozen_image_tower_is_left_alone() -> None:
+    assert make_model("robot").untrained == ()
+    assert make_model("robot", freeze_images=True).untrained == ("observation/images",)
+
+
+def test_bfloat16_gives_float32_actions_like_those_of_float32() -> None:
+    observation = make_batch().observation
+    actions, coarse = (
+        sample("regression", observation, think=True, **changes) for changes in ({}, {"dtype": jnp.bfloat16})
+    )
+    assert coarse.dtype == np.float32
+    np.testing.assert_allclose(coarse, actions, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_head": "flow"}, "model.latent_head 'flow' is unknown; choose one of regression, diffusion"),
+        ({"gripper_dim": 3}, "model.gripper_dim 3 is no dimension of actions of 3 numbers"),
+        ({"action_size": 0}, "model.action_size and model.latent_dim are both 0"),
+        ({"codebook_size": 4, "latent_head": "diffusion"}, "set model.codebook_size=0"),
+    ],
+)
+def test_a_config_that_describes_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_model("robot", **changes)
+
+
+def test_labels_without_codes_are_refused_by_a_policy_of_codes() -> None:
+    policy = make_model("codes").bind(init("codes"))
+    with pytest.raises(DatasetError, match="the labels of the data are not discrete"):
+        policy.loss(make_batch(codes=None), jax.random.key(0))
+
+
+def test_a_policy_of_latents_alone_learns_them_and_has_no_actions() -> None:
+    model, batch = make_model("codes", action_size=0), make_batch()
+    policy = model.bind({name: part for name, part in init("codes").items() if name not in ACTION_PARAMS})
+    empty = np.zeros((*batch.has_latent.shape, 0), np.float32)
+    total, terms, _ = jax.jit(policy.loss)(make_batch(action=empty, has_action=empty), jax.random.key(3))
+    np.testing.assert_allclose(total, loss_of("codes", video_half(batch))[0], rtol=1e-5)
+    assert set(terms) == {"latent_loss", "latent_share", "latent_accuracy"}
+    with pytest.raises(ConfigError, match="trained on latent motion alone"):
+        policy.sample_actions(batch.observation, KEYS)
+
+
+def test_a_policy_without_latents_predicts_none() -> None:
+    policy = make_model("robot").bind(init("robot"))
+    with pytest.raises(ConfigError, match="trained without latent motion"):
+        policy.predict_latents(make_batch().observation, KEYS)
