@@ -1,8 +1,7 @@
-"""The autoregressive policy: what its outputs depend on, what trains what, and that it learns."""
+"""The autoregressive policy: what trains what, what it samples, and that it learns."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,111 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_autoregressive import (
+    ACTION_PARAMS,
+    ACTIONS,
+    BATCH,
+    CHUNK,
+    KEYS,
+    LATENT,
+    LATENT_PARAMS,
+    QUERIES,
+    STRIDE,
+    VARIANTS,
+    WITH_LATENTS,
+    init,
+    loss_function,
+    loss_of,
+    make_batch,
+    make_labelled_robot_batch,
+    make_model,
+    relative_error,
+    robot_half,
+    sample,
+    trained_modules,
+    video_half,
+)
 
-from como_jax import types
 from como_jax.errors import ConfigError, DatasetError
-from como_jax.models.autoregressive_policy import AutoregressiveConfig, AutoregressivePolicy, Motion
-from como_jax.models.observation import ObservationConfig
-from como_jax.models.text import TextConfig
-from como_jax.models.vit import VitConfig
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef, Params
-
-BATCH, INSTANTS, STRIDE, CHUNK, ACTIONS, QUERIES, LATENT, CODES = 8, 2, 2, 3, 3, 2, 4, 5
-SIZES = {"action_size": ACTIONS, "chunk": CHUNK, "stride": STRIDE, "width": 16, "depth": 2, "num_heads": 2}
-CONTINUOUS = {"latent_queries": QUERIES, "latent_dim": LATENT}
-SMALL_HEAD = {"head_width": 16, "head_depth": 1, "diffusion_steps": 20}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "robot": {},
-    "regression": CONTINUOUS,
-    "diffusion": {**CONTINUOUS, **SMALL_HEAD, "latent_head": "diffusion"},
-    "codes": {**CONTINUOUS, "codebook_size": CODES},
-}
-WITH_LATENTS = [name for name in VARIANTS if name != "robot"]
-LATENT_PARAMS = {"latent_start", "latent_pos", "latent_in", "latent_head"}
-ACTION_PARAMS = {"action_queries", "action_head"}
-KEYS = jax.random.split(jax.random.key(5), BATCH)
-
-
-def make_model(variant: str, dtype: Any = jnp.float32, freeze_images: bool = False, **changes: Any) -> ModelDef:
-    observation = ObservationConfig(
-        vit=VitConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2),
-        text=TextConfig(max_length=16, width=16, depth=1, num_heads=2),
-        freeze_images=freeze_images,
-        cameras=2,
-        instants=INSTANTS,
-        state_size=2,
-    )
-    config = AutoregressiveConfig(**{**SIZES, **VARIANTS[variant], **changes})
-    return ModelDef.create(lambda rngs: AutoregressivePolicy(observation, config, dtype=dtype, rngs=rngs))
-
-
-@functools.cache
-def init(variant: str) -> Params:
-    return jax.jit(make_model(variant).init)(jax.random.key(0))
-
-
-def make_batch(**changes: Any) -> types.PolicyBatch:
-    """Robot steps first and labelled videos after them."""
-    sizes = {"instants": INSTANTS, "stride": STRIDE, "cameras": 2, "chunk": CHUNK, "action_size": ACTIONS}
-    batch = types.fake_policy_batch(BATCH, **sizes, latent_shape=(QUERIES, LATENT), codebook_size=CODES)
-    return dataclasses.replace(batch, **changes)
-
-
-def make_labelled_robot_batch() -> types.PolicyBatch:
-    """Actions and latents at every step of every sample."""
-    batch = make_batch()
-    action = np.random.default_rng(1).uniform(-1, 1, batch.action.shape).astype(np.float32)
-    known = {"has_action": np.ones_like(batch.has_action), "has_latent": np.ones_like(batch.has_latent)}
-    return dataclasses.replace(batch, action=action, **known)
-
-
-def robot_half(batch: types.PolicyBatch) -> types.PolicyBatch:
-    return dataclasses.replace(batch, has_latent=np.zeros_like(batch.has_latent))
-
-
-def video_half(batch: types.PolicyBatch) -> types.PolicyBatch:
-    return dataclasses.replace(batch, has_action=np.zeros_like(batch.has_action))
-
-
-# Programs are compiled once for all tests that run them.
-@functools.cache
-def sampler(variant: str, method: str, **changes: Any) -> Callable[..., jax.Array]:
-    model = make_model(variant, **changes)
-    return jax.jit(lambda params, observation, keys: getattr(model.bind(params), method)(observation, keys))
-
-
-def sample(
-    variant: str,
-    observation: types.Observation,
-    method: str = "sample_actions",
-    keys: jax.Array = KEYS,
-    params: Params | None = None,
-    **changes: Any,
-) -> np.ndarray:
-    params = init(variant) if params is None else params
-    return np.asarray(sampler(variant, method, **changes)(params, observation, keys))
-
-
-@functools.cache
-def loss_function(variant: str, **changes: Any) -> Callable[..., Any]:
-    """Loss with its terms, and gradients, of parameters, a batch and a key."""
-    model = make_model(variant, **changes)
-
-    def loss(params: Params, batch: types.PolicyBatch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        output = model.bind(params).loss(batch, key)
-        return output.total, output.terms
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-
-def loss_of(variant: str, batch: types.PolicyBatch, **changes: Any) -> tuple[float, dict[str, jax.Array], Params]:
-    (total, terms), gradients = loss_function(variant, **changes)(init(variant), batch, jax.random.key(3))
-    return float(total), terms, gradients
-
-
-def trained_modules(gradients: Params) -> set[str]:
-    return {name for name, part in gradients.items() if any(np.any(leaf) for leaf in jax.tree.leaves(part))}
+from como_jax.training.train_state import Params
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -137,90 +59,6 @@ def test_samples_have_the_shapes_of_targets(variant: str) -> None:
         assert latents.shape == (BATCH, QUERIES) and latents.dtype == np.int32
     else:
         assert latents.shape == (BATCH, QUERIES * LATENT) and latents.dtype == np.float32
-
-
-Inputs = tuple[types.Observation, Motion, np.ndarray]
-
-
-@functools.cache
-def outputs_function() -> Callable[..., Any]:
-    model = make_model("regression")
-
-    def run(params: Params, observation: types.Observation, motion: Motion, heed: jax.Array) -> Any:
-        policy = model.bind(params)
-        return policy(policy.observation(observation), motion, heed)
-
-    return functools.partial(jax.jit(run), init("regression"))
-
-
-def changed(inputs: Inputs, others: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """Which outputs of latent tokens, bool `[B, T, Q + 1]`, and of action queries, bool `[B, T]`, differ."""
-    first, second = outputs_function()(*inputs), outputs_function()(*others)
-    latents = np.abs(first.latents - second.latents).max(axis=-1) > 1e-6
-    actions = np.abs(first.actions - second.actions).max(axis=-1) > 1e-6
-    assert np.array_equal(actions.any(axis=-1), actions.all(axis=-1)), "the queries of an instant see the same"
-    return latents, actions.any(axis=-1)
-
-
-def make_inputs(heed: bool = True, known: bool = True) -> Inputs:
-    values = np.random.default_rng(2).normal(size=(BATCH, INSTANTS, QUERIES, LATENT)).astype(np.float32)
-    return make_batch().observation, Motion(values, np.full((BATCH, INSTANTS), known)), np.full(BATCH, heed)
-
-
-def with_pixels(inputs: Inputs, sample: int, instant: int, camera: int = 0) -> Inputs:
-    observation, *rest = inputs
-    images = observation.images.copy()
-    images[sample, instant, camera] = 255 - images[sample, instant, camera]
-    return dataclasses.replace(observation, images=images), *rest
-
-
-def with_latent(inputs: Inputs, instant: int, token: int) -> Inputs:
-    observation, motion, heed = inputs
-    values = motion.values.copy()
-    values[0, instant, token] += 1.0
-    return observation, motion._replace(values=values), heed
-
-
-@pytest.mark.parametrize("instant", range(INSTANTS))
-def test_a_picture_changes_all_from_its_instant_on_and_nothing_before_it(instant: int) -> None:
-    latents, actions = changed(make_inputs(), with_pixels(make_inputs(), 0, instant))
-    expected = np.arange(INSTANTS) >= instant
-    np.testing.assert_array_equal(actions[0], expected)
-    np.testing.assert_array_equal(latents[0], np.repeat(expected[:, None], QUERIES + 1, axis=1))
-    assert not latents[1:].any() and not actions[1:].any()
-
-
-@pytest.mark.parametrize("heed", [True, False])
-@pytest.mark.parametrize(("instant", "token"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_latent_changes_later_latents_and_the_actions_that_heed_it(instant: int, token: int, heed: bool) -> None:
-    inputs = make_inputs(heed)
-    latents, actions = changed(inputs, with_latent(inputs, instant, token))
-    # The start token comes first: latent q stands in slot q + 1, whose output is for the next.
-    place = np.arange(INSTANTS * (QUERIES + 1)) >= instant * (QUERIES + 1) + token + 1
-    np.testing.assert_array_equal(latents[0], place.reshape(INSTANTS, QUERIES + 1))
-    np.testing.assert_array_equal(actions[0], (np.arange(INSTANTS) >= instant) & heed)
-    assert not latents[1:].any() and not actions[1:].any()
-
-
-@pytest.mark.parametrize("instant", range(INSTANTS))
-def test_an_unknown_latent_changes_no_action(instant: int) -> None:
-    inputs = make_inputs(known=False)
-    assert not changed(inputs, with_latent(inputs, instant, 0))[1].any()
-
-
-def test_the_actions_know_the_difference_between_latents_and_none() -> None:
-    assert changed(make_inputs(known=True), make_inputs(known=False))[1].all()
-    assert not changed(make_inputs(known=True, heed=False), make_inputs(known=False, heed=False))[1].any()
-
-
-def test_a_missing_camera_changes_nothing() -> None:
-    observation, *rest = make_inputs()
-    has_camera = observation.has_camera.copy()
-    has_camera[0, 1] = 0
-    inputs = (dataclasses.replace(observation, has_camera=has_camera), *rest)
-    for instant in range(INSTANTS):
-        latents, actions = changed(inputs, with_pixels(inputs, 0, instant, camera=1))
-        assert not latents.any() and not actions.any()
 
 
 def test_padding_of_the_instruction_changes_nothing() -> None:
@@ -336,15 +174,11 @@ def test_the_gripper_is_learned_by_its_sign_and_predicted_as_one_of_two_values()
 
 @pytest.mark.parametrize("variant", WITH_LATENTS)
 def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(variant: str) -> None:
-    changes = {"temperature": 5.0} if variant == "codes" else {}
-    observation = make_batch().observation
+    observation, changes = make_batch().observation, {"temperature": 5.0} if variant == "codes" else {}
     others = np.where(np.arange(BATCH) == 2, 2, 0)
-    first, second = (
-        sample(
-            variant, jax.tree.map(lambda x, rows=rows: x[rows], observation), "predict_latents", KEYS[rows], **changes
-        )
-        for rows in (np.arange(BATCH), others)
-    )
+    changed = jax.tree.map(lambda x: x[others], observation)
+    first = sample(variant, observation, "predict_latents", **changes)
+    second = sample(variant, changed, "predict_latents", KEYS[others], **changes)
     np.testing.assert_allclose(second[2], first[2], rtol=1e-4, atol=1e-5)
 
 
@@ -377,14 +211,13 @@ def test_it_learns_a_batch_by_heart_and_generates_it(variant: str) -> None:
         losses.append(float(total))
     assert losses[-1] < 0.03 * losses[0]
     actions = sample(variant, batch.observation, params=params, think=True)
-    np.testing.assert_allclose(actions, batch.action[:, STRIDE:], atol=0.3)
+    assert relative_error(actions, batch.action[:, STRIDE:]) < 0.1
     latents = sample(variant, batch.observation, "predict_latents", params=params)
     if variant == "codes":
         assert terms["latent_accuracy"] == 1.0
         np.testing.assert_array_equal(latents, batch.codes[:, STRIDE])
     else:
-        target = batch.latent[:, STRIDE]
-        assert np.square(latents - target).mean() < 0.05 * np.square(target).mean()
+        assert relative_error(latents, batch.latent[:, STRIDE]) < 0.1
 
 
 def test_the_loss_of_a_batch_on_eight_devices_is_that_on_one() -> None:
