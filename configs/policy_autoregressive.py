@@ -34,7 +34,7 @@ def tiny(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     common.shrink_policy(config)
     config.data.instants = 1
-    config.model.update({"width": 128, "depth": 3, "num_heads": 2, "head_width": 64, "head_depth": 1})
+    config.model.update({"width": 96, "depth": 2, "num_heads": 2, "head_width": 64, "head_depth": 1})
 
 
 def smoke(config: ConfigDict) -> None:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.language import write_embeddings
+from como_jax.data.language import EMBEDDINGS_NAME, InstructionEmbeddings, write_embeddings
 from como_jax.data.mixture import mixture_text
 from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, policy_train_batches, with_sizes
 from como_jax.data.policy_reader import to_policy_batch
@@ -27,10 +27,6 @@ from como_jax.policies.runner import PolicyRunner
 from como_jax.training import session, sharding
 from como_jax.training.pretrained import load_policy_parts
 from como_jax.training.train_state import ModelDef, TrainState
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing run of an equal config is resumed.")
-DATA = flags.DEFINE_string("data", None, "DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml instead of the config's mixture.")
 
 
 def train_policy(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -73,13 +69,17 @@ def make_evaluator(
     spec, runner = make_spec(data, config), None
     if spec.scales:
         scales = next(iter(spec.scales.values()))
-        embeddings = data.embeddings()
-        instructions = (
-            InstructionReader.of_embeddings(embeddings) if embeddings else InstructionReader.make(config.text, workdir)
-        )
+        instructions = _instruction_reader(config, data, workdir)
         runner = PolicyRunner(model, {}, spec, scales, instructions, mesh)
     sets = [item for item in (data, open_policy_data(config, "val")) if item.parts]
     return PolicyEvaluator(model, sets, runner, mesh, evaluation, num_steps=config.train.num_steps)
+
+
+def _instruction_reader(config: ConfigDict, data: PolicyData, workdir: epath.PathLike) -> InstructionReader:
+    """What `InstructionReader.make` will give once the run's directory is written."""
+    if embeddings := data.embeddings():
+        return InstructionReader.of_embeddings(InstructionEmbeddings(epath.Path(workdir) / EMBEDDINGS_NAME, embeddings))
+    return InstructionReader.make(config.text, workdir)
 
 
 def write_inputs(config: ConfigDict, data: PolicyData, workdir: epath.PathLike) -> None:
@@ -89,15 +89,23 @@ def write_inputs(config: ConfigDict, data: PolicyData, workdir: epath.PathLike) 
         write_embeddings(workdir, embeddings)
 
 
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
+    flags.DEFINE_string("workdir", None, "Directory of the run; an existing run of an equal config is resumed.")
+    flags.DEFINE_string("data", None, "DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml instead of the config's mixture.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
 def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
-    config = CONFIG.value
-    if DATA.value is not None:
-        config.data.mixture = mixture_text(DATA.value)
-    train_policy(config, WORKDIR.value)
+    given = flags.FLAGS
+    if given.data is not None:
+        given.config.data.mixture = mixture_text(given.data)
+    train_policy(given.config, given.workdir)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    define_flags()
     cli.run(main)

@@ -11,10 +11,16 @@ import jax
 import pytest
 from absl import flags
 
+from como_jax.labelling.labelling import DatasetLabeller
+from como_jax.labelling.provenance import LabelSettings
 from como_jax.models.motion import Como, MotionConfig
 from como_jax.models.vit import VitConfig
+from como_jax.training import sharding
+from como_jax.training.run import load_run
 from como_jax.training.train_state import ModelDef
 from experiments.pretrain import pretrain
+from experiments.train_policy import train_policy
+from tests.policies.smoke_policies import PolicyRun, smoke
 from tools.datasets.catalog import BUILDERS, make_settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -80,5 +86,61 @@ def smoke_run(tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
         workdir = tmp_path_factory.mktemp("runs") / recipe
         pretrain(config, workdir)
         return workdir
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def robot_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six demonstrations of the embedded environment, 64 px, with actions and states."""
+    directory = tmp_path_factory.mktemp("datasets") / "robot"
+    BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 6}), None).convert()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six other demonstrations, without actions and states."""
+    directory = tmp_path_factory.mktemp("datasets") / "videos"
+    settings = make_settings("tabletop", {"episodes": 6, "seed": 1, "actions": False})
+    BUILDERS["tabletop"](directory, settings, None).convert()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def label_dataset(
+    smoke_run: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Path, str], Path]:
+    """Labels a dataset by a run of `smoke_run` and returns the labelled one, of the given name."""
+
+    def label(recipe: str, dataset: Path, name: str) -> Path:
+        run, out = load_run(smoke_run(recipe), sharding.make_mesh()), tmp_path_factory.mktemp("labelled") / name
+        settings = LabelSettings(gap_seconds=0.3, batch_size=32)
+        DatasetLabeller(run, dataset, out, settings, threads=2).label(progress=lambda *_: None, summarize=lambda *_: {})
+        return out
+
+    return label
+
+
+@pytest.fixture(scope="session")
+def labelled_videos(videos: Path, label_dataset: Callable[[str, Path, str], Path]) -> Path:
+    """`videos` with continuous labels."""
+    return label_dataset("como", videos, "labelled")
+
+
+@pytest.fixture(scope="session")
+def coded_videos(videos: Path, label_dataset: Callable[[str, Path, str], Path]) -> Path:
+    """`videos` with labels that have codes."""
+    return label_dataset("discrete", videos, "coded")
+
+
+@pytest.fixture(scope="session")
+def policy_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PolicyRun]:
+    """Trains the smoke recipe of a family of policies on some datasets, with changes by full name; each only once."""
+
+    @functools.cache
+    def train(family: str, *datasets: Path, **changes: Any) -> PolicyRun:
+        workdir = tmp_path_factory.mktemp("policies") / family
+        return PolicyRun(workdir, train_policy(smoke(family, *datasets, **changes), workdir))
 
     return train

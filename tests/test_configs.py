@@ -5,17 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.models.build import build_model
-from como_jax.types import fake_frame_pairs
+from como_jax.models.build_policy import build_policy
+from como_jax.training.train_state import merge_params
+from como_jax.types import fake_frame_pairs, fake_policy_batch
 from configs import ablation
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("pretrain_*.py"))
+POLICY_RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("policy_*.py"))
 
 
 def load(recipe: str, variant: str = "") -> ConfigDict:
@@ -80,4 +84,89 @@ def test_labels_without_a_size_are_refused() -> None:
 
 def test_every_recipe_is_in_the_readme() -> None:
     text = Path(REPOSITORY / "README.md").read_text()
-    assert [recipe for recipe in RECIPES if f"configs/{recipe}.py" not in text] == []
+    assert [recipe for recipe in (*RECIPES, *POLICY_RECIPES) if f"configs/{recipe}.py" not in text] == []
+
+
+def trace_policy(config: ConfigDict, *, latents: bool = True, **sizes: Any) -> None:
+    """The loss and the samples of a policy on made-up data, without computing anything."""
+    data, shape = config.data, (2, 3) if latents else None
+    found = {"action_size": 4, "latent_queries": 2, "latent_dim": 3} if latents else {"action_size": 4}
+    config.model.update({**found, **sizes})
+    data.state_size = 5
+    batch = fake_policy_batch(
+        2,
+        instants=data.instants,
+        stride=data.stride,
+        image_size=data.image_size,
+        chunk=data.chunk,
+        action_size=config.model.action_size,
+        state_size=data.state_size,
+        text_length=config.text.max_length,
+        latent_shape=shape,
+        codebook_size=config.model.codebook_size or None,
+    )
+    batch.check_shapes()
+    model = build_policy(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    output = jax.eval_shape(lambda params, batch: model.bind(params).loss(batch, jax.random.key(0)), params, batch)
+    assert output.total.shape == ()
+    trained, frozen = model.partition(params)
+    assert bool(frozen) == config.encoder.frozen and merge_params(trained, frozen) == params
+    expected = {"action_loss", "latent_loss"} if latents else {"action_loss"}
+    assert {name for name in output.terms if name.endswith("_loss")} == expected
+    keys = jax.random.split(jax.random.key(0), 2)
+    chunks = jax.eval_shape(
+        lambda params, seen: model.bind(params).sample_actions(seen, keys), params, batch.observation
+    )
+    assert (chunks.shape, chunks.dtype) == ((2, data.chunk, 4), jnp.float32)
+
+
+@pytest.mark.parametrize(("variant", "latents"), [("", True), ("tiny", True), ("smoke", True), ("smoke", False)])
+@pytest.mark.parametrize("recipe", POLICY_RECIPES)
+def test_every_policy_recipe_makes_a_policy_with_and_without_latents(recipe: str, variant: str, latents: bool) -> None:
+    trace_policy(load(recipe, variant), latents=latents)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("policy_diffusion", {"model.diffusion.kind": "flow"}),
+        ("policy_diffusion", {"model.diffusion.prediction": "sample"}),
+        ("policy_diffusion", {"model.instruction_dropout": 0.1, "model.guidance": 2.0}),
+        ("policy_diffusion", {"encoder.tower": "vit", "encoder.frozen": True}),
+        ("policy_diffusion", {"data.instants": 2, "data.stride": 3}),
+        ("policy_autoregressive", {"model.latent_head": "diffusion", "encoder.tower": "vit", "encoder.frozen": True}),
+        ("policy_autoregressive", {"model.codebook_size": 7}),
+        ("policy_autoregressive", {"model.codebook_size": 7, "model.think": True, "model.temperature": 1.0}),
+        ("policy_autoregressive", {"model.think": True}),
+        ("policy_autoregressive", {"encoder.tower": "vit", "train.remat": "full", "train.dtype": "bfloat16"}),
+    ],
+)
+def test_switches_of_a_policy_make_a_policy(recipe: str, changes: dict[str, Any]) -> None:
+    config = load(recipe, "smoke")
+    config.data.image_size, config.encoder.pool = 64, 2
+    config.update_from_flattened_dict(changes)
+    trace_policy(config)
+
+
+def test_an_unknown_variant_of_a_policy_and_an_unknown_family_are_refused() -> None:
+    with pytest.raises(ValueError, match="Unknown variant 'smok'; choose one of tiny, smoke"):
+        load("policy_diffusion", "smok")
+    config = load("policy_diffusion", "smoke")
+    config.family = "policy"
+    with pytest.raises(ConfigError, match="config.family 'policy' must be one of diffusion_policy, autoregressive_p"):
+        build_policy(config)
+
+
+def test_both_policies_are_trained_on_the_same_data_but_for_their_windows() -> None:
+    diffusion, autoregressive = (
+        traverse_util.flatten_dict(load(recipe).to_dict(), sep=".")
+        for recipe in ("policy_diffusion", "policy_autoregressive")
+    )
+    differing = {
+        name
+        for name in diffusion.keys() & autoregressive.keys()
+        if not name.startswith("model.") and diffusion[name] != autoregressive[name]
+    }
+    window = {"data.instants", "data.stride", "data.chunk"}
+    assert differing == {"family", "data.robot_latents", *window}

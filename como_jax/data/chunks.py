@@ -71,21 +71,27 @@ class PolicyPart:
     instructions: InstructionTable
 
     @property
-    def uses_codes(self) -> bool:
-        """Whether its labels are discrete."""
-        return self.latent is not None and self.source.latent_codes is not None
+    def labelled(self) -> np.ndarray:
+        """Bool `[S]`, the steps whose latent motion is used."""
+        valid = None if self.latent is None else self.source.latent_valid
+        return np.zeros(len(self.source), np.bool_) if valid is None else valid
+
+    @property
+    def codes(self) -> np.ndarray | None:
+        """int32 `[S, Q]`, the codes that are used where labels are discrete."""
+        return None if self.latent is None else self.source.latent_codes
 
     def describe(self, share: float) -> str:
         """One line: what is in it, and what was left out."""
         targets = [
             *(["actions"] if self.action else []),
-            *(["codes"] if self.uses_codes else ["latent motion"] if self.latent else []),
+            *(["codes"] if self.codes is not None else ["latent motion"] if self.latent else []),
         ]
         source = self.source
         cameras = ", ".join(camera or "none" for camera in self.cameras)
         return (
-            f"{source.name} [{source.split}]: {share:.0%} of samples, {' and '.join(targets)}, {len(source.length)} "
-            f"episodes, {len(self.steps)} of {len(source)} steps, cameras {cameras}"
+            f"{source.directory.name} [{source.split}]: {share:.0%} of samples, {' and '.join(targets)}, "
+            f"{len(source.length)} episodes, {len(self.steps)} of {len(source)} steps, cameras {cameras}"
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from como_jax.data.language import make_tokenizer, read_embeddings
+from como_jax.data.language import InstructionEmbeddings, make_tokenizer, read_embeddings
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 
@@ -43,7 +43,7 @@ class InstructionReader:
         return cls("text", lambda instruction: tokenizer([instruction])[0])
 
     @classmethod
-    def of_embeddings(cls, embeddings: Mapping[str, np.ndarray]) -> InstructionReader:
+    def of_embeddings(cls, embeddings: Mapping[str, np.ndarray] | InstructionEmbeddings) -> InstructionReader:
         """Of embeddings by instruction."""
         return cls("text_embedding", lambda instruction: np.asarray(embeddings[instruction], np.float32))
 

@@ -50,11 +50,18 @@ class Normalizer:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Sequence[Any]]) -> Normalizer:
-        """The normalizer that `to_json` described."""
+        """The normalizer that `to_json` described.
+
+        Raises:
+          ValueError, KeyError, TypeError: it is not what `to_json` gives.
+        """
         normalizer = cls.__new__(cls)
         normalizer._offset = np.asarray(values["offset"], np.float64)
         normalizer._scale = np.asarray(values["scale"], np.float64)
         normalizer._varies = np.asarray(values["varies"], bool)
+        shapes = {array.shape for array in (normalizer._offset, normalizer._scale, normalizer._varies)}
+        if len(shapes) != 1 or normalizer._offset.ndim != 1:
+            raise ValueError(f"offset, scale and varies must be equally long lists, not of shapes {shapes}")
         return normalizer
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.data.chunks import ChunkConfig, PolicyPart, PolicyTrainingSamples, find_cameras, make_samples
@@ -20,7 +21,7 @@ from como_jax.data.pipeline import train_batches
 from como_jax.data.policy_reader import PolicyReader
 from como_jax.data.samples import Augmentation
 from como_jax.data.sources import EpisodeSource
-from como_jax.errors import DatasetError
+from como_jax.errors import ConfigError, DatasetError, closest
 from como_jax.policies.spec import PolicySpec, Scales
 
 
@@ -72,6 +73,7 @@ def open_policy_data(config: ConfigDict, split: str = "train") -> PolicyData:
     entries = parse_mixture(data.mixture)
     if split != "train":
         entries = tuple(entry for entry in entries if entry.has_split(split))
+    _check_names(entries)
     parts: list[PolicyPart] = []
     left_out: list[str] = []
     for entry in entries:
@@ -87,8 +89,13 @@ def open_policy_data(config: ConfigDict, split: str = "train") -> PolicyData:
         )
     if not parts and split == "train":
         raise DatasetError("data.videos leaves out every dataset of the mixture.")
+    if split == "train":
+        _check_cameras(parts, tuple(data.cameras))
+    _check_embeddings(parts)
     labels = _common_labels(parts)
-    reader = PolicyReader(parts, chunks, data.image_size, num_threads=data.num_threads, fit=data.fit)
+    # Held-out episodes may lack the largest robot.
+    sizes = {"action_size": config.model.action_size, "state_size": data.state_size}
+    reader = PolicyReader(parts, chunks, data.image_size, **sizes, num_threads=data.num_threads, fit=data.fit)
     return PolicyData(tuple(parts), reader, chunks, labels, tuple(left_out))
 
 
@@ -136,26 +143,29 @@ def make_spec(data: PolicyData, config: ConfigDict) -> PolicySpec:
         state_size=data.reader.state_size,
         control_rate=float(np.median(first.source.control_rate)),
         uses_text=True,
-        scales={part.source.directory.name: Scales(part.action, part.state) for part in robots},
+        scales={part.source.directory.name: Scales(part.action, part.state) for part in data.parts if part.action},
     )
 
 
 def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPart | None:
-    """One dataset; None where it is a video that `data.videos` leaves out."""
+    """One dataset; None where it is a video that `data.videos` leaves out, or held-out episodes are all too short."""
     data = config.data
     source = EpisodeSource(entry.directory, split, entry.camera)
     is_robot = source.action is not None and not data.latent_only
     if not is_robot and not _is_chosen(source, data.videos):
         return None
-    uses_latent = source.latent_motion is not None and (not is_robot or data.robot_latents)
-    if not is_robot and not uses_latent:
+    labelled = source.latent_valid if not is_robot or data.robot_latents else None
+    if not is_robot and labelled is None:
+        lacks = "neither actions nor labels" if source.action is None else "actions, but no labels"
         raise DatasetError(
-            f"{source.directory} has neither actions nor labels of latent motion; label it with "
-            "`python -m experiments.extract_labels`, or leave it out of --data."
+            f"{source.directory} has {lacks} of latent motion{' for data.latent_only' if data.latent_only else ''}; "
+            "label it with `python -m experiments.extract_labels`, or leave it out of --data."
         )
     kind = entry.normalization or data.normalization
     episode = np.repeat(np.arange(len(source.length)), source.length)
-    steps = np.arange(len(source)) if is_robot else np.flatnonzero(source.latent_valid)
+    steps = np.arange(len(source)) if is_robot or labelled is None else np.flatnonzero(labelled)
+    if not len(steps) and split != "train":
+        return None
     if not len(steps):
         raise DatasetError(f"{source.directory} ({source.split}): no step has a label; all episodes are too short.")
     uses_state = data.proprioception and source.state is not None
@@ -167,11 +177,43 @@ def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPar
         episode=episode,
         action=Normalizer.load(source.directory, "action", kind) if is_robot else None,
         state=Normalizer.load(source.directory, "state", kind) if uses_state else None,
-        latent=Normalizer.load(source.directory, "latent_motion", data.latent_normalization) if uses_latent else None,
+        latent=(
+            None if labelled is None else Normalizer.load(source.directory, "latent_motion", data.latent_normalization)
+        ),
         instructions=InstructionTable.read(
             source, InstructionReader.make(config.text, source.directory), data.missing_instructions
         ),
     )
+
+
+def _check_names(entries: Sequence[MixtureEntry]) -> None:
+    """Raises DatasetError where two datasets have one name, by which scales and metrics are told apart."""
+    known: dict[str, str] = {}
+    for entry in entries:
+        name = epath.Path(entry.directory).name
+        if name in known:
+            raise DatasetError(f"{known[name]} and {entry.directory} have one name; rename one, or link to it.")
+        known[name] = entry.directory
+
+
+def _check_cameras(parts: Sequence[PolicyPart], wanted: tuple[str, ...]) -> None:
+    """Raises DatasetError where no dataset has one of the pictures, which would be black for ever."""
+    for slot, camera in enumerate(wanted):
+        if not any(part.cameras[slot] for part in parts):
+            known = sorted({name for part in parts for name in part.source.cameras})
+            found = f"there are {', '.join(known)}{closest(camera, known)}"
+            raise DatasetError(f"data.cameras: no dataset has a camera {camera!r}; {found}")
+
+
+def _check_embeddings(parts: Sequence[PolicyPart]) -> None:
+    """Raises DatasetError where embeddings of instructions differ in size; rows of token ids never do."""
+    for part in parts[1:]:
+        size, first = part.instructions.rows.shape[1], parts[0].instructions.rows.shape[1]
+        if size != first:
+            raise DatasetError(
+                f"{part.source.directory} has embeddings of {size} numbers, {parts[0].source.directory} of {first}; "
+                "make both with one tower of tools.embed_instructions."
+            )
 
 
 def _is_chosen(source: EpisodeSource, patterns: Sequence[str]) -> bool:
@@ -191,7 +233,11 @@ def _common_labels(parts: Sequence[PolicyPart]) -> LabelInfo | None:
 
 
 def with_sizes(config: ConfigDict, data: PolicyData) -> ConfigDict:
-    """The config with the sizes that follow from the data, where it leaves them open by 0."""
+    """The config with the sizes that follow from the data, where it leaves them open by 0.
+
+    Raises:
+      ConfigError: it gives a size that is not the data's.
+    """
     queries, size = data.labels.latent_shape if data.labels else (0, 0)
     found = {
         "model.action_size": data.reader.action_size,
@@ -203,5 +249,9 @@ def with_sizes(config: ConfigDict, data: PolicyData) -> ConfigDict:
     if config.text.tower == "embedding":
         found["text.embedding_size"] = data.parts[0].instructions.rows.shape[1]
     config = config.copy_and_resolve_references()
+    for name, size in found.items():
+        section, _, field = name.partition(".")
+        if config[section][field] not in (0, size):
+            raise ConfigError(f"{name} is {config[section][field]}, but the data's is {size}; set it to 0.")
     config.update_from_flattened_dict(found)
     return config

@@ -11,8 +11,9 @@ import grain
 import numpy as np
 
 from como_jax.data.chunks import ChunkConfig, PolicyPart, PolicySamples
-from como_jax.data.transforms import FrameDecoder, View
-from como_jax.errors import DatasetError
+from como_jax.data.normalization import Normalizer
+from como_jax.data.transforms import FITS, FrameDecoder, View
+from como_jax.errors import ConfigError, DatasetError, closest
 from como_jax.types import Observation, PolicyBatch
 
 _CHUNK = 16
@@ -28,6 +29,8 @@ class PolicyReader(grain.transforms.Map):
         chunks: ChunkConfig,
         image_size: int,
         *,
+        action_size: int = 0,
+        state_size: int = 0,
         num_threads: int = 1,
         fit: str = "crop",
     ):
@@ -37,17 +40,23 @@ class PolicyReader(grain.transforms.Map):
           parts: the datasets.
           chunks: the window of steps around a sample.
           image_size: side of the square pictures.
+          action_size, state_size: least sizes.
           num_threads: that decode.
           fit: how pictures become square, where a dataset's entry does not say; see `transforms.FITS`.
+
+        Raises:
+          ConfigError: an unknown fit.
         """
+        if fit not in FITS:
+            raise ConfigError(f"data.fit {fit!r} must be one of {', '.join(FITS)}{closest(fit, FITS)}")
         self._parts, self._chunks = tuple(parts), chunks
         self._image_size, self._num_threads = image_size, max(1, num_threads)
         self._fits = [part.entry.fit or fit for part in parts]
         self._values = [_Values(part, chunks) for part in parts]
-        self.action_size = max((part.action.size for part in parts if part.action), default=0)
-        self.state_size = max((part.state.size for part in parts if part.state), default=0)
+        self.action_size = max([action_size, *(part.action.size for part in parts if part.action)])
+        self.state_size = max([state_size, *(part.state.size for part in parts if part.state)])
         self.latent_size = max((part.latent.size for part in parts if part.latent), default=0)
-        self.num_codes = max((part.source.latent_codes.shape[1] for part in parts if part.uses_codes), default=0)
+        self.num_codes = max((part.codes.shape[1] for part in parts if part.codes is not None), default=0)
 
     def map(self, element: PolicySamples) -> dict[str, np.ndarray]:
         """Reads samples `[B]`."""
@@ -121,9 +130,9 @@ class _Values:
     def __init__(self, part: PolicyPart, chunks: ChunkConfig):
         source = part.source
         self._part, self._chunks = part, chunks
-        self._action = None if part.action is None else part.action(source.action)
-        self._state = None if part.state is None else part.state(source.state)
-        self._latent = None if part.latent is None else part.latent(source.latent_motion)
+        self._action = _normalize(part.action, source.action)
+        self._state = _normalize(part.state, source.state)
+        self._latent = _normalize(part.latent, source.latent_motion)
         self._has_camera = np.array([bool(camera) for camera in part.cameras], np.float32)
 
     def history(self, record: np.ndarray, episode: np.ndarray) -> np.ndarray:
@@ -149,12 +158,17 @@ class _Values:
             found["action"][rows, :, :size] = self._action[clipped] * inside[..., None]
             found["has_action"][rows, :, :size] = inside[..., None]
         if self._latent is not None:
-            valid = inside * source.latent_valid[clipped]
+            valid = inside * part.labelled[clipped]
             found["latent"][rows] = self._latent[clipped] * valid[..., None]
             found["has_latent"][rows] = valid
-            if part.uses_codes:
-                found["codes"][rows] = source.latent_codes[clipped]
+            if part.codes is not None:
+                found["codes"][rows] = np.where(valid[..., None] > 0, part.codes[clipped], 0)
         found[part.instructions.key][rows] = part.instructions.rows[episode]
+
+
+def _normalize(normalizer: Normalizer | None, values: np.ndarray | None) -> np.ndarray | None:
+    """What is used of a dataset: whatever has a normalizer."""
+    return None if normalizer is None or values is None else normalizer(values)
 
 
 _OBSERVATION = ("images", "has_camera", "state", "has_state", "text", "text_embedding")
@@ -162,8 +176,10 @@ _OBSERVATION = ("images", "has_camera", "state", "has_state", "text", "text_embe
 
 def to_policy_batch(batch: dict[str, Any]) -> PolicyBatch:
     """Names the arrays of a batch."""
+    optional: dict[str, Any] = {name: batch.get(name) for name in ("latent", "has_latent", "codes")}
+    seen: dict[str, Any] = {name: batch.get(name) for name in _OBSERVATION}
     return PolicyBatch(
-        observation=Observation(**{name: batch.get(name) for name in _OBSERVATION}),
-        **{name: batch.get(name) for name in ("latent", "has_latent", "codes")},
+        observation=Observation(**seen),
+        **optional,
         **{name: batch[name] for name in ("action", "has_action", "dataset", "episode")},
     )

@@ -26,7 +26,6 @@ from etils import epath
 
 from como_jax.files import write_atomic
 
-DEFAULT_CAMERA = "image"
 SPLITS = ("train", "val")
 
 # `motion[t]` is the mean absolute pixel difference, in [0, 1], between steps t - 1 and t; `motion[0]` is 0.

@@ -67,7 +67,7 @@ class MotionEvaluator:
             metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
             if found.pictures:
                 writer.picture(step, f"{prefix}/current_predicted_true_error", comparison_grid(found.pictures))
-        metrics = _summarize(metrics)
+        metrics = with_means(metrics)
         writer.scalars(step, metrics)
         return metrics
 
@@ -101,7 +101,7 @@ class MaeEvaluator:
             shown = np.linspace(0, min(count, len(true)) - 1, self._config.num_pictures).astype(int)
             rows = [[found["masked"][row], found["filled"][row], true[row]] for row in shown]
             writer.picture(step, f"{prefix}/masked_filled_true", comparison_grid(rows))
-        metrics = _summarize(metrics)
+        metrics = with_means(metrics)
         writer.scalars(step, metrics)
         return metrics
 
@@ -115,8 +115,11 @@ def _probe(name: str, fitted: Transitions, held_out: Transitions) -> dict[str, f
         return {}
 
 
-def _summarize(metrics: dict[str, float]) -> dict[str, float]:
-    """Adds `eval_<split>/<metric>`, the mean over datasets, and drops the datasets' own when there is only one."""
+def with_means(metrics: dict[str, float]) -> dict[str, float]:
+    """Adds `eval_<split>/<metric>`, the mean over the datasets of `eval_<split>/<dataset>/<metric>`.
+
+    The datasets' own are dropped when there is only one of each.
+    """
     groups: dict[str, list[float]] = {}
     for key, value in metrics.items():
         split, _, name = key.split("/")

@@ -15,6 +15,7 @@ from como_jax.data.policy_build import PolicyData, policy_evaluation_batches
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.envs.build import EnvironmentOptions, environment_names
 from como_jax.errors import ConfigError
+from como_jax.evaluation.in_loop import with_means
 from como_jax.evaluation.rollout_checks import parse_settings
 from como_jax.evaluation.rollouts import RolloutOptions, check_rollouts, picture_size, roll_out
 from como_jax.evaluation.success import summarize
@@ -98,10 +99,14 @@ class PolicyEvaluator:
         self._analyze = jax.jit(analyze, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
-        """Evaluates, writes and returns `eval_<split>/<metric>` and `success/<task>`."""
+        """Evaluates, writes and returns `eval_<split>/<metric>` and `success/<task>`.
+
+        Where several datasets have a metric, it is their mean, beside `eval_<split>/<dataset>/<metric>`.
+        """
         metrics: dict[str, float] = {}
         for data in self._sets:
             metrics |= self._evaluate_split(params, data)
+        metrics = with_means(metrics)
         if self._names and self._rollouts_due(step):
             metrics |= self._roll_out(params)
         writer.scalars(step, metrics)
@@ -118,7 +123,7 @@ class PolicyEvaluator:
                     into, weight = (losses, count) if name.endswith("_loss") else (sums, 1)
                     into[name] = into.get(name, 0) + weight * value
                 total += count
-            prefix = f"eval_{part.source.split}" + (f"/{part.source.directory.name}" if len(data.parts) > 1 else "")
+            prefix = f"eval_{part.source.split}/{part.source.directory.name}"
             own = "action_loss" if part.action else "latent_loss"
             if own in losses:
                 metrics[f"{prefix}/{own}"] = float(losses[own] / total)

@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from como_jax.envs.base import EnvironmentSpec, StepResult
 from como_jax.envs.build import EnvironmentOptions, make_environment
+from como_jax.envs.seeds import FIRST_ROLLOUT_SEED, SEED_STRIDE
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollout_checks import check_compatible, check_tasks
 from como_jax.evaluation.rollout_workers import Failed, MakeEnvironment, Reply, Start, Started, Step, WorkerPool
@@ -29,8 +30,6 @@ from como_jax.policies.spec import PolicySpec
 
 logger = logging.getLogger(__name__)
 
-# Collectors of demonstrations count their seeds up from 0, a million for each of theirs.
-FIRST_SEED, SEED_STRIDE = 900_000_000, 1_000_000
 # Simulators take seeds of 32 bits, some of them signed.
 MAX_SEED = 1000
 # None of the simulators draws anything of use below it.
@@ -85,7 +84,7 @@ OnEpisode = Callable[[EpisodeResult, Recording], None]
 
 def environment_seed(seed: int, episode: int) -> int:
     """The seed that an environment is reset with, beyond those of demonstrations."""
-    return FIRST_SEED + seed * SEED_STRIDE + episode
+    return FIRST_ROLLOUT_SEED + seed * SEED_STRIDE + episode
 
 
 def rollout_success(

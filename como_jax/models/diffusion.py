@@ -38,7 +38,9 @@ class DiffusionConfig:
         "flow", matching the straight flow from noise to data (arXiv 2210.02747).
       train_steps: noise levels of DDPM; flow matching knows all.
       sample_steps: of sampling.
-      prediction: what the network of DDPM says: the noise, "epsilon", or the clean "sample".
+      prediction: what the network of DDPM says: the clean "sample", or the noise, "epsilon". At the noisiest steps of
+        the cosine schedule a sample follows from the noise only with an error of many times its size, so that
+        "epsilon" needs `clip`.
       eta: share of DDPM's noise that DDIM adds at every step; 0 is deterministic.
       clip: largest magnitude of a clean sample on the way back, for data of known limits; 0 clips nothing.
     """
@@ -46,7 +48,7 @@ class DiffusionConfig:
     kind: str = "ddpm"
     train_steps: int = 100
     sample_steps: int = 10
-    prediction: str = "epsilon"
+    prediction: str = "sample"
     eta: float = 0.0
     clip: float = 0.0
 

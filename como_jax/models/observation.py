@@ -50,7 +50,10 @@ class ObservationConfig:
     def __post_init__(self) -> None:
         if self.image_tower not in IMAGE_TOWERS:
             raise ConfigError(f"encoder.tower {self.image_tower!r} must be one of {', '.join(IMAGE_TOWERS)}.")
-        if self.grid % self.pool:
+        if self.image_tower == "conv" and self.vit.image_size % ConvTower.STRIDE:
+            size, stride = self.vit.image_size, ConvTower.STRIDE
+            raise ConfigError(f"encoder.tower=conv needs a data.image_size that is a multiple of {stride}, not {size}.")
+        if self.pool < 1 or self.grid % self.pool:
             raise ConfigError(f"encoder.pool {self.pool} must divide the {self.grid} image tokens along one side.")
         if self.freeze_images and self.image_tower == "conv":
             raise ConfigError("encoder.frozen needs encoder.tower=vit: a convolutional tower starts from scratch.")

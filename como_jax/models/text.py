@@ -20,6 +20,8 @@ from como_jax.types import Observation
 TOWERS = ("bytes", "clip", "t5", "embedding")
 BYTE_VOCABULARY = 257
 """Token 0 ends the text, byte b is token b + 1."""
+NGRAMS = (3, 4, 5, 6)
+NGRAM_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,11 @@ class TextFeatures(NamedTuple):
 
 
 class ByteTransformer(nnx.Module):
-    """A small transformer over the bytes of the instruction."""
+    """A small transformer over the bytes of the instruction.
+
+    A byte comes with the few before it, looked up by their hash as in the Byte Latent Transformer (arXiv 2412.09871,
+    section 3.2.1), so that words can be told apart before attention has learned to spell.
+    """
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         width = config.width
@@ -85,6 +91,7 @@ class ByteTransformer(nnx.Module):
 
         self.width, self.pool, self.dtype = width, config.pool, dtype
         self.token_embed = embedding(BYTE_VOCABULARY, width)
+        self.ngram_embed = embedding(len(NGRAMS), NGRAM_ROWS, width)
         self.pos_embed = embedding(config.max_length, width)
         self.blocks = Stack(
             lambda rngs: MaskedBlock(width, config.num_heads, dtype=dtype, rngs=rngs), config.depth, rngs=rngs
@@ -96,7 +103,8 @@ class ByteTransformer(nnx.Module):
         text = observation.text
         # The token that ends the text is read too, so that no instruction is without tokens.
         mask = jnp.pad(text[:, :-1] != 0, ((0, 0), (1, 0)), constant_values=True)
-        x = (self.token_embed[...][text] + self.pos_embed[...][: text.shape[1]]).astype(self.dtype)
+        ngrams = sum(table[hash_ngrams(text, size)] for table, size in zip(self.ngram_embed[...], NGRAMS, strict=True))
+        x = (self.token_embed[...][text] + ngrams + self.pos_embed[...][: text.shape[1]]).astype(self.dtype)
         x = self.norm(self.blocks(x, mask[:, None]))
         pooled = masked_mean(x, mask)
         groups = mask.reshape(len(mask), -1, self.pool)
@@ -117,6 +125,16 @@ class EmbeddingTower(nnx.Module):
         """Features of `observation.text_embedding`."""
         x = self.proj(observation.text_embedding)
         return TextFeatures(x[:, None], jnp.ones((len(x), 1), bool), x)
+
+
+def hash_ngrams(text: jax.Array, size: int) -> jax.Array:
+    """A row of a table, int32 `[B, M]`, for every token and the `size - 1` before it: a polynomial hash."""
+    padded = jnp.pad(text.astype(jnp.uint32), ((0, 0), (size - 1, 0)))
+    value = jnp.zeros(text.shape, jnp.uint32)
+    for offset in range(size):
+        value = value * jnp.uint32(16_777_619) + padded[:, offset : offset + text.shape[1]]
+    # The lowest bits depend on the last bytes alone; multiplying brings the others' influence to the highest.
+    return (value * jnp.uint32(2_654_435_769) >> jnp.uint32(32 - NGRAM_ROWS.bit_length() + 1)).astype(jnp.int32)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -104,7 +104,7 @@ class PolicySpec:
             return cls._from_json(json.loads(path.read_text()))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(f"{workdir} holds no policy: it has no {FILE_NAME}.") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{path} is damaged or of another version: {error}") from error
 
     @classmethod

@@ -129,14 +129,17 @@ def load_matching_params(workdir: epath.PathLike, abstract: Params) -> Matched:
     """
     with _open_saved(workdir) as manager:
         saved = _saved_params(_shapes(manager, manager.latest_step()))[1]
-    wanted, there = (traverse_util.flatten_dict(tree) for tree in (abstract, saved))
-    fitting = {
-        path: value for path, value in wanted.items() if path in there and tuple(there[path].shape) == value.shape
-    }
+    wanted, there = (
+        {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (abstract, saved)
+    )
+    fitting = {name for name, value in wanted.items() if name in there and tuple(there[name].shape) == value.shape}
     if not fitting:
         raise RunError(f"The checkpoint in {workdir} has no parameter of this model.")
-    names = [tuple("/".join(path) for path in tree if path not in fitting) for tree in (wanted, there)]
-    return Matched(load_params(workdir, traverse_util.unflatten_dict(fitting)), *names)
+    names = [tuple(name for name in tree if name not in fitting) for tree in (wanted, there)]
+    flat = traverse_util.flatten_dict(abstract)
+    chosen = {path: value for path, value in flat.items() if "/".join(map(str, path)) in fitting}
+    return Matched(load_params(workdir, traverse_util.unflatten_dict(chosen)), *names)
 
 
 def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
@@ -216,10 +219,10 @@ def _restore_args(leaf: jax.Array | jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArg
 
 
 def _intersect(abstract: Any, saved: Any) -> Any:
-    """The leaves of `abstract` whose paths `saved` has too."""
+    """The leaves of `abstract` whose paths `saved` has too, where numbers of a list's items have become text."""
     if not isinstance(abstract, dict):
         return abstract
-    shared = {key: _intersect(abstract[key], saved[key]) for key in abstract if key in saved}
+    shared = {key: _intersect(abstract[key], saved[str(key)]) for key in abstract if str(key) in saved}
     return {key: value for key, value in shared.items() if not (isinstance(value, dict) and not value)}
 
 

@@ -41,7 +41,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=min(config.warmup_steps, max(1, num_steps - 1)),
-        decay_steps=num_steps,
+        decay_steps=max(2, num_steps),  # One more than the warm-up at least.
         end_value=config.final_learning_rate,
     )
 

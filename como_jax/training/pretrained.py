@@ -37,8 +37,11 @@ def load_policy_parts(config: ConfigDict, state: TrainState) -> TrainState:
 
     Raises:
       RunError: what the config names does not fit or is not there.
+      ConfigError: an encoder is named for another tower.
     """
     params = merge_params(state.params, state.frozen)
+    if config.encoder.init_from and config.encoder.tower != "vit":
+        raise ConfigError(f"encoder.init_from needs encoder.tower=vit, not {config.encoder.tower}.")
     if config.encoder.tower == "vit":
         found = _load_encoder(config, params["observation"]["images"])
         if found:
@@ -58,7 +61,7 @@ def _load_encoder(config: ConfigDict, params: Params) -> Params:
     if config.encoder.init_from:
         logger.info("Encoder from %s", config.encoder.init_from)
         return load_params(config.encoder.init_from, {"encoder": params})
-    if config.encoder.frozen:
+    if config.encoder.frozen and not config.get("init_from"):
         logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
     return {}
 

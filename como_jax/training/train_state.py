@@ -82,7 +82,8 @@ class ModelDef:
         """Splits parameters into trained and frozen ones."""
         trained, frozen = {}, {}
         for path, value in traverse_util.flatten_dict(params).items():
-            is_frozen = any(f"{'/'.join(path)}/".startswith(f"{prefix}/") for prefix in self.untrained)
+            name = "/".join(map(str, path))
+            is_frozen = any(f"{name}/".startswith(f"{prefix}/") for prefix in self.untrained)
             (frozen if is_frozen else trained)[path] = value
         return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 

@@ -1,5 +1,6 @@
 """Actions on a common scale and back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,20 @@ def test_a_dataset_brings_its_statistics(tabletop_dataset: Path, tmp_path: Path)
     (tmp_path / "statistics.json").write_text('{"action": null}')
     with pytest.raises(DatasetError, match="has no statistics of any action"):
         Normalizer.load(tmp_path, "action", "quantile")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_written_down_is_the_same_scale(kind: str) -> None:
+    values = VALUES.copy()
+    values[:, 1] = 7.0
+    normalizer = Normalizer(kind, statistics(values))
+    again = Normalizer.from_json(json.loads(json.dumps(normalizer.to_json())))
+    np.testing.assert_array_equal(again(values), normalizer(values))
+    np.testing.assert_array_equal(again.inverse(values), normalizer.inverse(values))
+    assert again.size == 3 and again.to_json() == normalizer.to_json()
+
+
+@pytest.mark.parametrize("changes", [{"offset": None}, {"scale": [1, 2]}, {"varies": True}])
+def test_a_damaged_scale_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="offset, scale and varies must be equally long lists"):
+        Normalizer.from_json({**Normalizer("mean_std", statistics(VALUES)).to_json(), **changes})

@@ -8,7 +8,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from como_jax.envs import tabletop
+from como_jax.envs.seeds import MAX_DEMONSTRATION_SEED, SEED_STRIDE
 from como_jax.errors import ConversionError
+from como_jax.evaluation.rollouts import environment_seed
 from tools.datasets.tabletop.builder import TabletopDemonstrations, TabletopSettings
 
 
@@ -45,6 +47,12 @@ def test_failed_demonstrations_are_left_out(tmp_path, check_dataset):
     assert report["left_out"][0]["reasons"] == ["the demonstration did not solve its task"]
 
 
+def test_no_demonstration_has_a_seed_of_a_rollout(tmp_path):
+    settings = TabletopSettings(episodes=1, seed=MAX_DEMONSTRATION_SEED)
+    (first,) = TabletopDemonstrations(tmp_path / "out", settings).sources()
+    assert int(first.path.rpartition("/")[2]) + SEED_STRIDE == environment_seed(seed=0, episode=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -53,6 +61,8 @@ def test_failed_demonstrations_are_left_out(tmp_path, check_dataset):
         ({"episodes": 0}, "episodes must lie between 1 and"),
         ({"image_size": 32}, "image_size must lie between 64 and 224"),
         ({"noise": -1.0}, "noise must not be negative"),
+        ({"seed": -1}, "seed must lie between 0 and 899, got -1"),
+        ({"seed": 900}, "seed must lie between 0 and 899, got 900"),
     ],
 )
 def test_invalid_settings(settings, message):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 from como_jax.envs import tabletop
-from como_jax.envs.build import EnvironmentOptions, environment_names, make_environment, missing_extra
+from como_jax.envs.build import FAMILIES, EnvironmentOptions, environment_names, make_environment, missing_extra
 from como_jax.errors import ConfigError
 
 
@@ -80,6 +81,14 @@ def test_the_expert_solves_the_tabletop_through_the_interface(task: str) -> None
     sight = results[-1].sight
     assert sight.images["image"].shape == (64, 64, 3) and sight.state.shape == (env.spec.state_size,)
     env.close()
+
+
+def test_workers_need_not_wait_for_jax_or_tensorflow() -> None:
+    modules = ", ".join(["como_jax.evaluation.rollout_workers", *FAMILIES.values()])
+    heavy = "{'jax', 'flax', 'tensorflow', 'tensorflow_datasets'}"
+    command = f"import sys, {modules}; print({heavy} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
 
 
 def test_equal_seeds_give_equal_episodes() -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -15,6 +16,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
+from como_jax.data.label_info import LabelInfo
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, OutputError
 from como_jax.labelling import labelling, shards
@@ -228,6 +230,28 @@ def test_old_labels_leave_nothing_behind_when_they_are_made_anew(
     assert again.latent_codes is None
     np.testing.assert_array_equal(again.latent_motion, first.latent_motion)
     assert (tmp_path / "again" / "latents.parquet").read_bytes() == (labelled / "latents.parquet").read_bytes()
+
+
+def test_labels_say_how_large_they_are_and_of_which_model(
+    run: Run, discrete_run: Run, few: Path, labelled: Path, tmp_path: Path
+) -> None:
+    label(discrete_run, few, tmp_path / "codes")
+    plain, coded = (LabelInfo.read(directory) for directory in (labelled, tmp_path / "codes"))
+    assert plain.parameters != coded.parameters
+    for info, model, directory in ((plain, run, labelled), (coded, discrete_run, tmp_path / "codes")):
+        size = model.config.data.image_size
+        encode = jax.jit(lambda params, frames, model=model: model.model.bind(params).encode(frames))
+        assert encode(model.params, np.zeros((1, 2, size, size, 3), np.uint8)).shape == (1, 1, *info.latent_shape)
+        source = EpisodeSource(directory, "train")
+        assert source.latent_motion.shape[1] == np.prod(info.latent_shape)
+        if source.latent_codes is None:
+            assert info is plain and info.codebook_size == 0
+        else:
+            assert info is coded and info.codebook_size == discrete_run.config.model.bottleneck.codebook_size
+            assert source.latent_codes.shape[1] == info.latent_shape[0]
+            known = source.latent_codes[source.latent_valid]
+            assert known.min() >= 0 and known.max() < info.codebook_size
+            assert np.all(source.latent_codes[~source.latent_valid] == -1)
 
 
 def test_a_full_disk_leaves_what_is_finished_and_says_so(

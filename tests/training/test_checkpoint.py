@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax.errors import RunError
 from como_jax.training import checkpoint
 from como_jax.training.checkpoint import Checkpointer
-from como_jax.training.train_state import ModelDef, TrainState, abstract_state
+from como_jax.training.train_state import ModelDef, TrainState, abstract_state, evaluation_params
 
 
 def make_iterator() -> grain.DatasetIterator:
@@ -92,6 +93,18 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
         checkpoint.load_params(tmp_path, {})
 
 
+def test_items_of_a_list_are_loaded_by_their_numbers(tmp_path: Path) -> None:
+    params = {"convs": {number: {"kernel": jnp.full(2, float(number))} for number in range(3)}}
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, TrainState(jnp.int32(1), params, {}, (), None), make_iterator())
+    checkpointer.close()
+    wanted = {"convs": {number: params["convs"][number] for number in (0, 2)}}
+    for loaded in (checkpoint.load_params(tmp_path, wanted), checkpoint.load_matching_params(tmp_path, wanted).params):
+        assert jax.tree.structure(loaded) == jax.tree.structure(wanted)
+        jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+    assert checkpoint.load_matching_params(tmp_path, wanted).dropped == ("convs/1/kernel",)
+
+
 def test_old_checkpoints_are_dropped(tmp_path: Path) -> None:
     state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.zeros(2)}, {}, (), None)
     checkpointer = Checkpointer(tmp_path, keep=2)
@@ -140,3 +153,39 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, config: Conf
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot be written"):
         checkpoint.claim_workdir(tmp_path / "file" / "run", config)
+
+
+def test_what_fits_of_another_model_is_loaded_and_the_rest_is_named(
+    saved_run: tuple[Path, TrainState], make_como: Callable[..., ModelDef]
+) -> None:
+    (workdir, state), other = saved_run, make_como(freeze_encoder=False, latent_dim=5, gap_weight=0.1)
+    abstract = jax.eval_shape(other.init, jax.random.key(0))
+    matched = checkpoint.load_matching_params(workdir, abstract)
+    saved, wanted, loaded = (
+        traverse_util.flatten_dict(tree, sep="/") for tree in (state.ema, abstract, matched.params)
+    )
+    fits = {name for name in wanted if name in saved and wanted[name].shape == saved[name].shape}
+    assert set(loaded) == fits and "idm/latent_out/kernel" not in fits
+    for name, value in loaded.items():
+        np.testing.assert_array_equal(value, saved[name], err_msg=name)
+    assert set(matched.new) == set(wanted) - fits and set(matched.dropped) == set(saved) - fits
+    new = {name for name in wanted if name not in saved}
+    assert new and new <= set(matched.new) and "idm/latent_out/kernel" in matched.dropped
+    line = matched.describe()
+    assert line.startswith(f"{len(fits)} arrays loaded, {len(matched.new)} new (")
+    assert f"{len(matched.dropped)} dropped (" in line and line.count("idm/latent_out") == 2
+
+
+def test_a_model_that_has_all_is_loaded_whole(saved_run: tuple[Path, TrainState]) -> None:
+    workdir, state = saved_run
+    matched = checkpoint.load_matching_params(workdir, evaluation_params(state))
+    assert (matched.new, matched.dropped) == ((), ())
+    assert matched.describe() == f"{len(jax.tree.leaves(matched.params))} arrays loaded, 0 new, 0 dropped"
+    jax.tree.map(np.testing.assert_array_equal, matched.params, evaluation_params(state))
+
+
+def test_a_run_of_which_nothing_fits_is_refused(saved_run: tuple[Path, TrainState]) -> None:
+    with pytest.raises(RunError, match="has no parameter of this model"):
+        checkpoint.load_matching_params(saved_run[0], {"encoder": {"norm": {"scale": jnp.zeros(7)}}})
+    with pytest.raises(RunError, match="holds no run"):
+        checkpoint.load_matching_params(saved_run[0] / "nowhere", {"w": jnp.zeros(2)})

@@ -23,6 +23,7 @@ from etils import epath
 from como_jax.data import schema
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError
+from como_jax.names import DEFAULT_CAMERA
 from como_jax.staging import Staging, check_output, is_local, make_parent
 from tools.datasets import report
 from tools.datasets.progress import Progress
@@ -59,7 +60,7 @@ class Warned:
 class StepLayout:
     """What every step of a dataset holds; the first camera is the one that motion is measured on."""
 
-    cameras: tuple[str, ...] = (schema.DEFAULT_CAMERA,)
+    cameras: tuple[str, ...] = (DEFAULT_CAMERA,)
     state_size: int | None = None
     action_size: int | None = None
 

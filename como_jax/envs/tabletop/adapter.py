@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from como_jax.data.schema import DEFAULT_CAMERA
 from como_jax.envs import tabletop
 from como_jax.envs.base import EnvironmentSpec, Sight, StepResult
 from como_jax.envs.build import EnvironmentOptions
 from como_jax.errors import ConfigError
+from como_jax.names import DEFAULT_CAMERA
 
 _MAX_STEPS = 80
 

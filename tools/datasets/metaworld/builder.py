@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from como_jax.data.schema import Episode, Step
 from como_jax.envs import metaworld
 from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.seeds import MAX_DEMONSTRATION_SEED, SEED_STRIDE
 from como_jax.errors import ConfigError
 from tools.datasets import images
 from tools.datasets.builder import (
@@ -25,9 +26,6 @@ from tools.datasets.builder import (
 from tools.datasets.metaworld.demonstrations import demonstrate
 from tools.datasets.sources import Source
 
-# Seeds of two datasets must not meet, nor those of datasets and rollouts, which begin at 900 million.
-_SEED_STRIDE = 1_000_000
-_MAX_SEED = 899
 # Each takes 90 MB and 0.4 seconds to make, about as long as a demonstration.
 _KEPT_ENVIRONMENTS = 8
 
@@ -61,8 +59,8 @@ class MetaWorldSettings(Settings):
             metaworld.check_image_size(self.image_size)
         except ConfigError as error:
             raise ConversionError(str(error)) from error
-        if not 1 <= self.episodes <= _SEED_STRIDE:
-            raise ConversionError(f"episodes must lie between 1 and {_SEED_STRIDE}, got {self.episodes}")
+        if not 1 <= self.episodes <= SEED_STRIDE:
+            raise ConversionError(f"episodes must lie between 1 and {SEED_STRIDE}, got {self.episodes}")
         unknown = [task for task in self.tasks if task not in (*metaworld.TASKS, "all")]
         if unknown or not self.tasks:
             raise ConversionError(f"unknown tasks {unknown}; there are all, {', '.join(metaworld.TASKS)}")
@@ -70,8 +68,8 @@ class MetaWorldSettings(Settings):
             raise ConversionError(f"noise must not be negative, got {self.noise}")
         if self.action_repeat < 1:
             raise ConversionError(f"action_repeat must be 1 or more, got {self.action_repeat}")
-        if not 0 <= self.seed <= _MAX_SEED:
-            raise ConversionError(f"seed must lie between 0 and {_MAX_SEED}, got {self.seed}")
+        if not 0 <= self.seed <= MAX_DEMONSTRATION_SEED:
+            raise ConversionError(f"seed must lie between 0 and {MAX_DEMONSTRATION_SEED}, got {self.seed}")
 
 
 class MetaWorldDemonstrations(EpisodeBuilder):
@@ -104,7 +102,7 @@ class MetaWorldDemonstrations(EpisodeBuilder):
         except ConfigError as error:
             raise ConversionError(str(error)) from error
         tasks = metaworld.TASKS if "all" in self.settings.tasks else self.settings.tasks
-        first = self.settings.seed * _SEED_STRIDE
+        first = self.settings.seed * SEED_STRIDE
         return [Source(f"{tasks[index % len(tasks)]}/{first + index:09d}") for index in range(self.settings.episodes)]
 
     def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from como_jax.data.schema import DEFAULT_CAMERA, Episode
+from como_jax.data.schema import Episode
+from como_jax.names import DEFAULT_CAMERA
 from tools.datasets.builder import (
     ConversionError,
     EpisodeBuilder,

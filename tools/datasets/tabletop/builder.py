@@ -5,8 +5,10 @@ import functools
 import math
 from collections.abc import Iterator
 
-from como_jax.data.schema import DEFAULT_CAMERA, Episode, Step
+from como_jax.data.schema import Episode, Step
 from como_jax.envs import tabletop
+from como_jax.envs.seeds import MAX_DEMONSTRATION_SEED, SEED_STRIDE
+from como_jax.names import DEFAULT_CAMERA
 from tools.datasets import images
 from tools.datasets.builder import (
     ConversionError,
@@ -18,9 +20,6 @@ from tools.datasets.builder import (
     Warned,
 )
 from tools.datasets.sources import Source
-
-# Seeds of two datasets must not meet, or one would be trained on the other's validation episodes.
-_SEED_STRIDE = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,8 @@ class TabletopSettings(Settings):
         low, high = tabletop.IMAGE_SIZES
         if not low <= self.image_size <= high:
             raise ConversionError(f"image_size must lie between {low} and {high}, got {self.image_size}")
-        if not 1 <= self.episodes <= _SEED_STRIDE:
-            raise ConversionError(f"episodes must lie between 1 and {_SEED_STRIDE}, got {self.episodes}")
+        if not 1 <= self.episodes <= SEED_STRIDE:
+            raise ConversionError(f"episodes must lie between 1 and {SEED_STRIDE}, got {self.episodes}")
         unknown = [task for task in self.tasks if task not in (*tabletop.TASKS, "all")]
         if unknown or not self.tasks:
             raise ConversionError(f"unknown tasks {unknown}; there are all, {', '.join(tabletop.TASKS)}")
@@ -57,8 +56,8 @@ class TabletopSettings(Settings):
             raise ConversionError(f"unknown look {self.look!r}; there are {', '.join(tabletop.LOOKS)}")
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ConversionError(f"noise must not be negative, got {self.noise}")
-        if self.seed < 0:
-            raise ConversionError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed <= MAX_DEMONSTRATION_SEED:
+            raise ConversionError(f"seed must lie between 0 and {MAX_DEMONSTRATION_SEED}, got {self.seed}")
 
 
 class TabletopDemonstrations(EpisodeBuilder):
@@ -77,7 +76,7 @@ class TabletopDemonstrations(EpisodeBuilder):
     def sources(self) -> list[Source]:
         """One source a demonstration."""
         tasks = tabletop.TASKS if "all" in self.settings.tasks else self.settings.tasks
-        first = self.settings.seed * _SEED_STRIDE
+        first = self.settings.seed * SEED_STRIDE
         return [Source(f"{tasks[index % len(tasks)]}/{first + index:09d}") for index in range(self.settings.episodes)]
 
     def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:

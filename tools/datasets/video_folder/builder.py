@@ -9,7 +9,8 @@ from typing import TypeVar
 import numpy as np
 from etils import epath
 
-from como_jax.data.schema import DEFAULT_CAMERA, Episode, Step
+from como_jax.data.schema import Episode, Step
+from como_jax.names import DEFAULT_CAMERA
 from tools.datasets import images
 from tools.datasets.builder import (
     MIN_STEPS,

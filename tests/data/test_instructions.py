@@ -1,0 +1,91 @@
+"""Instructions of episodes as a text tower reads them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from como_jax.data.instructions import InstructionReader, InstructionTable
+from como_jax.data.language import write_embeddings
+from como_jax.data.sources import EpisodeSource
+from como_jax.errors import ConfigError, DatasetError
+from tests.data.robots import make_robot
+
+BYTES = ConfigDict({"tower": "bytes", "max_length": 8, "tokenizer_file": ""})
+EMBEDDING = ConfigDict({**BYTES, "tower": "embedding"})
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory: pytest.TempPathFactory) -> EpisodeSource:
+    """Two of three episodes are without instruction."""
+    directory = tmp_path_factory.mktemp("robots") / "silent"
+    make_robot(directory, instructions=("push", "", " ", "wave"))
+    return EpisodeSource(directory, "train")
+
+
+def test_a_row_is_the_episode_s_instruction(arm: Path) -> None:
+    source = EpisodeSource(arm, "train")
+    table = InstructionTable.read(source, InstructionReader.make(BYTES, arm))
+    assert table.key == "text" and table.rows.dtype == np.int32 and table.rows.shape == (3, 8)
+    expected = [[*(byte + 1 for byte in text.encode()), *[0] * (8 - len(text))] for text in source.instruction]
+    np.testing.assert_array_equal(table.rows, expected)
+
+
+def test_an_instruction_is_read_once() -> None:
+    calls: list[str] = []
+
+    def read(text: str) -> np.ndarray:
+        calls.append(text)
+        return np.array([len(text)], np.int32)
+
+    reader = InstructionReader("text", read)
+    assert reader(["a", "bcd", "a"]).tolist() == [[1], [3], [1]] and reader(["bcd"]).tolist() == [[3]]
+    assert calls == ["a", "bcd"]
+
+
+def test_embeddings_come_from_the_dataset(arm: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "arm"
+    shutil.copytree(arm, directory)
+    source = EpisodeSource(directory, "train")
+    with pytest.raises(DatasetError, match=f"{directory} has no instruction_embeddings.parquet"):
+        InstructionReader.make(EMBEDDING, directory)
+    vectors = {text: np.full(3, number, np.float32) for number, text in enumerate(source.instruction)}
+    write_embeddings(directory, vectors)
+    table = InstructionTable.read(source, InstructionReader.make(EMBEDDING, directory))
+    assert table.key == "text_embedding" and table.rows.dtype == np.float32
+    assert table.rows.tolist() == [[number] * 3 for number in range(3)]
+    with pytest.raises(DatasetError, match="instruction_embeddings.parquet has no embedding of 'wave'"):
+        InstructionTable.read(EpisodeSource(directory, "val"), InstructionReader.make(EMBEDDING, directory))
+
+
+def test_missing_instructions_are_refused_by_name(silent: EpisodeSource) -> None:
+    reader = InstructionReader.make(BYTES, silent.directory)
+    with pytest.raises(
+        DatasetError,
+        match=r"silent \(train\): 2 of 3 episodes have no .*, the first is 'episode 1'.*missing_instructions=empty",
+    ):
+        InstructionTable.read(silent, reader)
+    with pytest.raises(ConfigError, match="missing_instructions 'emtpy' must be one of refuse, empty"):
+        InstructionTable.read(silent, reader, "emtpy")
+
+
+def test_empty_instructions_are_read_if_asked_for(silent: EpisodeSource) -> None:
+    rows = InstructionTable.read(silent, InstructionReader.make(BYTES, silent.directory), "empty").rows
+    assert (rows != 0).sum(axis=1).tolist() == [4, 0, 1]
+
+
+def test_a_long_instruction_is_not_cut_off_in_silence(arm: Path) -> None:
+    short = ConfigDict({**BYTES, "max_length": 6})
+    with pytest.raises(
+        ConfigError, match=r"'pull it' has 7 bytes, more than the 6 of text\.max_length; raise it to .* 7"
+    ):
+        InstructionTable.read(EpisodeSource(arm, "train"), InstructionReader.make(short, arm))
+
+
+def test_an_unknown_tower_is_refused(arm: Path) -> None:
+    with pytest.raises(ConfigError, match=r"text\.tower=words reads no tokens"):
+        InstructionReader.make(ConfigDict({**BYTES, "tower": "words"}), arm)

@@ -1,0 +1,154 @@
+"""What a policy's run says of itself: errors of actions against NumPy, means over datasets, and success."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from como_jax.data.policy_build import PolicyData, open_policy_data
+from como_jax.errors import ConfigError
+from como_jax.evaluation import policy_in_loop
+from como_jax.evaluation.policy_in_loop import PolicyEvaluationConfig, PolicyEvaluator
+from como_jax.evaluation.rollouts import RolloutOptions
+from como_jax.evaluation.success import EpisodeResult
+from como_jax.policies.spec import PolicySpec
+from como_jax.training import sharding
+from como_jax.training.writers import NullWriter
+from como_jax.types import LossOutput, Observation, PolicyBatch
+from tests.evaluation.rollout_fakes import TABLETOP_POLICY
+from tests.policies.smoke_policies import PolicyRun, copy_dataset, read_metrics, smoke
+
+
+class FakeModel(NamedTuple):
+    """Says the same action always, and as its loss the share of samples that have an action or a latent motion."""
+
+    chunk: int
+
+    def bind(self, params: Any) -> Any:
+        chunk = self.chunk
+
+        class Policy:
+            def loss(self, batch: PolicyBatch, key: jax.Array) -> LossOutput:
+                action = batch.has_action.max(axis=(1, 2), initial=0).mean()
+                terms = {"action_loss": action, "latent_loss": 2 + action, "action_share": action}
+                return LossOutput(action, terms)
+
+            def sample_actions(self, observation: Observation, keys: jax.Array) -> jax.Array:
+                return jnp.broadcast_to(params["action"], (len(keys), chunk, len(params["action"])))
+
+        return Policy()
+
+
+class FakeRunner:
+    """Stands for a policy that can act; remembers the parameters that it is given."""
+
+    def __init__(self, spec: PolicySpec = TABLETOP_POLICY) -> None:
+        self.spec, self.params = spec, []
+
+    def with_params(self, params: Any) -> FakeRunner:
+        self.params.append(params)
+        return self
+
+
+def evaluator(
+    sets: list[PolicyData], chunk: int = 4, runner: FakeRunner | None = None, **config: Any
+) -> PolicyEvaluator:
+    sizes = {"num_samples": 11, "batch_size": 8, "execute": 2}
+    return PolicyEvaluator(
+        FakeModel(chunk), sets, runner, sharding.make_mesh(), PolicyEvaluationConfig(**{**sizes, **config}), num_steps=6
+    )
+
+
+@pytest.mark.parametrize("family", ["diffusion", "autoregressive"])
+def test_errors_of_actions_are_those_of_an_independent_computation(family: str, robot_dataset: Path) -> None:
+    config = smoke(family, robot_dataset)
+    sets, constant = [open_policy_data(config, split) for split in ("train", "val")], np.float32([0.1, -0.2, 0.3, 0.4])
+    found = evaluator(sets, runner=FakeRunner())({"action": constant}, 2, NullWriter())
+    for data in sets:
+        [part], split = data.parts, data.parts[0].source.split
+        source, true = part.source, []
+        for step in np.unique(np.linspace(0, len(part.source) - 1, 11).astype(int)):
+            episode = part.episode[step]
+            end = min(step + 4, source.start[episode] + source.length[episode])
+            true.append(part.action(source.action[step:end]))
+        true = np.concatenate(true)
+        assert found[f"eval_{split}/action_mse"] == pytest.approx(np.mean((true - constant) ** 2), rel=1e-4)
+        assert found[f"eval_{split}/mean_action_mse"] == pytest.approx(np.mean(true.var(axis=0)), rel=1e-4)
+        assert found[f"eval_{split}/action_loss"] == 1 and f"eval_{split}/latent_loss" not in found
+
+
+def test_metrics_of_several_datasets_are_given_one_by_one_and_as_means(
+    robot_dataset: Path, labelled_videos: Path, tmp_path: Path
+) -> None:
+    params = {"action": np.zeros(4, np.float32)}
+    other = copy_dataset(robot_dataset, tmp_path / "other")
+    robots = open_policy_data(smoke("diffusion", robot_dataset, other, labelled_videos))
+    found = evaluator([robots], runner=FakeRunner())(params, 2, NullWriter())
+    names = ("action_loss", "action_mse", "mean_action_mse")
+    for name in names:
+        own = [found[f"eval_train/{path.name}/{name}"] for path in (robot_dataset, other)]
+        assert found[f"eval_train/{name}"] == pytest.approx(np.mean(own))
+    # What a dataset has no target for says nothing of it.
+    assert found["eval_train/latent_loss"] == 2
+    assert not any(f"{labelled_videos.name}/action" in name for name in found)
+
+    videos = open_policy_data(smoke("diffusion", labelled_videos, **{"data.latent_only": True}))
+    assert evaluator([videos])(params, 2, NullWriter()) == {"eval_train/latent_loss": 2}
+
+
+@pytest.fixture
+def rolled_out(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], RolloutOptions]]:
+    """Takes the place of rollouts: two of three episodes succeed, and one of the second task crashes."""
+    asked: list[tuple[tuple[str, ...], RolloutOptions]] = []
+
+    def roll_out(runner: FakeRunner, names: tuple[str, ...], environment: Any, options: RolloutOptions) -> list:
+        asked.append((names, options))
+        first, second = names
+        return [
+            *(EpisodeResult(first, episode, episode, success=episode < 2) for episode in range(3)),
+            EpisodeResult(second, 0, 0, success=True),
+            EpisodeResult(second, 1, 1, reason="fell"),
+            EpisodeResult(second, 2, 2),
+        ]
+
+    monkeypatch.setattr(policy_in_loop, "roll_out", roll_out)
+    monkeypatch.setattr(policy_in_loop, "check_rollouts", lambda *_: None)
+    return asked
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, {6}), (4, {4, 6})])
+def test_success_is_measured_when_it_is_due_and_at_the_end(
+    rolled_out: list[tuple[tuple[str, ...], RolloutOptions]], every: int, due: set[int]
+) -> None:
+    runner = FakeRunner()
+    judge = evaluator([], runner=runner, env="tabletop:reach,push", rollout_every=every, episodes=3, env_workers=1)
+    found = {step: judge({"action": np.float32(step)}, step, NullWriter()) for step in (2, 4, 6)}
+    assert {step for step, values in found.items() if values} == due
+    assert found[6] == pytest.approx(
+        {"success/tabletop:reach": 2 / 3, "success/tabletop:push": 1 / 2, "success/mean": (2 / 3 + 1 / 2) / 2}
+    )
+    assert [float(params["action"]) for params in runner.params] == sorted(due)
+    names, options = rolled_out[-1]
+    assert names == ("tabletop:reach", "tabletop:push")
+    assert (options.episodes, options.workers, options.control.execute) == (3, 1, 2)
+
+
+def test_a_simulator_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="there are tabletop"):
+        evaluator([], runner=FakeRunner(), env="tabeltop:reach")
+
+
+def test_a_run_reports_its_success_in_the_environment(
+    policy_run: Callable[..., PolicyRun], robot_dataset: Path
+) -> None:
+    changes = {"train.num_steps": 2, "evaluation.env": "tabletop:reach", "evaluation.env_workers": 1}
+    run = policy_run("diffusion", robot_dataset, **changes)
+    last = read_metrics(run.workdir)[2]
+    assert last["success/tabletop:reach"] == last["success/mean"]
+    assert last["success/mean"] in (0.0, 1.0)
