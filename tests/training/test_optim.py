@@ -21,6 +21,7 @@ def test_the_schedule_warms_up_to_the_peak_and_falls_as_a_cosine_to_the_end() ->
 def test_a_run_shorter_than_the_warm_up_still_reaches_the_peak() -> None:
     schedule = make_schedule(OptimConfig(learning_rate=1.0, warmup_steps=1000), 4)
     assert float(schedule(3)) == pytest.approx(1.0)
+    assert float(make_schedule(OptimConfig(), 1)(0)) == 0
 
 
 def first_moments(config: OptimConfig, gradient: np.ndarray) -> np.ndarray:
