@@ -23,7 +23,7 @@ def load_pretrained(config: ConfigDict, state: TrainState) -> TrainState:
       ConfigError: a perceptual network is asked for and no file of its weights.
     """
     params = merge_params(state.params, state.frozen)
-    if "encoder" in config:
+    if "init_from" in config.get("encoder", {}):
         state = replace_params(state, _load_encoder(config, params["encoder"]))
     if "perceptual" in params:
         check_perceptual_file(config)
@@ -58,10 +58,10 @@ def load_policy_parts(config: ConfigDict, state: TrainState) -> TrainState:
 
 def _load_encoder(config: ConfigDict, params: Params) -> Params:
     """The encoder of the run that the config names, or nothing."""
-    if config.encoder.init_from:
+    if config.encoder.get("init_from"):
         logger.info("Encoder from %s", config.encoder.init_from)
         return load_params(config.encoder.init_from, {"encoder": params})
-    if config.encoder.frozen and not config.get("init_from"):
+    if config.encoder.get("frozen") and not config.get("init_from"):
         logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
     return {}
 
