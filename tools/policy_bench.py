@@ -90,13 +90,16 @@ class Bench:
 
     def stages(self) -> list[list[Job]]:
         """Jobs that need those of the stages before, and not each other."""
+        with_labels = [run for run in self.runs if run[1] in LABELLERS]
+        without = [run for run in self.runs if run[1] not in LABELLERS]
         return [
             self._datasets(),
-            [self._pretrain("encoder", "encoder")],
+            # Policies without labels keep the cores busy that the one encoder leaves idle.
+            [self._pretrain("encoder", "encoder"), *(self._train(*run) for run in without)],
             [self._pretrain(name, name, f"--config.encoder.init_from={self.out / 'encoder'}") for name in LABELLERS],
             [self._evaluate(name) for name in LABELLERS],
             [self._label(name, look) for name in LABELLERS for look in self.setting.looks],
-            [self._train(*run) for run in self.runs],
+            [self._train(*run) for run in with_labels],
             [self._roll_out(*run) for run in self.runs],
         ]
 

@@ -83,3 +83,15 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Frees what the simulator holds."""
+
+
+def check_action(action: np.ndarray, spec: EnvironmentSpec) -> np.ndarray:
+    """The action as float64 `[A]`.
+
+    Raises:
+      ValueError: it has another shape or is not finite.
+    """
+    action = np.asarray(action, np.float64)
+    if action.shape != (spec.action_size,) or not np.isfinite(action).all():
+        raise ValueError(f"an action of {spec.name} is {spec.action_size} finite numbers, got {action}")
+    return action

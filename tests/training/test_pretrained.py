@@ -14,6 +14,8 @@ from como_jax.models.build import build_model
 from como_jax.training import sharding
 from como_jax.training.run import open_run
 from como_jax.training.train_state import Params, evaluation_params
+from configs import pretrain_mae
+from experiments.pretrain import pretrain
 from experiments.train_policy import train_policy
 from tests.policies.smoke_policies import FAMILIES, PolicyRun, smoke, start
 
@@ -26,9 +28,12 @@ def flatten(params: Params) -> dict[tuple[str, ...], jax.Array]:
 
 
 @pytest.fixture(scope="module")
-def mae(smoke_run: Callable[[str], Path]) -> Path:
-    """Directory of an MAE run."""
-    return smoke_run("mae")
+def mae(tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of an MAE run, of another seed, since the encoders of equal seeds start equal."""
+    config, workdir = pretrain_mae.get_config("smoke"), tmp_path_factory.mktemp("runs") / "mae"
+    config.update_from_flattened_dict({"data.mixture": str(tabletop_dataset), "seed": 1, "train.stop_after": 2})
+    pretrain(config, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="module")

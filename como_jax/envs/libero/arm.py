@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from como_jax.data.transforms import resize
-from como_jax.envs.base import EnvironmentSpec, Sight, StepResult
+from como_jax.envs.base import EnvironmentSpec, Sight, StepResult, check_action
 from como_jax.envs.build import EnvironmentOptions, missing_extra
 from como_jax.errors import ConfigError, closest
 
@@ -160,9 +160,7 @@ class PandaEnvironment:
         Raises:
           ValueError: the action has another shape or is not finite.
         """
-        action = np.asarray(action, np.float64)
-        if action.shape != (ACTION_SIZE,) or not np.isfinite(action).all():
-            raise ValueError(f"an action of {self.spec.name} is {ACTION_SIZE} finite numbers, got {action}")
+        action = check_action(action, self.spec)
         self._steps += 1
         observation, *_ = self._env.step(np.clip(action, -1, 1))
         success = bool(self._env._check_success())

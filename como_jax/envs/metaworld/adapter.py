@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 
-from como_jax.envs.base import EnvironmentSpec, Sight, StepResult
+from como_jax.envs.base import EnvironmentSpec, Sight, StepResult, check_action
 from como_jax.envs.build import EnvironmentOptions
 from como_jax.envs.metaworld.camera import CAMERAS, Cameras, check_cameras, check_image_size
 from como_jax.envs.metaworld.instructions import INSTRUCTIONS, TASKS
@@ -90,9 +90,7 @@ class MetaWorldEnvironment:
         Raises:
           ValueError: the action has another shape or is not finite.
         """
-        action = np.asarray(action, np.float32)
-        if action.shape != (ACTION_SIZE,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is {ACTION_SIZE} finite numbers, got {action}")
+        action = check_action(action, self.spec)
         action, success = np.clip(action, -1.0, 1.0), False
         for _ in range(self._repeat):
             self._observation, _, _, _, info = self._simulator.step(action)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 from como_jax.data.schema import Episode, Step
 from como_jax.envs import metaworld
 from como_jax.envs.build import EnvironmentOptions
-from como_jax.envs.seeds import MAX_DEMONSTRATION_SEED, SEED_STRIDE
+from como_jax.envs.seeds import SEED_STRIDE
 from como_jax.errors import ConfigError
 from tools.datasets import images
 from tools.datasets.builder import (
@@ -23,6 +22,7 @@ from tools.datasets.builder import (
     StepLayout,
     Warned,
 )
+from tools.datasets.demonstrations import check_demonstrations
 from tools.datasets.metaworld.demonstrations import demonstrate
 from tools.datasets.sources import Source
 
@@ -59,17 +59,9 @@ class MetaWorldSettings(Settings):
             metaworld.check_image_size(self.image_size)
         except ConfigError as error:
             raise ConversionError(str(error)) from error
-        if not 1 <= self.episodes <= SEED_STRIDE:
-            raise ConversionError(f"episodes must lie between 1 and {SEED_STRIDE}, got {self.episodes}")
-        unknown = [task for task in self.tasks if task not in (*metaworld.TASKS, "all")]
-        if unknown or not self.tasks:
-            raise ConversionError(f"unknown tasks {unknown}; there are all, {', '.join(metaworld.TASKS)}")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise ConversionError(f"noise must not be negative, got {self.noise}")
+        check_demonstrations(self, metaworld.TASKS)
         if self.action_repeat < 1:
             raise ConversionError(f"action_repeat must be 1 or more, got {self.action_repeat}")
-        if not 0 <= self.seed <= MAX_DEMONSTRATION_SEED:
-            raise ConversionError(f"seed must lie between 0 and {MAX_DEMONSTRATION_SEED}, got {self.seed}")
 
 
 class MetaWorldDemonstrations(EpisodeBuilder):

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 from como_jax.data.schema import Episode, Step
 from como_jax.envs import tabletop
-from como_jax.envs.seeds import MAX_DEMONSTRATION_SEED, SEED_STRIDE
+from como_jax.envs.seeds import SEED_STRIDE
 from como_jax.names import DEFAULT_CAMERA
 from tools.datasets import images
 from tools.datasets.builder import (
@@ -19,6 +18,7 @@ from tools.datasets.builder import (
     StepLayout,
     Warned,
 )
+from tools.datasets.demonstrations import check_demonstrations
 from tools.datasets.sources import Source
 
 
@@ -47,17 +47,9 @@ class TabletopSettings(Settings):
         low, high = tabletop.IMAGE_SIZES
         if not low <= self.image_size <= high:
             raise ConversionError(f"image_size must lie between {low} and {high}, got {self.image_size}")
-        if not 1 <= self.episodes <= SEED_STRIDE:
-            raise ConversionError(f"episodes must lie between 1 and {SEED_STRIDE}, got {self.episodes}")
-        unknown = [task for task in self.tasks if task not in (*tabletop.TASKS, "all")]
-        if unknown or not self.tasks:
-            raise ConversionError(f"unknown tasks {unknown}; there are all, {', '.join(tabletop.TASKS)}")
+        check_demonstrations(self, tabletop.TASKS)
         if self.look not in tabletop.LOOKS:
             raise ConversionError(f"unknown look {self.look!r}; there are {', '.join(tabletop.LOOKS)}")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise ConversionError(f"noise must not be negative, got {self.noise}")
-        if not 0 <= self.seed <= MAX_DEMONSTRATION_SEED:
-            raise ConversionError(f"seed must lie between 0 and {MAX_DEMONSTRATION_SEED}, got {self.seed}")
 
 
 class TabletopDemonstrations(EpisodeBuilder):
