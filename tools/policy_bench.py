@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -285,6 +286,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--policies are of {', '.join(POLICIES)}, and --seeds whole numbers.")
     seeds = [int(seed) for seed in values.seeds]
     bench = Bench(values.env, Path(values.out).resolve(), values.policies, seeds, values.episodes, values.steps)
+    # SIGTERM ends the commands that run as Ctrl-C does; both save where they are.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not values.table_only:
         for jobs in bench.stages():
             run_stage(jobs, bench.out / "logs", values.processes)
