@@ -154,6 +154,10 @@ class InstructionEmbeddings:
             raise DatasetError(f"{self._path} has no embedding of {instruction!r}. {_remedy(self._path.parent)}")
         return self._embeddings[instruction]
 
+    def items(self) -> Iterable[tuple[str, np.ndarray]]:
+        """All instructions with their embeddings."""
+        return self._embeddings.items()
+
     def __contains__(self, instruction: object) -> bool:
         return instruction in self._embeddings
 

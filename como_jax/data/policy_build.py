@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from como_jax.data.chunks import ChunkConfig, PolicyPart, PolicyTrainingSamples, find_cameras, make_samples
 from como_jax.data.instructions import InstructionReader, InstructionTable
 from como_jax.data.label_info import LabelInfo
+from como_jax.data.language import read_embeddings
 from como_jax.data.mixture import MixtureEntry, parse_mixture
 from como_jax.data.normalization import Normalizer
 from como_jax.data.pipeline import train_batches
@@ -49,12 +50,9 @@ class PolicyData(NamedTuple):
         return lines + [f"{directory}: left out by data.videos" for directory in self.left_out]
 
     def embeddings(self) -> dict[str, np.ndarray]:
-        """Embeddings of all instructions, where the text tower takes them from the datasets."""
-        found: dict[str, np.ndarray] = {}
-        for part in self.parts:
-            if part.instructions.key == "text_embedding":
-                found |= dict(zip(part.source.instruction, part.instructions.rows, strict=True))
-        return found
+        """All that the datasets hold, of instructions of other episodes too, where the text tower takes them."""
+        parts = [part for part in self.parts if part.instructions.key == "text_embedding"]
+        return {text: vector for part in parts for text, vector in read_embeddings(part.source.directory).items()}
 
     @property
     def robots(self) -> list[PolicyPart]:
