@@ -16,8 +16,9 @@ from etils import epath
 from tqdm import tqdm
 
 from como_jax import cli
+from como_jax.data.label_info import LABELS_NAME
 from como_jax.errors import ConversionError, UsageError
-from tools.labels.dataset import LABELS_NAME, LabelledDataset
+from tools.labels.dataset import LabelledDataset
 from tools.labels.lerobot import write_lerobot
 from tools.labels.output import new_folder
 from tools.labels.rlds import write_rlds

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import simplejpeg
 from etils import epath
 
+from como_jax.data.label_info import LABELS_NAME
 from como_jax.errors import DatasetError
 from como_jax.files import write_text
-from tools.labels.dataset import LABELS_NAME, LabelledDataset, LabelledEpisode, file_numbers
+from tools.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
 from tools.labels.lerobot_statistics import PictureStatistics, number_statistics
 from tools.labels.video import VideoWriter
 

@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_info, file_adapters, writer
 
+from como_jax.data.label_info import LABELS_NAME
 from tools.datasets.record_files import StableSerializer, disk_errors
-from tools.labels.dataset import LABELS_NAME, LabelledDataset, LabelledEpisode, file_numbers
+from tools.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
 
 # Half a gigabyte of pictures of the default size.
 _MAX_STEPS_PER_FILE = 16384
