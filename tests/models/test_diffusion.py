@@ -104,7 +104,7 @@ def test_noise_and_data_have_the_variances_of_the_schedule() -> None:
 
 def test_what_is_added_can_be_taken_away_again() -> None:
     sample = jax.random.normal(jax.random.key(1), (6, 4, 2))
-    for config in (DiffusionConfig("ddpm"), DiffusionConfig("flow")):
+    for config in (DiffusionConfig("ddpm", prediction="epsilon"), DiffusionConfig("flow")):
         noised = add_noise(config, sample, jax.random.key(2))
         signal, noise = (part[:, None, None] for part in signal_and_noise(config, noised.time))
         epsilon = noised.target + (sample if config.kind == "flow" else 0)
