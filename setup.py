@@ -25,7 +25,7 @@ EXTRAS = {
     # metaworld imports packaging without requiring it.
     "metaworld": ["metaworld>=3.0", "packaging"],
     "pusht": ["gym-pusht>=0.1.6"],
-    "dev": ["apache-beam>=2.77", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4"],
+    "dev": ["apache-beam>=2.77", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4", "tokenizers>=0.19"],
 }
 
 setup(

@@ -289,8 +289,12 @@ def main(arguments: Sequence[str]) -> None:
     # SIGTERM ends the commands that run as Ctrl-C does; both save where they are.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not values.table_only:
-        for jobs in bench.stages():
-            run_stage(jobs, bench.out / "logs", values.processes)
+        try:
+            for jobs in bench.stages():
+                run_stage(jobs, bench.out / "logs", values.processes)
+        except KeyboardInterrupt:
+            logger.info("Stopped; run the same command to go on.")
+            sys.exit(130)
     print(write_tables(bench), end="")
 
 
