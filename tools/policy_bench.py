@@ -134,7 +134,7 @@ class Bench:
         return self._run(name, command, self.out / name)
 
     def _run(self, name: str, command: tuple[str, ...], workdir: Path) -> Job:
-        # A run of the loop has ended when its last checkpoint is there; its metrics tell which that is.
+        # A stopped run has checkpoints too, so `run_stage` leaves this mark when the command has ended well.
         return Job(name, (*command, f"--workdir={workdir}"), workdir / "finished")
 
     def _evaluate(self, labeller: str) -> Job:

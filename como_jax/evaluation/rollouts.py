@@ -23,7 +23,7 @@ from como_jax.envs.seeds import FIRST_ROLLOUT_SEED, SEED_STRIDE
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollout_checks import check_compatible, check_tasks
 from como_jax.evaluation.rollout_workers import Failed, MakeEnvironment, Reply, Start, Started, Step, WorkerPool
-from como_jax.evaluation.success import EpisodeResult, RolloutSummary, summarize
+from como_jax.evaluation.success import EpisodeResult
 from como_jax.policies.controller import ControlConfig, Controller
 from como_jax.policies.runner import PolicyRunner
 from como_jax.policies.spec import PolicySpec
@@ -85,22 +85,6 @@ OnEpisode = Callable[[EpisodeResult, Recording], None]
 def environment_seed(seed: int, episode: int) -> int:
     """The seed that an environment is reset with, beyond those of demonstrations."""
     return FIRST_ROLLOUT_SEED + seed * SEED_STRIDE + episode
-
-
-def rollout_success(
-    runner: PolicyRunner,
-    names: Sequence[str],
-    environment: EnvironmentOptions,
-    *,
-    episodes: int,
-    workers: int,
-    seed: int,
-    execute: int,
-) -> RolloutSummary:
-    """Success of a policy in the environments `names`; see `roll_out`."""
-    control = ControlConfig(execute)
-    options = RolloutOptions(episodes=episodes, workers=workers, seed=seed, control=control)
-    return summarize(roll_out(runner, names, environment, options))
 
 
 def roll_out(

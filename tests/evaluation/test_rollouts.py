@@ -25,8 +25,8 @@ from como_jax.evaluation.rollouts import (
     environment_seed,
     picture_size,
     roll_out,
-    rollout_success,
 )
+from como_jax.evaluation.success import summarize
 from como_jax.policies.controller import ControlConfig
 from como_jax.policies.spec import PolicySpec
 from tests.evaluation.rollout_fakes import LINE_POLICY, MAX_STEPS, TABLETOP_POLICY, FakeRunner, Line, always_exit
@@ -201,7 +201,8 @@ def test_the_tabletop_rolls_out_from_end_to_end():
         frames = recordings[result.task, result.episode].frames
         assert len(frames) == result.steps + 1 and frames[0].shape == (64, 64, 3)
         assert any((frame != frames[0]).any() for frame in frames[1:])
-    summary = rollout_success(FakeRunner(TABLETOP_POLICY), names, environment, episodes=2, workers=1, seed=0, execute=2)
+    alone = roll_out(FakeRunner(TABLETOP_POLICY), names, environment, options(episodes=2, workers=1))
+    summary = summarize(alone)
     assert [task.episodes for task in summary.tasks] == [2, 2]
     assert summary.total.successes == sum(result.success for result in results)
 
