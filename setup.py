@@ -9,7 +9,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "torch": ["torch>=2.4"],
-    "language": ["tokenizers>=0.19"],
+    "language": ["sentencepiece>=0.2", "tokenizers>=0.19"],
     # hf-libero itself requires much that is not needed here: pip install --no-deps hf-libero==0.1.4. What is needed of
     # that is here; it asks for mujoco<3.9, and robosuite 1.4.0 works up to 3.11.
     "libero": [
@@ -25,7 +25,17 @@ EXTRAS = {
     # metaworld imports packaging without requiring it.
     "metaworld": ["metaworld>=3.0", "packaging"],
     "pusht": ["gym-pusht>=0.1.6"],
-    "dev": ["apache-beam>=2.77", "mypy>=1.11", "pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.4", "tokenizers>=0.19"],
+    "dev": [
+        "apache-beam>=2.77",
+        # Compiles for TPUs without one.
+        "jax[tpu]",
+        "mypy>=1.11",
+        "pytest>=8.0",
+        "ruff>=0.6",
+        "scikit-learn>=1.4",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.19",
+    ],
 }
 
 setup(

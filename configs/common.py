@@ -67,7 +67,7 @@ def policy(family: str) -> ConfigDict:
     config.data.chunk = 16  # Actions that are predicted at once.
     config.data.proprioception = True
     config.data.state_size = 0  # 0 takes what the data has.
-    config.data.normalization = "min_max"  # Of actions and states: none, mean_std, quantile or min_max.
+    config.data.normalization = "min_max"  # Of actions and states: none, mean_std, quantile, min_max or uniform.
     config.data.latent_normalization = "mean_std"
     config.data.missing_instructions = "refuse"  # refuse, or empty to train on episodes without.
     config.data.batch_size = 256
@@ -75,7 +75,8 @@ def policy(family: str) -> ConfigDict:
     config.data.num_workers = 0
 
     config.encoder = encoder("B")
-    config.encoder.tower = "vit"  # vit, or conv: a small convolutional network from scratch.
+    config.encoder.tower = "vit"  # vit, siglip, or conv: a small convolutional network from scratch.
+    config.encoder.mlp_width = 0  # 0 for four times the width.
     config.encoder.frozen = False
     config.encoder.init_from = ""  # Workdir of a pretraining run whose encoder to start from.
     config.encoder.pool = 2  # Side of the square of image tokens that are averaged to one.
@@ -83,8 +84,9 @@ def policy(family: str) -> ConfigDict:
     config.text = ConfigDict()
     config.text.tower = "bytes"  # bytes, clip, t5, or embedding: made beforehand by tools/embed_instructions.py.
     config.text.max_length = 96  # Tokens of the longest instruction.
+    config.text.prompt = "{}"  # What every instruction is put into before it is read.
     config.text.update({"width": 256, "depth": 4, "num_heads": 4, "pool": 1})  # Of the byte-level tower.
-    config.text.frozen = True  # Of clip and t5.
+    config.text.frozen = True  # Of clip, t5 and the table of tokens.
     config.text.weights = ""  # .safetensors of clip or t5, with config.json beside it.
     config.text.tokenizer_file = ""  # tokenizer.json of clip or t5.
     config.text.embedding_size = 0  # 0 takes what the data has.
@@ -133,12 +135,21 @@ def training(config: ConfigDict) -> None:
 
 
 def apply_variant(config: ConfigDict, name: str, variants: Sequence[Callable[[ConfigDict], None]]) -> ConfigDict:
-    """Changes the full recipe into the named variant, a function of that name, and locks it; "" changes nothing."""
-    by_name = {variant.__name__: variant for variant in variants}
-    if name and name not in by_name:
-        raise ValueError(f"Unknown variant {name!r}; choose one of {', '.join(by_name)}.")
-    if name:
-        by_name[name](config)
+    """Makes of the full recipe the variant of that name and locks it; "" changes nothing.
+
+    Args:
+      config: the full recipe.
+      name: of one of `variants`, or several joined by commas.
+      variants: functions that change a recipe; those that are named are called in this order.
+    """
+    names = [part.strip() for part in name.split(",") if part.strip()]
+    known = [variant.__name__ for variant in variants]
+    for part in names:
+        if part not in known:
+            raise ValueError(f"Unknown variant {part!r}; choose one of {', '.join(known)}.")
+    for variant in variants:
+        if variant.__name__ in names:
+            variant(config)
     return config.lock()
 
 

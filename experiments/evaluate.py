@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from como_jax import cli
+from como_jax import cli, hosts
 from como_jax.data.mixture import parse_mixture
 from como_jax.data.schema import SPLITS
 from como_jax.errors import ConfigError, DatasetError, RunError
@@ -60,10 +60,8 @@ def evaluate(
     mesh = sharding.make_mesh()
     run = load_run(workdir, mesh)
     out = epath.Path(out or run.workdir / "report")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {out} cannot be written: {error}") from error
+    with hosts.in_step():
+        make_folder(out)
     notes: list[str] = []
     if action_classes is not None and labelled is None:
         raise ConfigError("--action_classes says which instructions of --labelled are one action; pass both.")
@@ -84,14 +82,26 @@ def evaluate(
     facts = {"Run": str(run.workdir), "Step": str(run.step), "Family": run.config.family}
     facts |= describe_measurements(results)
     report = Report(f"Latent motion of {run.workdir.name}", facts, notes, metrics, results, strips, domains)
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    if domains is not None:
-        write_matrix(out, domains)
-    write_report(out / "report.html", report)
+    with hosts.in_step():
+        if hosts.is_first():
+            write_text(out / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+            if domains is not None:
+                write_matrix(out, domains)
+            write_report(out / "report.html", report)
     for note in notes:
         logger.warning(note)
     logger.info("Report: %s", out / "report.html")
     return metrics
+
+
+def make_folder(out: epath.Path) -> None:
+    """On the first host; raises RunError if it cannot be made."""
+    if not hosts.is_first():
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written: {error}") from error
 
 
 def open_splits(config: ConfigDict, data: str | None, notes: list[str]) -> list[dict[str, EvaluationSet]]:
@@ -149,11 +159,13 @@ def define_flags() -> None:
     flags.DEFINE_bool("probe", True, "Whether to fit the linear probe where there are actions.")
     flags.DEFINE_string("labelled", None, "DIR,DIR, labelled datasets of several domains, to compare with each other.")
     flags.DEFINE_string("action_classes", None, 'FILE.json, {"INSTRUCTION": "ACTION"}: instructions of one action.')
+    hosts.define_flags()
 
 
 def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
+    hosts.connect()
     names = ("workdir", "data", "out", "num_transitions", "batch_size", "num_pictures", "probe")
     names = (*names, "labelled", "action_classes")
     evaluate(**{name: flags.FLAGS[name].value for name in names})

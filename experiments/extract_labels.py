@@ -5,7 +5,7 @@
 LABELLED is the same dataset with three more columns in its episode tables, `latent_motion`, `latent_valid` and, for
 discrete models, `latent_codes`. Beside them lie latents.parquet, one row a step for data frames; labels.json, where the
 labels come from; labelling_report.json with counts, unreadable pictures and the drift; drift.png. The same command
-goes on after a kill. On several hosts, start it on each with --coordinator, --num_processes and --process_id; hosts
+goes on after a kill. On several hosts, start it on each, by a launcher or with the flags of `como_jax.hosts`; hosts
 share out the shards and write to the same place.
 """
 
@@ -16,12 +16,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 from etils import epath
 from tqdm import tqdm
 
-from como_jax import cli
+from como_jax import cli, hosts
 from como_jax.errors import ConfigError, UsageError
 from como_jax.labelling.gauge import FIGURE_NAME, drift_report, measure_drift, write_figure
 from como_jax.labelling.labelling import DatasetLabeller
@@ -70,7 +69,7 @@ def extract_labels(
     with tqdm(
         total=sum(shard.num_records for shard in labeller.shards),
         unit="step",
-        disable=jax.process_index() > 0,
+        disable=not hosts.is_first(),
         mininterval=0.1 if sys.stderr.isatty() else 30,
     ) as bar:
         return labeller.label(
@@ -124,17 +123,14 @@ def define_flags() -> None:
     flags.DEFINE_bool("drift", True, "Compare the latents with those of the run's training data.")
     flags.DEFINE_bool("overwrite", False, "Replace --out, once the new dataset is complete.")
     flags.DEFINE_bool("restart", False, "Discard what a stopped labelling left, and begin anew.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
-    flags.DEFINE_integer("num_processes", None, "Processes of the job.")
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    hosts.define_flags()
 
 
 def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
     given = flags.FLAGS
-    if given.coordinator is not None:
-        jax.distributed.initialize(given.coordinator, given.num_processes, given.process_id)
+    hosts.connect()
     names = ("workdir", "data", "out", "gap_seconds", "camera", "fit", "batch_size", "threads", "drift")
     names = (*names, "overwrite", "restart")
     report = extract_labels(**{name: given[name].value for name in names})

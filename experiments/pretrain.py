@@ -2,7 +2,8 @@
 
     python -m experiments.pretrain --config configs/pretrain_como.py:tiny --workdir RUN --data DIR[=WEIGHT],DIR
 
-Run the same command again to resume.
+Run the same command again to resume. On several hosts, start it on each, by a launcher or with the flags of
+`como_jax.hosts`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from como_jax import cli
+from como_jax import cli, hosts
 from como_jax.data import pipeline
 from como_jax.data.build import TrainingData, build_training_data
 from como_jax.data.mixture import mixture_text, parse_mixture
@@ -45,7 +46,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
     check_perceptual_file(config)
-    data = build_training_data(config)
+    data = build_training_data(config, sharding.batch_rows(mesh, config.data.batch_size))
     config = with_label_size(config, data)
     model = build_model(config)
     evaluator = make_evaluator(config, model, mesh)
@@ -92,6 +93,7 @@ def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEva
 def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
+    hosts.connect(share_sigterm=True)
     config = CONFIG.value
     if DATA.value is not None:
         config.data.mixture = mixture_text(DATA.value)
@@ -99,5 +101,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     cli.run(main)

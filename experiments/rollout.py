@@ -31,6 +31,7 @@ from como_jax.evaluation.rollouts import Recording, RolloutOptions, picture_size
 from como_jax.evaluation.success import EpisodeResult, RolloutSummary
 from como_jax.policies.controller import ControlConfig
 from como_jax.policies.runner import load_policy
+from como_jax.policies.sampling import FIELDS as SAMPLING_FIELDS
 from como_jax.training import sharding
 
 logger = logging.getLogger("como_jax.rollout")
@@ -48,6 +49,7 @@ def rollout(
     image_size: int = 0,
     max_steps: int = 0,
     settings: Mapping[str, str] | None = None,
+    sampling: Mapping[str, str] | None = None,
     videos: int | None = None,
 ) -> RolloutSummary:
     """Rolls the newest checkpoint of a run out, and writes what the module says.
@@ -57,13 +59,13 @@ def rollout(
       env: FAMILY:TASK,TASK or FAMILY:all.
       options: of the rollouts.
       out: gets the files; a new directory in `workdir`/rollouts by default.
-      dataset, image_size, max_steps, settings, videos: see `define_flags`.
+      dataset, image_size, max_steps, settings, sampling, videos: see `define_flags`.
 
     Raises:
       UsageError: run, environment and `out` do not fit together.
     """
     names = environment_names(env)
-    runner = load_policy(workdir, sharding.make_mesh(), dataset)
+    runner = load_policy(workdir, sharding.make_mesh(), dataset, sampling)
     options = dataclasses.replace(options, control=options.control.resolve(runner.spec))
     size = image_size or picture_size(runner.spec)
     environment = EnvironmentOptions(image_size=size, max_steps=max_steps, settings=dict(settings or {}))
@@ -78,7 +80,13 @@ def rollout(
             recorder(result, recording)
 
         results = roll_out(runner, names, environment, options, on_episode)
-        facts = {"workdir": str(workdir), "step": runner.step, "env": env, "dataset": dataset}
+        facts = {
+            "workdir": str(workdir),
+            "step": runner.step,
+            "env": env,
+            "dataset": dataset,
+            "sampling": dict(sampling or {}),
+        }
         configs = {"options": dataclasses.asdict(options), "environment": dataclasses.asdict(environment)}
         summary = recorder.finish(results, {**facts, **configs})
         logger.info("Table: %s", directory / "table.md")
@@ -132,6 +140,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_steps", 0, "Of an episode; 0 for the environment's own limit.")
     flags.DEFINE_integer("image_size", 0, "Side of the rendered pictures; 0 for that of the policy, but at least 64.")
     flags.DEFINE_multi_string("env_setting", [], "NAME=VALUE of the environment, as in look=hard; may be repeated.")
+    flags.DEFINE_multi_string(
+        "sampling", [], f"NAME=VALUE instead of the run's, as in temperature=0.5; of {', '.join(SAMPLING_FIELDS)}."
+    )
     flags.DEFINE_string("dataset", "", "Whose scales of actions and states to use, for policies of several robots.")
     flags.DEFINE_integer("videos", None, "Episodes of every task to write videos of; all by default.", lower_bound=0)
     flags.DEFINE_string("out", None, "Gets the files; RUN/rollouts/ENV-stepN by default.")
@@ -148,7 +159,10 @@ def main(arguments: Sequence[str]) -> None:
     names = ("workdir", "env", "out", "dataset", "image_size", "max_steps", "videos")
     try:
         summary = rollout(
-            **{name: values[name] for name in names}, options=options, settings=parse_settings(values["env_setting"])
+            **{name: values[name] for name in names},
+            options=options,
+            settings=parse_settings(values["env_setting"]),
+            sampling=parse_settings(values["sampling"], "--sampling"),
         )
     except KeyboardInterrupt:
         logger.info("Stopped; episodes.csv lists the episodes that ended.")

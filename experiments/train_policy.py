@@ -15,14 +15,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from como_jax import cli
+from como_jax import cli, hosts
 from como_jax.data.instructions import InstructionReader
 from como_jax.data.language import EMBEDDINGS_NAME, InstructionEmbeddings, write_embeddings
 from como_jax.data.mixture import mixture_text
 from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, policy_train_batches, with_sizes
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.evaluation.policy_in_loop import PolicyEvaluationConfig, PolicyEvaluator
-from como_jax.models.build_policy import build_policy, with_text_sizes
+from como_jax.models.build_policy import build_policy, with_public_sizes
 from como_jax.policies.runner import PolicyRunner
 from como_jax.training import session, sharding
 from como_jax.training.pretrained import load_policy_parts
@@ -43,14 +43,14 @@ def train_policy(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
     data = open_policy_data(config)
-    config = with_text_sizes(with_sizes(config, data))
+    config = with_public_sizes(with_sizes(config, data))
     model = build_policy(config)
     return session.train(
         config,
         workdir,
         model,
         mesh,
-        batches=policy_train_batches(data, config),
+        batches=policy_train_batches(data, config, sharding.batch_rows(mesh, config.data.batch_size)),
         name_batch=to_policy_batch,
         initialize=lambda state: load_policy_parts(config, state),
         evaluate=make_evaluator(config, model, data, workdir, mesh),
@@ -70,7 +70,7 @@ def make_evaluator(
     if spec.scales:
         scales = next(iter(spec.scales.values()))
         instructions = _instruction_reader(config, data, workdir)
-        runner = PolicyRunner(model, {}, spec, scales, instructions, mesh)
+        runner = PolicyRunner(model, {}, spec, scales, instructions, hosts.local_mesh(mesh))
     sets = [item for item in (data, open_policy_data(config, "val")) if item.parts]
     return PolicyEvaluator(model, sets, runner, mesh, evaluation, num_steps=config.train.num_steps)
 
@@ -95,11 +95,13 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run; an existing run of an equal config is resumed.")
     flags.DEFINE_string("data", None, "DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml instead of the config's mixture.")
     flags.mark_flags_as_required(["config", "workdir"])
+    hosts.define_flags()
 
 
 def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
+    hosts.connect(share_sigterm=True)
     given = flags.FLAGS
     if given.data is not None:
         given.config.data.mixture = mixture_text(given.data)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 
@@ -27,12 +28,22 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Eight virtual devices, and programs that compile fast and run slowly.
-    jax.config.update("jax_platforms", "cpu")
+    # Programs that compile fast and run slowly, and one cache of them, here and in the processes that tests start. XLA
+    # reads its flags with the first computation; the new emitters of fused kernels take twice the time to compile.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    settings = {
+        "jax_platforms": "cpu",
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(config.cache.mkdir("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    # Eight virtual devices, here alone. Of its own accord Orbax lets each save a part of every array, and compiles
+    # hundreds of programs to cut them.
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
     # Grain's worker processes read absl flags, which nobody parses under pytest.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()

@@ -113,6 +113,7 @@ def trace_policy(config: ConfigDict, *, latents: bool = True, **sizes: Any) -> N
     trained, frozen = model.partition(params)
     assert bool(frozen) == config.encoder.frozen and merge_params(trained, frozen) == params
     expected = {"action_loss", "latent_loss"} if latents else {"action_loss"}
+    expected |= {"text_loss"} if config.model.get("text_weight") else set()
     assert {name for name in output.terms if name.endswith("_loss")} == expected
     keys = jax.random.split(jax.random.key(0), 2)
     chunks = jax.eval_shape(
@@ -125,6 +126,11 @@ def trace_policy(config: ConfigDict, *, latents: bool = True, **sizes: Any) -> N
 @pytest.mark.parametrize("recipe", POLICY_RECIPES)
 def test_every_policy_recipe_makes_a_policy_with_and_without_latents(recipe: str, variant: str, latents: bool) -> None:
     trace_policy(load(recipe, variant), latents=latents)
+
+
+@pytest.mark.parametrize("variant", ["latent", "finetune", "paligemma", "paligemma,lora", "finetune,tiny"])
+def test_variants_of_the_vision_language_action_model_make_a_policy(variant: str) -> None:
+    trace_policy(load("policy_vla", variant))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,10 @@ def test_every_policy_recipe_makes_a_policy_with_and_without_latents(recipe: str
         ("policy_autoregressive", {"model.codebook_size": 7, "model.think": True, "model.temperature": 1.0}),
         ("policy_autoregressive", {"model.think": True}),
         ("policy_autoregressive", {"encoder.tower": "vit", "train.remat": "full", "train.dtype": "bfloat16"}),
+        ("policy_vla", {"model.codebook_size": 7, "model.temperature": 1.0, "data.instants": 2, "data.stride": 3}),
+        ("policy_vla", {"model.action_head": "flow", "model.latent_head": "flow", "model.color_jitter": 1.0}),
+        ("policy_vla", {"text.tower": "tokens", "model.causal_text": True, "model.text_weight": 0.01}),
+        ("policy_vla", {"encoder.tower": "vit", "train.remat": "full", "train.dtype": "bfloat16"}),
     ],
 )
 def test_switches_of_a_policy_make_a_policy(recipe: str, changes: dict[str, Any]) -> None:

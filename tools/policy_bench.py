@@ -4,9 +4,11 @@
     python -m tools.policy_bench --env metaworld --out runs/policy_bench_metaworld --policies diffusion --seeds 0
 
 Ten demonstrations a task and five times as many videos without actions, half of them in another look on Tabletop. The
-labellers start from one encoder, the policies from scratch. Arms: `robot`, demonstrations alone; `como`, `discrete` and
-`future_features`, with videos labelled by these models; `ceiling`, five times the demonstrations. Writes OUT/table.md,
-and table.csv with every run. All that is finished stays as it is, so that the same command goes on after a stop.
+labellers start from one encoder, LAQ and the policies from scratch. Arms: `robot`, demonstrations alone; `ceiling`,
+five times the demonstrations; all others, demonstrations and videos that the model of that name has labelled. The
+diffusion and the autoregressive policy learn from both at once, the vision-language-action model (`vla`) from videos
+first and then from demonstrations. Writes OUT/table.md, and table.csv with every run. All that is finished stays as it
+is, so that the same command goes on after a stop.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from como_jax.processes import run_commands
 
 logger = logging.getLogger("como_jax.policy_bench")
 
-LABELLERS = ("como", "discrete", "future_features")
-ARMS = ("robot", *LABELLERS, "ceiling")
-POLICIES = ("diffusion", "autoregressive")
+CO_TRAINED = ("como", "discrete", "future_features")
+LABELLERS = {"diffusion": CO_TRAINED, "autoregressive": CO_TRAINED, "vla": ("laq", "como")}
+"""Of every policy, the models whose labels it learns from."""
+TWO_STAGES = ("vla",)
 DEMONSTRATIONS, FACTOR = 10, 5
 
 
@@ -87,19 +90,21 @@ class Bench:
     def __init__(self, env: str, out: Path, policies: Sequence[str], seeds: Sequence[int], episodes: int, steps: int):
         self.env, self.out, self.setting = env, out, SETTINGS[env]
         self.policies, self.seeds, self.episodes, self.steps = policies, seeds, episodes, steps
-        self.runs = [(policy, arm, seed) for seed in seeds for policy in policies for arm in ARMS]
+        self.runs = [(policy, arm, seed) for seed in seeds for policy in policies for arm in arms_of(policy)]
+        self.labellers = list(dict.fromkeys(labeller for policy in policies for labeller in LABELLERS[policy]))
 
     def stages(self) -> list[list[Job]]:
         """Jobs that need those of the stages before, and not each other."""
-        with_labels = [run for run in self.runs if run[1] in LABELLERS]
-        without = [run for run in self.runs if run[1] not in LABELLERS]
+        with_labels = [run for run in self.runs if run[1] in self.labellers]
+        without = [run for run in self.runs if run[1] not in self.labellers]
         return [
             self._datasets(),
             # Policies without labels keep the cores busy that the one encoder leaves idle.
-            [self._pretrain("encoder", "encoder"), *(self._train(*run) for run in without)],
-            [self._pretrain(name, name, f"--config.encoder.init_from={self.out / 'encoder'}") for name in LABELLERS],
-            [self._evaluate(name) for name in LABELLERS],
-            [self._label(name, look) for name in LABELLERS for look in self.setting.looks],
+            [self._pretrain("encoder", "ablation.py:encoder"), *(self._train(*run) for run in without)],
+            [self._pretrain_labeller(name) for name in self.labellers],
+            [self._evaluate(name) for name in self.labellers],
+            [self._label(name, look) for name in self.labellers for look in self.setting.looks],
+            [self._train_on_labels(*run) for run in with_labels if run[0] in TWO_STAGES],
             [self._train(*run) for run in with_labels],
             [self._roll_out(*run) for run in self.runs],
         ]
@@ -128,9 +133,14 @@ class Bench:
     def _videos(self) -> list[Path]:
         return [self.out / f"videos_{look}" for look in self.setting.looks]
 
-    def _pretrain(self, name: str, variant: str, *more: str) -> Job:
+    def _pretrain_labeller(self, name: str) -> Job:
+        if name == "laq":
+            return self._pretrain(name, "pretrain_laq.py:tiny", "--config.train.evaluate_every=0")
+        return self._pretrain(name, f"ablation.py:{name}", f"--config.encoder.init_from={self.out / 'encoder'}")
+
+    def _pretrain(self, name: str, recipe: str, *more: str) -> Job:
         mixture = ",".join(map(str, [self.out / "robot", *self._videos]))
-        command = ("experiments.pretrain", f"--config=configs/ablation.py:{variant}", f"--data={mixture}", *more)
+        command = ("experiments.pretrain", f"--config=configs/{recipe}", f"--data={mixture}", *more)
         return self._run(name, command, self.out / name)
 
     def _run(self, name: str, command: tuple[str, ...], workdir: Path) -> Job:
@@ -147,13 +157,24 @@ class Bench:
         command = ("experiments.extract_labels", f"--workdir={self.out / labeller}")
         return Job(out.name, (*command, f"--data={self.out / f'videos_{look}'}", f"--out={out}"), out / "labels.json")
 
+    def _train_on_labels(self, policy: str, arm: str, seed: int) -> Job:
+        workdir = self._workdir(policy, arm, seed).with_name(f"{policy}_{arm}_{seed}_latent")
+        return self._train_policy(f"{policy}.py:latent,tiny", self._labels(arm), seed, workdir)
+
     def _train(self, policy: str, arm: str, seed: int) -> Job:
-        data = str(self.out / ("ceiling" if arm == "ceiling" else "robot"))
-        if arm in LABELLERS:
+        workdir, more = self._workdir(policy, arm, seed), []
+        data = [str(self.out / ("ceiling" if arm == "ceiling" else "robot"))]
+        is_labelled, has_stages = arm in self.labellers, policy in TWO_STAGES
+        if is_labelled and has_stages:
+            more = [f"--config.init_from={workdir.with_name(f'{workdir.name}_latent')}"]
+        elif is_labelled:
             # Half of the samples are of the robot, whatever the number of videos.
-            labels = [str(self.out / f"labels_{arm}_{look}") for look in self.setting.looks]
-            data = ",".join([f"{data}={len(labels)}", *labels])
-        workdir = self._workdir(policy, arm, seed)
+            labels = self._labels(arm)
+            data = [f"{data[0]}={len(labels)}", *labels]
+        recipe = f"{policy}.py:finetune,tiny" if has_stages else f"{policy}.py:tiny"
+        return self._train_policy(recipe, data, seed, workdir, *more)
+
+    def _train_policy(self, recipe: str, data: Sequence[str], seed: int, workdir: Path, *more: str) -> Job:
         changes = {
             "seed": seed,
             "train.num_steps": self.steps,
@@ -161,8 +182,11 @@ class Bench:
             "train.checkpoint_every": 0,
         }
         overrides = [f"--config.{name}={value}" for name, value in changes.items()]
-        command = ("experiments.train_policy", f"--config=configs/policy_{policy}.py:tiny", f"--data={data}")
-        return self._run(workdir.name, (*command, *overrides), workdir)
+        command = ("experiments.train_policy", f"--config=configs/policy_{recipe}", f"--data={','.join(data)}")
+        return self._run(workdir.name, (*command, *overrides, *more), workdir)
+
+    def _labels(self, labeller: str) -> list[str]:
+        return [str(self.out / f"labels_{labeller}_{look}") for look in self.setting.looks]
 
     def _roll_out(self, policy: str, arm: str, seed: int) -> Job:
         workdir = self._workdir(policy, arm, seed)
@@ -174,6 +198,11 @@ class Bench:
 
     def _workdir(self, policy: str, arm: str, seed: int) -> Path:
         return self.out / "policies" / f"{policy}_{arm}_{seed}"
+
+
+def arms_of(policy: str) -> tuple[str, ...]:
+    """What a policy is trained on."""
+    return ("robot", *LABELLERS[policy], "ceiling")
 
 
 def run_stage(jobs: Iterable[Job], logs: Path, processes: int) -> None:
@@ -218,7 +247,7 @@ def write_tables(bench: Bench) -> str:
     titles = ["policy", "videos labelled by", "seeds", "success", "95 %", "by seed", *bench.setting.tasks]
     lines = [titles + ["LP-MSE", "S-PCFC"], ["---"] * (len(titles) + 2)]
     for policy in bench.policies:
-        lines += [_line(bench, policy, arm, rows) for arm in ARMS]
+        lines += [_line(bench, policy, arm, rows) for arm in arms_of(policy)]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_text(bench.out / "table.md", table)
     return table
@@ -269,7 +298,7 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_enum("env", "tabletop", tuple(SETTINGS), "Simulator.")
     flags.DEFINE_string("out", None, "Directory of everything.", required=True)
-    flags.DEFINE_list("policies", list(POLICIES), f"Of {', '.join(POLICIES)}.")
+    flags.DEFINE_list("policies", ["diffusion", "autoregressive"], f"Of {', '.join(LABELLERS)}.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the policies; data and labellers are the same for all.")
     flags.DEFINE_integer("episodes", 20, "Rollouts of every task, policy and seed.", lower_bound=1)
     flags.DEFINE_integer("steps", 800, "Updates of every policy.", lower_bound=1)
@@ -281,9 +310,9 @@ def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
     values = flags.FLAGS
-    unknown = set(values.policies) - set(POLICIES)
+    unknown = set(values.policies) - set(LABELLERS)
     if unknown or not all(seed.isdecimal() for seed in values.seeds):
-        raise ConfigError(f"--policies are of {', '.join(POLICIES)}, and --seeds whole numbers.")
+        raise ConfigError(f"--policies are of {', '.join(LABELLERS)}, and --seeds whole numbers.")
     seeds = [int(seed) for seed in values.seeds]
     bench = Bench(values.env, Path(values.out).resolve(), values.policies, seeds, values.episodes, values.steps)
     # SIGTERM ends the commands that run as Ctrl-C does; both save where they are.

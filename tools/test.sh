@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs like quickstart.sh and runs all tests; arguments go to pytest, for example: tools/test.sh -m "not slow"
+# Installs like quickstart.sh and runs all tests; arguments go to pytest, for example: tools/test.sh -m "not slow", or
+# -n 0 FILE to run one file in one process
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import grain
-import jax
 from ml_collections import ConfigDict
 
 from como_jax.data.clips import ClipConfig
@@ -13,7 +12,7 @@ from como_jax.data.frames import FrameReader
 from como_jax.data.labels import Labels
 from como_jax.data.mixture import Mixture, parse_mixture
 from como_jax.data.pipeline import train_batches
-from como_jax.data.samples import Augmentation, TrainingSamples
+from como_jax.data.samples import ALL_ROWS, Augmentation, Rows, TrainingSamples
 
 
 class TrainingData(NamedTuple):
@@ -28,8 +27,12 @@ class TrainingData(NamedTuple):
         return self.mixture.describe() + ([] if self.labels is None else [self.labels.describe()])
 
 
-def build_training_data(config: ConfigDict) -> TrainingData:
+def build_training_data(config: ConfigDict, rows: Rows = ALL_ROWS) -> TrainingData:
     """The data of a pretraining config: it holds what the loss terms need that are on, and nothing else.
+
+    Args:
+      config: of configs/pretrain_*.py.
+      rows: of every batch, those that this host reads.
 
     Raises:
       DatasetError: a dataset is missing, damaged, or lacks what a loss term needs.
@@ -53,8 +56,7 @@ def build_training_data(config: ConfigDict) -> TrainingData:
         Augmentation(data.random_shift, data.min_crop_fraction),
         batch_size=data.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
     reader = FrameReader(
         mixture,

@@ -11,7 +11,7 @@ from como_jax.data.instructions import InstructionTable
 from como_jax.data.mixture import MixtureEntry
 from como_jax.data.normalization import Normalizer
 from como_jax.data.order import ClipOrder
-from como_jax.data.samples import Augmentation
+from como_jax.data.samples import ALL_ROWS, Augmentation, Rows
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 
@@ -115,7 +115,7 @@ class PolicySamples:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, rows: slice | np.ndarray) -> PolicySamples:
+    def __getitem__(self, rows: Rows) -> PolicySamples:
         return PolicySamples(**{name: value[rows] for name, value in vars(self).items()})
 
 
@@ -132,14 +132,11 @@ class PolicyTrainingSamples:
         *,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Rows = ALL_ROWS,
     ):
-        """Takes the batch size of all hosts together, and the host's place in the job."""
+        """Takes the batch size of all hosts together, and the rows that are this host's."""
         self._parts, self._augmentation = tuple(parts), augmentation
-        self._batch_size, self._seed = batch_size, seed
-        local = batch_size // process_count
-        self._rows = slice(process_index * local, (process_index + 1) * local)
+        self._batch_size, self._seed, self._rows = batch_size, seed, rows
         weights = [part.entry.weight for part in parts]
         self._order = ClipOrder([len(part.steps) for part in parts], weights, seed)
 

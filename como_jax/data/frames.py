@@ -13,7 +13,7 @@ import numpy as np
 from como_jax.data.flow import optical_flow
 from como_jax.data.labels import Labels
 from como_jax.data.mixture import Mixture, MixturePart
-from como_jax.data.normalization import Normalizer
+from como_jax.data.normalization import Normalizer, load_normalizer
 from como_jax.data.samples import Samples
 from como_jax.data.transforms import FrameDecoder, View
 from como_jax.errors import DatasetError
@@ -165,5 +165,5 @@ def _action_reader(part: MixturePart, default: str) -> _ActionReader | None:
     if part.source.action is None:
         return None
     kind = part.entry.normalization or default
-    normalizer = None if kind == "none" else Normalizer.load(part.source.directory, "action", kind)
+    normalizer = None if kind == "none" else load_normalizer(part.source.directory, "action", kind)
     return _ActionReader(part.source.action, normalizer)

@@ -16,6 +16,8 @@ from como_jax.errors import ConfigError, DatasetError
 MISSING = ("refuse", "empty")
 """What to do with episodes without instruction: refuse the dataset, or let the policy read an empty one."""
 
+_GAP = "{}"
+
 
 class InstructionReader:
     """Instructions as a text tower reads them; each is read once.
@@ -33,14 +35,20 @@ class InstructionReader:
     def make(cls, text: ConfigDict, directory: epath.PathLike) -> InstructionReader:
         """Of the `text` section of a policy's config; embeddings are those that lie in a directory.
 
+        Every instruction is put into `text.prompt` before it is read, but where embeddings were made beforehand.
+
         Raises:
-          ConfigError: an unknown tower, or a tokenizer that cannot be read.
+          ConfigError: an unknown tower, a tokenizer that cannot be read, or a prompt without room for an instruction.
           DatasetError: embeddings are wanted, and the directory has none.
         """
         if text.tower == "embedding":
             return cls.of_embeddings(read_embeddings(directory))
+        # Runs of before there were prompts have none in their config.
+        prompt = text.get("prompt", _GAP)
+        if prompt.count(_GAP) != 1:
+            raise ConfigError(f"text.prompt {prompt!r} must have {_GAP} once, where the instruction is put.")
         tokenizer = make_tokenizer(text.tower, text.max_length, text.tokenizer_file)
-        return cls("text", lambda instruction: tokenizer([instruction])[0])
+        return cls("text", lambda instruction: tokenizer([prompt.replace(_GAP, instruction)])[0])
 
     @classmethod
     def of_embeddings(cls, embeddings: Mapping[str, np.ndarray] | InstructionEmbeddings) -> InstructionReader:

@@ -6,7 +6,8 @@ one, and 0 after the text has ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,24 +25,39 @@ EMBEDDINGS_SCHEMA = pa.schema(
     ]
 )
 
-Tokenizer = Callable[[Sequence[str]], np.ndarray]
 
-# The tokens that the tokenizer of a tower puts first and last.
-_ENDS = {"clip": ("<|startoftext|>", "<|endoftext|>"), "t5": (None, "</s>")}
+class Tokenizer(Protocol):
+    """See the module's docstring.
+
+    Attributes:
+      vocabulary_size: one more than the largest number of a token.
+    """
+
+    vocabulary_size: int
+
+    def __call__(self, instructions: Sequence[str]) -> np.ndarray:
+        """int32 `[n, M]`."""
+
+
+# The tokens that the tokenizer.json of a tower puts first and last.
+_ENDS = {"clip": ("<|startoftext|>", "<|endoftext|>"), "t5": (None, "</s>"), "tokens": (None, None)}
+# A newline as a token of its own, or as a byte.
+_NEWLINES = ("\n", "<0x0A>")
 
 
 def make_tokenizer(tower: str, max_length: int, file: epath.PathLike = "") -> Tokenizer:
     """The tokenizer of a text tower.
 
     Args:
-      tower: "bytes", "clip" or "t5".
+      tower: "bytes", "clip", "t5" or "tokens".
       max_length: tokens of the longest instruction.
-      file: tokenizer.json of the tower's weights; the byte-level tower has none.
+      file: tokenizer.json of the tower's weights, which puts its own tokens first and last, or for "tokens" a .model
+        file of SentencePiece. The byte-level tower has none, and without one "tokens" reads bytes too.
 
     Raises:
       ConfigError: no such tokenizer, or its file or library is missing.
     """
-    if tower == "bytes":
+    if tower == "bytes" or (tower == "tokens" and not file):
         return ByteTokenizer(max_length)
     if tower not in _ENDS:
         raise ConfigError(f"text.tower={tower} reads no tokens; those that do are bytes, {', '.join(_ENDS)}.")
@@ -49,11 +65,15 @@ def make_tokenizer(tower: str, max_length: int, file: epath.PathLike = "") -> To
         raise ConfigError(
             f"text.tower={tower} needs text.tokenizer_file, the tokenizer.json that comes with its weights."
         )
+    if tower == "tokens" and epath.Path(file).suffix == ".model":
+        return SentencePieceTokenizer(file, max_length)
     return FileTokenizer(file, max_length, tower)
 
 
 class ByteTokenizer:
     """The bytes of the UTF-8 text, as the byte-level tower reads them."""
+
+    vocabulary_size = 256
 
     def __init__(self, max_length: int):
         self.max_length = max_length
@@ -76,7 +96,7 @@ class FileTokenizer:
         Args:
           path: of tokenizer.json.
           max_length: tokens of the longest instruction, those that stand for its begin and end included.
-          kind: "clip" or "t5", of which model it must be.
+          kind: "clip" or "t5", of which model it must be, or "tokens" for any.
 
         Raises:
           ConfigError: the library is not installed, or the file is missing, unreadable or of another kind.
@@ -85,14 +105,8 @@ class FileTokenizer:
             # Of an extra, so not at the top.
             import tokenizers
         except ImportError as error:
-            raise ConfigError(
-                f"{path} needs the library tokenizers ({error}); install it with: pip install 'como_jax[language]'"
-            ) from error
-        path = epath.Path(path)
-        if not path.is_file():
-            raise ConfigError(
-                f"text.tokenizer_file {path} does not exist; it is the tokenizer.json of the tower's weights."
-            )
+            raise _missing_library(path, "tokenizers", error) from error
+        path = _existing(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
         # The library raises nothing more specific.
@@ -119,6 +133,50 @@ class FileTokenizer:
                     f"text.tokenizer_file {path} does not put {expected} {place}, as that of {kind} does; take the "
                     "tokenizer.json that lies beside the tower's weights."
                 )
+
+
+class SentencePieceTokenizer:
+    """A tokenizer of SentencePiece; a text begins with <bos> and ends with a newline, as PaliGemma's prompts do.
+
+    Attributes:
+      vocabulary_size: one more than the largest number of a token.
+    """
+
+    def __init__(self, path: epath.PathLike, max_length: int):
+        """Reads the file.
+
+        Args:
+          path: of the .model file.
+          max_length: tokens of the longest instruction, <bos> and the newline included.
+
+        Raises:
+          ConfigError: the library is not installed, or the file is missing, unreadable or without one of these tokens.
+        """
+        try:
+            # Of an extra, so not at the top.
+            import sentencepiece
+        except ImportError as error:
+            raise _missing_library(path, "sentencepiece", error) from error
+        path = _existing(path)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(path.read_bytes())
+        except RuntimeError as error:
+            raise ConfigError(f"text.tokenizer_file {path} is no .model file of SentencePiece: {error}") from error
+        self.max_length = max_length
+        self.vocabulary_size = self._processor.vocab_size()
+        self._begin, end = self._processor.bos_id(), self._processor.encode("\n")[-1:]
+        if self._begin < 0:
+            raise ConfigError(f"text.tokenizer_file {path} has no token <bos>, as that of PaliGemma has.")
+        if not end or self._processor.id_to_piece(end[0]) not in _NEWLINES:
+            raise ConfigError(f"text.tokenizer_file {path} has no token for a newline, as that of PaliGemma has.")
+        self._end = end[0]
+
+    def __call__(self, instructions: Sequence[str]) -> np.ndarray:
+        """int32 `[n, M]`; raises ConfigError where an instruction is too long."""
+        # One by one, since for a batch the library starts threads, as tokenizers does.
+        ids = [[self._begin, *self._processor.encode(text), self._end] for text in instructions]
+        return _pad(instructions, ids, self.max_length, "tokens")
 
 
 class InstructionEmbeddings:
@@ -200,6 +258,19 @@ def write_embeddings(directory: epath.PathLike, embeddings: Mapping[str, np.ndar
     rows = [{"instruction": text, "embedding": np.asarray(vector, np.float32)} for text, vector in embeddings.items()]
     table = pa.Table.from_pylist(rows, schema=EMBEDDINGS_SCHEMA)
     write_atomic(path, lambda file: pq.write_table(table, file))
+    return path
+
+
+def _missing_library(path: epath.PathLike, library: str, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"{path} needs the library {library} ({error}); install it with: pip install 'como_jax[language]'"
+    )
+
+
+def _existing(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"text.tokenizer_file {path} does not exist; it comes with the weights that read its tokens.")
     return path
 
 

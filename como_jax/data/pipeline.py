@@ -15,7 +15,7 @@ import numpy as np
 
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import MixturePart
-from como_jax.data.samples import draw_samples
+from como_jax.data.samples import ALL_ROWS, Rows, draw_samples
 from como_jax.types import FramePairs
 
 _BATCHES_AHEAD = 2
@@ -63,19 +63,17 @@ def evaluation_batches(
     *,
     num_clips: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Rows = ALL_ROWS,
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """This host's part of batches over clips spread evenly over one source, and each batch's count of clips.
+    """Some rows of batches over clips spread evenly over one source, and each batch's count of clips.
 
     The last batch is filled up by repeating its last clip; only the first `count` rows of the global batch count.
     """
     chosen = np.unique(np.linspace(0, len(part.index) - 1, min(num_clips, len(part.index))).astype(np.int64))
-    local = batch_size // process_count
     for begin in range(0, len(chosen), batch_size):
         clips = chosen[begin : begin + batch_size]
         padded = np.pad(clips, (0, batch_size - len(clips)), mode="edge")
-        yield read_clips(part, reader, padded[process_index * local : (process_index + 1) * local]), len(clips)
+        yield read_clips(part, reader, padded[rows]), len(clips)
 
 
 def to_frame_pairs(batch: dict[str, Any]) -> FramePairs:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -17,10 +16,10 @@ from como_jax.data.instructions import InstructionReader, InstructionTable
 from como_jax.data.label_info import LabelInfo
 from como_jax.data.language import read_embeddings
 from como_jax.data.mixture import MixtureEntry, parse_mixture
-from como_jax.data.normalization import Normalizer
+from como_jax.data.normalization import load_normalizer
 from como_jax.data.pipeline import train_batches
 from como_jax.data.policy_reader import PolicyReader
-from como_jax.data.samples import Augmentation
+from como_jax.data.samples import ALL_ROWS, Augmentation, Rows
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, closest
 from como_jax.policies.spec import PolicySpec, Scales
@@ -97,33 +96,36 @@ def open_policy_data(config: ConfigDict, split: str = "train") -> PolicyData:
     return PolicyData(tuple(parts), reader, chunks, labels, tuple(left_out))
 
 
-def policy_train_batches(data: PolicyData, config: ConfigDict) -> grain.IterDataset:
-    """This host's part of the endless stream."""
+def policy_train_batches(data: PolicyData, config: ConfigDict, rows: Rows = ALL_ROWS) -> grain.IterDataset:
+    """The endless stream of batches, or of some of their rows."""
     samples = PolicyTrainingSamples(
         data.parts,
         Augmentation(config.data.random_shift, config.data.min_crop_fraction),
         batch_size=config.data.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
     return train_batches(samples, data.reader, num_workers=config.data.num_workers)
 
 
 def policy_evaluation_batches(
-    data: PolicyData, dataset: int, num_samples: int, batch_size: int
+    data: PolicyData, dataset: int, num_samples: int, batch_size: int, rows: Rows = ALL_ROWS
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """This host's part of batches over steps spread evenly over one dataset, and each batch's count of true samples."""
+    """Some rows of batches over steps spread evenly over one dataset, and each batch's count of true samples.
+
+    Samples that only fill up the last batch have no targets: `has_action` and `has_latent` are 0.
+    """
     available = len(data.parts[dataset].steps)
     chosen = np.unique(np.linspace(0, available - 1, min(num_samples, available)).astype(np.int64))
-    local = batch_size // jax.process_count()
-    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
     crop, shift = Augmentation().draw(np.random.default_rng(0), batch_size)
     for begin in range(0, len(chosen), batch_size):
         steps = chosen[begin : begin + batch_size]
         padded = np.pad(steps, (0, batch_size - len(steps)), mode="edge")
         samples = make_samples(data.parts, np.full(batch_size, dataset), padded, crop, shift)
-        yield data.reader.map(samples[mine]), len(steps)
+        found = data.reader.map(samples[rows])
+        for name in found.keys() & {"has_action", "has_latent"}:
+            found[name][np.arange(batch_size)[rows] >= len(steps)] = 0
+        yield found, len(steps)
 
 
 def make_spec(data: PolicyData, config: ConfigDict) -> PolicySpec:
@@ -173,10 +175,10 @@ def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPar
         cameras=find_cameras(source, entry, tuple(data.cameras)),
         steps=steps,
         episode=episode,
-        action=Normalizer.load(source.directory, "action", kind) if is_robot else None,
-        state=Normalizer.load(source.directory, "state", kind) if uses_state else None,
+        action=load_normalizer(source.directory, "action", kind) if is_robot else None,
+        state=load_normalizer(source.directory, "state", kind) if uses_state else None,
         latent=(
-            None if labelled is None else Normalizer.load(source.directory, "latent_motion", data.latent_normalization)
+            None if labelled is None else load_normalizer(source.directory, "latent_motion", data.latent_normalization)
         ),
         instructions=InstructionTable.read(
             source, InstructionReader.make(config.text, source.directory), data.missing_instructions
@@ -220,14 +222,36 @@ def _is_chosen(source: EpisodeSource, patterns: Sequence[str]) -> bool:
 
 def _common_labels(parts: Sequence[PolicyPart]) -> LabelInfo | None:
     """What all labelled datasets say of their labels, which must be of one model."""
-    found = [(part.source.directory, LabelInfo.read(part.source.directory)) for part in parts if part.latent]
-    for directory, labels in found:
+    found = [(part, LabelInfo.read(part.source.directory)) for part in parts if part.latent]
+    for part, labels in found:
         if labels.parameters != found[0][1].parameters:
             raise DatasetError(
-                f"{directory} and {found[0][0]} hold labels of different models, which mean different things; label "
-                "both with one run."
+                f"{part.source.directory} and {found[0][0].source.directory} hold labels of different models, which "
+                "mean different things; label both with one run."
             )
+        _check_codes(part, labels)
     return found[0][1] if found else None
+
+
+def _check_codes(part: PolicyPart, labels: LabelInfo) -> None:
+    """Raises DatasetError where a labelled step lacks a code, or has one that the codebook does not have."""
+    if not labels.codebook_size:
+        return
+    where, remedy = f"{part.source.directory} ({part.source.split})", "label the dataset again."
+    if part.codes is None or part.codes.shape[1] != labels.latent_shape[0]:
+        raise DatasetError(
+            f"{where}: not every episode has the {labels.latent_shape[0]} codes a step of which labels.json tells; "
+            f"{remedy}"
+        )
+    wrong = np.argwhere(part.labelled[:, None] & ((part.codes < 0) | (part.codes >= labels.codebook_size)))
+    if len(wrong):
+        record, token = wrong[0]
+        episode = part.episode[record]
+        raise DatasetError(
+            f"{where}: episode {part.source.episode_id[episode]!r} has at step {record - part.source.start[episode]} "
+            f"the code {part.codes[record, token]}, but labels.json tells of {labels.codebook_size} codes, from 0; "
+            f"{remedy}"
+        )
 
 
 def with_sizes(config: ConfigDict, data: PolicyData) -> ConfigDict:

@@ -12,6 +12,10 @@ from como_jax.data.mixture import Mixture, MixturePart
 from como_jax.data.order import ClipOrder
 from como_jax.errors import ConfigError
 
+# Of a batch, the rows that one host reads.
+Rows = slice | np.ndarray
+ALL_ROWS = slice(None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
@@ -67,7 +71,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, rows: slice) -> Samples:
+    def __getitem__(self, rows: Rows) -> Samples:
         arrays = {name: value[rows] for name, value in vars(self).items() if value is not None}
         return dataclasses.replace(self, **arrays)
 
@@ -85,14 +89,11 @@ class TrainingSamples:
         *,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Rows = ALL_ROWS,
     ):
-        """Takes the batch size of all hosts together, and the host's place in the job."""
+        """Takes the batch size of all hosts together, and the rows that are this host's."""
         self._parts, self._augmentation = mixture.parts, augmentation
-        self._batch_size, self._seed = batch_size, seed
-        local = batch_size // process_count
-        self._rows = slice(process_index * local, (process_index + 1) * local)
+        self._batch_size, self._seed, self._rows = batch_size, seed, rows
         self._order = ClipOrder([len(part.index) for part in mixture.parts], mixture.weights.tolist(), seed)
 
     def __call__(self, number: int) -> Samples:

@@ -17,10 +17,10 @@ from como_jax.evaluation.transitions import (
     TransitionRunner,
     Transitions,
     fit_batch,
-    host_batches,
     probe_metrics,
     probe_transitions,
     scene_metrics,
+    set_batches,
 )
 from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef, Params
@@ -78,6 +78,7 @@ class MaeEvaluator:
     def __init__(self, model: ModelDef, sets: list[EvaluationSet], mesh: Mesh, config: EvaluationConfig):
         self._sets, self._mesh, self._config = sets, mesh, config
         self._batch_size = fit_batch(config.batch_size, mesh)
+        self._rows = sharding.batch_rows(mesh, self._batch_size)
 
         def analyze(params: Params, frames: jax.Array) -> dict[str, jax.Array]:
             mae, key = model.bind(params), jax.random.key(0)
@@ -92,8 +93,8 @@ class MaeEvaluator:
         """Evaluates the first batch of every set, writes and returns `eval_<split>/masked_patch_mse`."""
         metrics = {}
         for item in self._sets:
-            batch, count = next(iter(host_batches(item, self._batch_size, self._batch_size)))
-            frames = sharding.shard_batch(batch["frames"], self._mesh)
+            batch, count = next(iter(set_batches(item, self._batch_size, self._batch_size)))
+            frames = sharding.shard_batch(batch["frames"][self._rows], self._mesh)
             found = jax.tree.map(np.asarray, self._analyze(params, frames))
             prefix = f"eval_{item.split}/{item.name}"
             metrics[f"{prefix}/masked_patch_mse"] = float(found["loss"])

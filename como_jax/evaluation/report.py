@@ -20,7 +20,7 @@ from como_jax.evaluation.latents import cosine_similarity_matrix, principal_comp
 from como_jax.evaluation.reconstruction import comparison_grid
 from como_jax.evaluation.similarity import past_future_similarities
 from como_jax.evaluation.transfer import transfer_motion
-from como_jax.evaluation.transitions import DatasetResult, EvaluationSet, host_batches
+from como_jax.evaluation.transitions import DatasetResult, EvaluationSet, set_batches
 from como_jax.files import write_text
 from como_jax.training.train_state import ModelDef, Params
 
@@ -164,7 +164,7 @@ def _strip_clips(item: EvaluationSet, count: int, notes: list[str]) -> tuple[np.
         break
     if instants < STRIP_INSTANTS:
         notes.append(f"{item.name}: motion transfer over {instants} frames, since its episodes are short.")
-    batch, found = next(iter(host_batches(clips, count, count)))
+    batch, found = next(iter(set_batches(clips, count, count)))
     captions = [f"{item.name}, {_episode_label(item, row)}" for row in batch["episode"][:found]]
     return batch["frames"][:found], captions
 

@@ -66,8 +66,8 @@ def check_compatible(policy: PolicySpec, environment: EnvironmentSpec, instructi
     return []
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, str]:
-    """Settings of an environment from NAME=VALUE of each.
+def parse_settings(texts: Sequence[str], flag: str = "--env_setting") -> dict[str, str]:
+    """Settings from NAME=VALUE of each, which were given by a flag.
 
     Raises:
       ConfigError: one that is not of this form.
@@ -76,6 +76,6 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise ConfigError(f"--env_setting {text}: must be NAME=VALUE, as in look=hard.")
+            raise ConfigError(f"{flag} {text}: must be NAME=VALUE.")
         settings[name] = value
     return settings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -17,6 +16,7 @@ from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
 from como_jax.data.pipeline import evaluation_batches, read_clips
+from como_jax.data.samples import ALL_ROWS, Rows
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import NoClipsError, RunError
@@ -164,6 +164,7 @@ class TransitionRunner:
           with_ssim: whether to compute SSIM too.
         """
         self._mesh, self._batch_size = mesh, fit_batch(batch_size, mesh)
+        self._rows = sharding.batch_rows(mesh, self._batch_size)
         analyze = functools.partial(_analyze, model, with_ssim)
         self._analyze = jax.jit(analyze, out_shardings=sharding.replicated(mesh))
 
@@ -174,7 +175,7 @@ class TransitionRunner:
         num_clips = min(num_clips, len(item.index))
         shown = set(np.linspace(0, num_clips - 1, num_pictures).astype(int))
         first = 0
-        for batch, count in host_batches(item, num_clips, self._batch_size):
+        for batch, count in set_batches(item, num_clips, self._batch_size, self._rows):
             batch = {key: batch[key] for key in ("frames", "episode", "action") if key in batch}
             found = jax.tree.map(np.asarray, self._analyze(params, sharding.shard_batch(batch, self._mesh)))
             predicted, frames = found.pop("predicted"), found.pop("frames")
@@ -203,21 +204,16 @@ def without_repeats(source: EpisodeSource, index: ClipIndex) -> ClipIndex:
     return dataclasses.replace(index, first=index.first[keep], episode=index.episode[keep])
 
 
-def host_batches(item: EvaluationSet, num_clips: int, batch_size: int) -> Iterable[tuple[dict[str, np.ndarray], int]]:
-    """This host's part of the batches of a set; see `evaluation_batches`."""
-    return evaluation_batches(
-        item.part,
-        item.reader,
-        num_clips=num_clips,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def set_batches(
+    item: EvaluationSet, num_clips: int, batch_size: int, rows: Rows = ALL_ROWS
+) -> Iterable[tuple[dict[str, np.ndarray], int]]:
+    """Some rows of the batches of a set; see `evaluation_batches`."""
+    return evaluation_batches(item.part, item.reader, num_clips=num_clips, batch_size=batch_size, rows=rows)
 
 
 def fit_batch(batch_size: int, mesh: Mesh) -> int:
-    """The batch size rounded up to what the mesh and the hosts divide."""
-    parts = math.lcm(sharding.batch_shards(mesh), jax.process_count())
+    """The batch size rounded up to what the mesh divides."""
+    parts = sharding.batch_shards(mesh)
     return -(-batch_size // parts) * parts
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, gap_steps
 from como_jax.data.frames import FrameReader
 from como_jax.data.label_info import LABELS_NAME
@@ -84,19 +84,19 @@ class DatasetLabeller:
           DatasetError: no picture of a shard can be read.
         """
         _check_outside(self._out, self._directory)
-        params, is_first = _on_this_host(self._run.params), jax.process_index() == 0
+        params, is_first = _on_this_host(self._run.params), hosts.is_first()
         plan = describe(self._run, hash_params(params), str(self._directory), self.shards, self._settings)
         with contextlib.ExitStack() as lock:
-            with _on_all_hosts():
+            with hosts.in_step(OutputError):
                 if is_first:
                     make_parent(self._out)
                     lock.enter_context(self.staging.locked())
                     self._open(plan, overwrite, restart)
-            with self._noting_what_is_kept(), _on_all_hosts():
+            with self._noting_what_is_kept(), hosts.in_step(OutputError):
                 # There is none if all that an earlier run had left to do was to tidy up.
                 if self.staging.dataset.exists():
                     self._label_own(params, progress)
-            with self._noting_what_is_kept(), _on_all_hosts():
+            with self._noting_what_is_kept(), hosts.in_step(OutputError):
                 return self._complete(plan, overwrite, summarize) if is_first else {}
 
     def _open(self, plan: dict[str, Any], overwrite: bool, restart: bool) -> None:
@@ -212,21 +212,6 @@ class DatasetLabeller:
         if notes is None:
             raise OutputError(f"shard {shard.name} is not in {self.staging.folder}: can all hosts reach it?")
         return notes
-
-
-@contextlib.contextmanager
-def _on_all_hosts() -> Iterator[None]:
-    """Waits until all hosts have done their part; if one fails, so do the others, instead of waiting for it."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    failed = np.atleast_1d(multihost_utils.process_allgather(np.array(failure is not None)))
-    if failure is not None:
-        raise failure
-    if failed.any():
-        raise OutputError(f"host {np.flatnonzero(failed)[0]} has failed; it says why.")
 
 
 def _on_this_host(params: Any) -> Any:

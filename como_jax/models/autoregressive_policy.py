@@ -19,6 +19,7 @@ from flax import nnx
 
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.models.autoregressive_mask import attention_mask, make_layout
+from como_jax.models.diffusion import DiffusionConfig
 from como_jax.models.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, masked_mean
 from como_jax.models.layers import LayerNorm, Linear, MaskedBlock
 from como_jax.models.observation import ObservationConfig, ObservationEncoder, ObservationFeatures
@@ -26,6 +27,8 @@ from como_jax.models.stack import Stack
 from como_jax.types import LossOutput, Observation, PolicyBatch
 
 LATENT_HEADS = ("regression", "diffusion")
+# Latents are normalised, so that larger estimates can only come from nearly pure noise.
+_LARGEST_LATENT = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +294,7 @@ class AutoregressivePolicy(nnx.Module):
         known = motion.known.astype(jnp.float32)
         mask = jnp.broadcast_to(known[..., None], motion.values.shape[:3])
         loss, terms = self.latent_head.loss(features[:, :, :-1], motion.values, mask, key)
+        terms = {f"latent_{name}": value for name, value in terms.items()}
         return loss, {"latent_loss": loss, "latent_share": jnp.mean(known.max(axis=1)), **terms}
 
     def _action_queries(self, batch: int) -> jax.Array:
@@ -333,5 +337,7 @@ def _make_latent_ends(config: AutoregressiveConfig, dtype: jnp.dtype, rngs: nnx.
     latent_in = Linear(latent_dim, width, dtype=dtype, rngs=rngs)
     if config.latent_head == "regression":
         return latent_in, RegressionHead(width, latent_dim, rngs=rngs)
-    sizes = {"hidden": config.head_width, "depth": config.head_depth, "steps": config.diffusion_steps}
-    return latent_in, DiffusionHead(width, latent_dim, **sizes, rngs=rngs)
+    steps, sizes = config.diffusion_steps, {"hidden": config.head_width, "depth": config.head_depth}
+    # With all of its noise at every step, DDIM is DDPM (arXiv 2006.11239, algorithm 2).
+    diffusion = DiffusionConfig("ddpm", steps, steps, "epsilon", eta=1.0, clip=_LARGEST_LATENT)
+    return latent_in, DiffusionHead(width, latent_dim, diffusion, **sizes, rngs=rngs)

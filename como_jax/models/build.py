@@ -45,7 +45,8 @@ def build_model(config: ConfigDict) -> ModelDef:
 def vit_config(config: ConfigDict) -> VitConfig:
     """The encoder's part of the config."""
     encoder = config.encoder
-    return VitConfig(config.data.image_size, encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads)
+    sizes = (encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads)
+    return VitConfig(config.data.image_size, *sizes, encoder.get("mlp_width", 0))
 
 
 def motion_config(config: ConfigDict) -> MotionConfig:

@@ -23,6 +23,7 @@ from como_jax.models.layers import (
     xavier_uniform,
 )
 from como_jax.models.stack import Stack
+from como_jax.training.sharding import keep_batch_split
 
 
 class InverseDynamics(nnx.Module):
@@ -117,7 +118,8 @@ class ForwardDynamics(nnx.Module):
     def tokens(self, images: jax.Array, latent: jax.Array) -> jax.Array:
         """What is known of the next frame, patch by patch: float32 `[B, M, D]`."""
         chex.assert_rank([images, latent], [4, 3])
-        motion = self.latent_pool(self.latent_up(latent).reshape(len(latent), -1))
+        queries = self.latent_up(keep_batch_split(latent)).reshape(len(latent), -1)
+        motion = keep_batch_split(self.latent_pool(keep_batch_split(queries)))
         x = self.patch_embed(patchify(images, self.patch_size))
         x = x + self.pos_embed[...].astype(x.dtype) + motion[:, None]
         return self.norm(self.blocks(x))

@@ -1,7 +1,8 @@
 """How the autoregressive policy predicts a latent token from the output before it: by regression, diffusion or a code.
 
-A head is a module with `loss(features, target, mask, key)`, features `[..., D]` and mask float32 `[...]`, which gives
-the mean over the tokens of the mask and scalars for a dashboard; and `sample(features, keys)`, features `[B, D]`.
+A head is a module with `loss(features, target, mask, key)`, features `[..., D]` and mask float32 `[...]`, for vectors
+also `[..., L]`, which gives the mean where the mask is 1 and scalars for a dashboard; and `sample(features, keys)`,
+features `[B, D]`.
 Axes: B batch, D width, L latent size of one token, K codes.
 """
 
@@ -23,14 +24,18 @@ Terms = dict[str, jax.Array]
 
 # Noise levels drawn for each token and step, as in MAR (arXiv 2406.11838): the head is cheap beside the transformer.
 _DRAWS = 4
-# Latents are normalised, so that larger estimates can only come from nearly pure noise.
-_LARGEST_LATENT = 5.0
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of `x` where `mask`, of the same shape, is 1; 0 where it is nowhere 1."""
     chex.assert_equal_shape([x, mask])
     return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def _masked_error(error: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of errors `[..., L]` by a mask `[..., L]` or `[...]`."""
+    mask = mask if mask.ndim == error.ndim else mask[..., None]
+    return masked_mean(error, jnp.broadcast_to(mask, error.shape))
 
 
 class CodeEmbedding(nnx.Module):
@@ -52,7 +57,7 @@ class RegressionHead(nnx.Module):
 
     def loss(self, features: jax.Array, target: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, Terms]:
         """Against `target` `[..., L]`; draws nothing."""
-        return masked_mean(jnp.mean(jnp.square(self.out(features) - target), axis=-1), mask), {}
+        return _masked_error(jnp.square(self.out(features) - target), mask), {}
 
     def sample(self, features: jax.Array, keys: jax.Array) -> jax.Array:
         """The prediction `[B, L]`; draws nothing."""
@@ -71,7 +76,7 @@ class CodeHead(nnx.Module):
         logits = self.out(features)
         error = optax.losses.softmax_cross_entropy_with_integer_labels(logits, target)
         correct = (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
-        return masked_mean(error, mask), {"latent_accuracy": masked_mean(correct, mask)}
+        return masked_mean(error, mask), {"accuracy": masked_mean(correct, mask)}
 
     def sample(self, features: jax.Array, keys: jax.Array) -> jax.Array:
         """Codes, int32 `[B]`: the likeliest at temperature 0."""
@@ -82,13 +87,13 @@ class CodeHead(nnx.Module):
 
 
 class DiffusionHead(nnx.Module):
-    """A small network that removes noise from one latent token, as in MAR (arXiv 2406.11838, section 3.2)."""
+    """A small network that makes one token from noise, as in MAR (arXiv 2406.11838, section 3.2)."""
 
-    def __init__(self, width: int, latent_dim: int, *, hidden: int, depth: int, steps: int, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, latent_dim: int, diffusion: DiffusionConfig, *, hidden: int, depth: int, rngs: nnx.Rngs
+    ):
         linear = functools.partial(Linear, dtype=jnp.float32, rngs=rngs)
-        self.latent_dim, self.hidden = latent_dim, hidden
-        # With all of its noise at every step, DDIM is DDPM.
-        self.diffusion = DiffusionConfig("ddpm", steps, steps, "epsilon", eta=1.0, clip=_LARGEST_LATENT)
+        self.latent_dim, self.hidden, self.diffusion = latent_dim, hidden, diffusion
         self.noisy_in = linear(latent_dim, hidden)
         self.condition_in = linear(width, hidden)
         self.time_in = linear(hidden, hidden)
@@ -97,22 +102,29 @@ class DiffusionHead(nnx.Module):
         self.out = linear(hidden, latent_dim)
 
     def loss(self, features: jax.Array, target: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, Terms]:
-        """Mean squared error of the noise (arXiv 2006.11239, equation 14) in `target` `[..., L]`."""
+        """Mean squared error of what the network says of noisy versions of `target` `[..., L]`."""
         clean = jnp.repeat(target.reshape(-1, self.latent_dim), _DRAWS, axis=0)
         noised = add_noise(self.diffusion, clean, key)
         condition = jnp.repeat(self.condition_in(features).reshape(-1, self.hidden), _DRAWS, axis=0)
-        error = jnp.square(self.predict_noise(noised.x, noised.time, condition) - noised.target)
-        return masked_mean(jnp.mean(error.reshape(*mask.shape, -1), axis=-1), mask), {}
+        error = jnp.square(self.estimate(noised.x, noised.time, condition) - noised.target)
+        draws = error.reshape(*target.shape[:-1], _DRAWS, self.latent_dim)
+        return _masked_error(jnp.mean(draws, axis=-2), mask), {}
 
     def sample(self, features: jax.Array, keys: jax.Array) -> jax.Array:
-        """A draw `[B, L]`, denoised step by step (arXiv 2006.11239, algorithm 2)."""
+        """A draw `[B, L]`, denoised step by step."""
         condition = self.condition_in(features)
         start, later = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (self.latent_dim,)))(start)
-        return denoise(self.diffusion, lambda x, time: self.predict_noise(x, time, condition), noise, later)
+        return denoise(self.diffusion, lambda x, time: self.estimate(x, time, condition), noise, later)
 
-    def predict_noise(self, noisy: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
-        """`[B, L]` from `noisy` of that shape, `time` `[B]` in [0, 1] and the projected features `[B, hidden]`."""
+    def estimate(self, noisy: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
+        """What `diffusion` wants to know of a noisy token.
+
+        Args:
+          noisy: `[B, L]`.
+          time: `[B]`, in [0, 1].
+          condition: the projected features, `[B, hidden]`.
+        """
         condition = jax.nn.silu(condition + self.time_in(_sinusoids(time, self.hidden)))
         x = self.noisy_in(noisy)
         for block in self.blocks:

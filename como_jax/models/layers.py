@@ -173,24 +173,34 @@ def _merge_heads(proj: nnx.LinearGeneral, mixed: jax.Array, dtype: jnp.dtype) ->
 
 
 class Mlp(nnx.Module):
-    """Two layers with an exact GELU between them."""
+    """Two layers with a GELU between them, exact or by its tanh approximation."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, *, tanh_gelu: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.tanh_gelu = tanh_gelu
         self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.tanh_gelu))
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; an `mlp_width` of 0 is four times the width."""
 
-    def __init__(self, width: int, num_heads: int, *, mlp_ratio: int = 4, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_width: int = 0,
+        tanh_gelu: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.norm1 = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.attn = Attention(width, num_heads, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width, mlp_width or 4 * width, tanh_gelu=tanh_gelu, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
         """`[B, N, D]` to `[B, num_outputs or N, D]`."""

@@ -307,8 +307,11 @@ class Como(nnx.Module):
         model, sources, targets = self, (current, future), (offset, current)
         if not self.config.tcl_gradient_everywhere:
             model, sources, targets = _without_gradient(self), *jax.lax.stop_gradient((sources, targets))
-        extra = model._infer(*(jax.tree.map(lambda *x: jnp.concatenate(x), *views) for views in (sources, targets)))
-        shifted, reverse = jnp.split(model.bottleneck.center(extra), 2)
+        # Joined along pairs, since the batch is split over devices.
+        extra = model._infer(
+            *(jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *views) for views in (sources, targets))
+        )
+        shifted, reverse = jnp.split(model.bottleneck.center(extra), 2, axis=1)
         return losses.temporal_contrastive(
             _flatten(latent), _flatten(shifted), _flatten(reverse), self.config.tcl_temperature
         )

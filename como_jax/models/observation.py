@@ -15,12 +15,13 @@ from flax import nnx
 from como_jax.errors import ConfigError
 from como_jax.models.clip_text import ClipTextTower
 from como_jax.models.layers import LayerNorm, Linear, normalize_frames
+from como_jax.models.siglip import Siglip, scale_frames
 from como_jax.models.t5 import T5Tower
-from como_jax.models.text import ByteTransformer, EmbeddingTower, TextConfig, TextFeatures
+from como_jax.models.text import ByteTransformer, EmbeddingTower, TextConfig, TextFeatures, TokenTable
 from como_jax.models.vit import Vit, VitConfig
 from como_jax.types import Observation
 
-IMAGE_TOWERS = ("vit", "conv")
+IMAGE_TOWERS = ("vit", "siglip", "conv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class ObservationConfig:
     """How observations become tokens.
 
     Attributes:
-      image_tower: "vit", or "conv", a small convolutional network trained from scratch.
-      vit: sizes of the ViT; of the convolutional tower, only the picture's size and the width are used.
-      freeze_images: no gradient into the ViT.
+      image_tower: "vit", "siglip", or "conv", a small convolutional network trained from scratch.
+      vit: sizes of the ViT or SigLIP; of the convolutional tower, only the picture's size and the width are used.
+      freeze_images: no gradient into the ViT or SigLIP.
       pool: side of the square of image tokens that are averaged to one; 1 keeps all.
       cameras: number of pictures.
       instants: number of pictures of each camera, one after another.
@@ -56,12 +57,12 @@ class ObservationConfig:
         if self.pool < 1 or self.grid % self.pool:
             raise ConfigError(f"encoder.pool {self.pool} must divide the {self.grid} image tokens along one side.")
         if self.freeze_images and self.image_tower == "conv":
-            raise ConfigError("encoder.frozen needs encoder.tower=vit: a convolutional tower starts from scratch.")
+            raise ConfigError("encoder.frozen needs another encoder.tower: a convolutional one starts from scratch.")
 
     @property
     def grid(self) -> int:
         """Image tokens along one side, before pooling."""
-        return self.vit.grid if self.image_tower == "vit" else self.vit.image_size // ConvTower.STRIDE
+        return self.vit.image_size // ConvTower.STRIDE if self.image_tower == "conv" else self.vit.grid
 
 
 class ObservationFeatures(NamedTuple):
@@ -121,26 +122,27 @@ class ObservationEncoder(nnx.Module):
         def embedding(*shape: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, width)))
 
-        if config.image_tower == "vit":
-            self.images = Vit(config.vit, dtype=dtype, remat="none" if config.freeze_images else remat, rngs=rngs)
-        else:
+        if config.image_tower == "conv":
             self.images = ConvTower(config.vit.width, dtype=dtype, rngs=rngs)
+        else:
+            tower = {"vit": Vit, "siglip": Siglip}[config.image_tower]
+            self.images = tower(config.vit, dtype=dtype, remat="none" if config.freeze_images else remat, rngs=rngs)
         side = config.grid // config.pool
         self.image_proj = Linear(config.vit.width, width, dtype=dtype, rngs=rngs)
         self.image_pos = embedding(side * side)
         self.camera_embed = embedding(config.cameras)
         self.instant_embed = embedding(config.instants)
         self.text = make_text_tower(config.text, dtype=dtype, rngs=rngs)
-        self.text_proj = Linear(self.text.width, width, dtype=dtype, rngs=rngs)
+        if config.text.tower != "tokens":
+            self.text_proj = Linear(self.text.width, width, dtype=dtype, rngs=rngs)
         if config.state_size:
             self.state_proj = Linear(config.state_size, width, dtype=dtype, rngs=rngs)
             self.no_state = embedding()
 
     def untrained_paths(self) -> tuple[str, ...]:
         """What the optimiser leaves alone."""
-        text = self.config.text
         paths = ["images"] if self.config.freeze_images else []
-        return (*paths, *(["text"] if text.frozen and text.tower in ("clip", "t5") else []))
+        return (*paths, *(["text"] if self.config.text.is_frozen else []))
 
     def __call__(self, observation: Observation) -> ObservationFeatures:
         """Tokens of width D of everything that is seen."""
@@ -162,12 +164,12 @@ class ObservationEncoder(nnx.Module):
     def _image_tokens(self, images: jax.Array) -> jax.Array:
         """`[B, T, C, H, W, 3]` to `[B, T, C, N, D]`."""
         config, leading = self.config, images.shape[:3]
-        flat = normalize_frames(images.reshape(-1, *images.shape[3:]))
+        flat = images.reshape(-1, *images.shape[3:])
+        features = self.images(scale_frames(flat) if config.image_tower == "siglip" else normalize_frames(flat))
         if config.image_tower == "vit":
-            features = self.images(flat)[:, 1:]
-            features = jax.lax.stop_gradient(features) if config.freeze_images else features
-        else:
-            features = self.images(flat)
+            features = features[:, 1:]
+        if config.freeze_images:
+            features = jax.lax.stop_gradient(features)
         side, pool = config.grid // config.pool, config.pool
         cells = features.reshape(-1, side, pool, side, pool, config.vit.width).mean(axis=(2, 4))
         return self.image_proj(cells.reshape(-1, config.vit.width)).reshape(*leading, side * side, -1)
@@ -175,12 +177,20 @@ class ObservationEncoder(nnx.Module):
     def _read_text(self, observation: Observation) -> TextFeatures:
         found = self.text(observation)
         tokens, pooled = found.tokens, found.pooled
-        if self.config.text.frozen and self.config.text.tower in ("clip", "t5"):
+        if self.config.text.is_frozen:
             tokens, pooled = jax.lax.stop_gradient((tokens, pooled))
-        return TextFeatures(self.text_proj(tokens), found.mask, self.text_proj(pooled))
+        if self.config.text.tower != "tokens":
+            tokens, pooled = self.text_proj(tokens), self.text_proj(pooled)
+        return TextFeatures(tokens, found.mask, pooled)
 
 
 def make_text_tower(config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
     """The tower of the config: a module with a `width` that makes `TextFeatures` of an `Observation`."""
-    towers = {"bytes": ByteTransformer, "clip": ClipTextTower, "t5": T5Tower, "embedding": EmbeddingTower}
+    towers = {
+        "bytes": ByteTransformer,
+        "clip": ClipTextTower,
+        "t5": T5Tower,
+        "embedding": EmbeddingTower,
+        "tokens": TokenTable,
+    }
     return towers[config.tower](config, dtype=dtype, rngs=rngs)

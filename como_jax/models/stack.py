@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.training.sharding import keep_batch_split
 
 REMAT_POLICIES = {
     "none": None,
@@ -45,10 +47,11 @@ class Stack(nnx.Module):
         graphdef, params = nnx.split(self.layers)
 
         def body(x: jax.Array, layer_params: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer_params)(x, *context).astype(x.dtype), None
+            x = nnx.merge(graphdef, layer_params)(keep_batch_split(x), *context).astype(x.dtype)
+            return keep_batch_split(x), None
 
         def last(x: jax.Array, layer_params: nnx.State) -> jax.Array:
-            return nnx.merge(graphdef, layer_params)(x, *context, num_outputs)
+            return keep_batch_split(nnx.merge(graphdef, layer_params)(keep_batch_split(x), *context, num_outputs))
 
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
@@ -59,3 +62,25 @@ class Stack(nnx.Module):
             return jax.lax.scan(body, x, params)[0]
         x = jax.lax.scan(body, x, jax.tree.map(lambda p: p[:-1], params))[0]
         return last(x, jax.tree.map(lambda p: p[-1], params))
+
+    def carry(self, x: jax.Array, states: Any, *context: Any) -> tuple[jax.Array, Any]:
+        """Runs layers that also have a state of their own, such as a cache of keys and values.
+
+        Args:
+          x: input tokens.
+          states: of all layers, with a leading layer axis, or None where there are none yet.
+          *context: further arguments, the same for every layer.
+
+        Returns:
+          What the last layer gives, and the new states of all layers.
+        """
+        graphdef, params = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
+            layer_params, state = layer
+            x, state = nnx.merge(graphdef, layer_params)(keep_batch_split(x), state, *context)
+            return keep_batch_split(x), state
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(body, x, (params, states))

@@ -17,7 +17,9 @@ from como_jax.models.layers import LayerNorm, Linear, MaskedBlock
 from como_jax.models.stack import Stack
 from como_jax.types import Observation
 
-TOWERS = ("bytes", "clip", "t5", "embedding")
+TOWERS = ("bytes", "clip", "t5", "embedding", "tokens")
+PUBLIC_TOWERS = ("clip", "t5")
+"""Those whose weights and sizes the user brings."""
 BYTE_VOCABULARY = 257
 """Token 0 ends the text, byte b is token b + 1."""
 NGRAMS = (3, 4, 5, 6)
@@ -30,7 +32,8 @@ class TextConfig:
 
     Attributes:
       tower: "bytes", trained with the policy; "clip" or "t5" with weights that the user brings (see
-        `como_jax.weights.text`); "embedding" for embeddings that the dataset holds.
+        `como_jax.weights.text`); "embedding" for embeddings that the dataset holds; "tokens" for a table alone, for
+        models that read the instruction themselves.
       max_length: tokens of the longest instruction.
       width, depth, num_heads: of the tower; of public towers those of their weights.
       pool: bytes in a row that are averaged to one token after the byte-level tower has read them.
@@ -40,7 +43,7 @@ class TextConfig:
       head_size: of one head of T5; 0 for width / num_heads.
       relative_buckets, relative_distance: of T5's relative positions: their number, and the distance from which on
         all share the last.
-      frozen: whether the tower is left as it is; the byte-level one is always trained.
+      frozen: whether a public tower or the table of tokens is left as it is; others are always trained.
       embedding_size: of the dataset's embeddings; 0 takes what the data has.
     """
 
@@ -66,6 +69,11 @@ class TextConfig:
             raise ConfigError(f"text.tower {self.tower!r} is unknown; choose one of {', '.join(TOWERS)}.")
         if self.pool < 1 or self.max_length % self.pool:
             raise ConfigError(f"text.pool {self.pool} must divide text.max_length {self.max_length}.")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the optimiser leaves the tower alone."""
+        return self.frozen and self.tower in (*PUBLIC_TOWERS, "tokens")
 
 
 class TextFeatures(NamedTuple):
@@ -125,6 +133,22 @@ class EmbeddingTower(nnx.Module):
         """Features of `observation.text_embedding`."""
         x = self.proj(observation.text_embedding)
         return TextFeatures(x[:, None], jnp.ones((len(x), 1), bool), x)
+
+
+class TokenTable(nnx.Module):
+    """A learned vector for every token, times the root of the width as in Gemma (arXiv 2403.08295)."""
+
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.width, self.dtype = config.width, dtype
+        rows = config.vocabulary_size or BYTE_VOCABULARY - 1
+        self.table = nnx.Param(self.width**-0.5 * jax.random.normal(rngs.params(), (rows, self.width)))
+
+    def __call__(self, observation: Observation) -> TextFeatures:
+        """Features of `observation.text`, whose tokens know nothing of each other."""
+        mask = observation.text > 0
+        table = self.table[...].astype(self.dtype)
+        x = table[jnp.maximum(observation.text - 1, 0)] * jnp.asarray(self.width**0.5, self.dtype)
+        return TextFeatures(x, mask, masked_mean(x, mask))
 
 
 def hash_ngrams(text: jax.Array, size: int) -> jax.Array:

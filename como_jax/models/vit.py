@@ -18,13 +18,14 @@ from como_jax.models.stack import Stack
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-    """Sizes of a ViT; `image_size` must be a multiple of `patch_size`."""
+    """Sizes of a ViT; `image_size` must be a multiple of `patch_size`, an `mlp_width` of 0 is four times the width."""
 
     image_size: int
     patch_size: int
     width: int
     depth: int
     num_heads: int
+    mlp_width: int = 0
 
     @property
     def grid(self) -> int:
@@ -49,7 +50,7 @@ class Vit(nnx.Module):
         positions = sincos_position_embedding(grid, grid, width)
         self.pos_embed = nnx.Param(jnp.concatenate([jnp.zeros((1, width)), positions])[None])
         self.blocks = Stack(
-            lambda rngs: Block(width, config.num_heads, dtype=dtype, rngs=rngs),
+            lambda rngs: Block(width, config.num_heads, mlp_width=config.mlp_width, dtype=dtype, rngs=rngs),
             config.depth,
             remat=remat,
             rngs=rngs,

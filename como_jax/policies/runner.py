@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import chex
 import jax
@@ -16,6 +16,7 @@ from como_jax.data.instructions import InstructionReader
 from como_jax.data.transforms import View, cut, resize
 from como_jax.errors import RunError
 from como_jax.models.build_policy import POLICY_FAMILIES, build_policy
+from como_jax.policies.sampling import with_sampling
 from como_jax.policies.spec import PolicySpec, Scales, Scene
 from como_jax.training import sharding
 from como_jax.training.run import open_run
@@ -100,19 +101,28 @@ class PolicyRunner:
         return {"state": found, "has_state": has_state}
 
 
-def load_policy(workdir: epath.PathLike, mesh: Mesh, dataset: str = "") -> PolicyRunner:
+def load_policy(
+    workdir: epath.PathLike, mesh: Mesh, dataset: str = "", sampling: Mapping[str, str] | None = None
+) -> PolicyRunner:
     """The policy of a run with the newest parameters, their moving average where it has one.
 
     Args:
       workdir: of `experiments.train_policy`.
       mesh: of devices.
       dataset: the robot dataset whose scales to use, where there are several.
+      sampling: settings that differ from the run's, see `como_jax.policies.sampling`.
 
     Raises:
       RunError: no policy there, or one that was trained on latent motion alone.
-      ConfigError: the dataset is not one of the policy's.
+      ConfigError: the dataset is not one of the policy's, or a setting none of its own.
     """
-    run = open_run(workdir, mesh, POLICY_FAMILIES, build_policy, "is not a policy")
+    run = open_run(
+        workdir,
+        mesh,
+        POLICY_FAMILIES,
+        lambda config: build_policy(with_sampling(config, sampling or {})),
+        "is not a policy",
+    )
     spec = PolicySpec.load(workdir)
     if not spec.scales:
         raise RunError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from como_jax.data.normalization import Normalizer
+from como_jax.data.normalization import Normalizer, normalizer_from_json
 from como_jax.errors import ConfigError, RunError, closest
 from como_jax.files import write_json
 
@@ -111,8 +111,8 @@ class PolicySpec:
     def _from_json(cls, values: dict[str, Any]) -> PolicySpec:
         scales = {
             name: Scales(
-                Normalizer.from_json(item["action"]),
-                Normalizer.from_json(item["state"]) if item["state"] else None,
+                normalizer_from_json(item["action"]),
+                normalizer_from_json(item["state"]) if item["state"] else None,
             )
             for name, item in values["scales"].items()
         }

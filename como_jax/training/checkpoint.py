@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import jax
@@ -13,10 +15,15 @@ from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from como_jax import hosts
 from como_jax.errors import RunError
 from como_jax.files import write_text
 from como_jax.training.sharding import path_name
 from como_jax.training.train_state import Params, TrainState, merge_params
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed, nor the iterator's
 # state, as data.num_workers does. The size of a label follows from the data fields.
@@ -35,51 +42,90 @@ FREE_FIELDS = (
 
 
 class Checkpointer:
-    """Saves and restores a run; a save never blocks the loop for longer than the copy to host memory."""
+    """Saves and restores a run; a save never blocks the loop for longer than the copy to host memory.
+
+    Every host writes and reads its part of the arrays. A step's directory gets its name when all of it is written, so
+    that one which is half written is never taken for a checkpoint.
+    """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
-        self._manager = _open(epath.Path(workdir), keep)
+        self._workdir = epath.Path(workdir)
+        self._manager = _open(self._workdir, keep)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> None:
-        """Starts saving; call before the next batch is drawn, or a resumed run skips one."""
+        """Starts saving; call before the next batch is drawn, or a resumed run skips one.
+
+        Raises:
+          RunError: there is a checkpoint of a later step, of whoever else trains in this directory.
+        """
         if self._manager.latest_step() == step:
             return
-        self._manager.save(
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_as_dict(state)), data=grain.checkpoint.CheckpointSave(iterator)
             ),
         )
+        if not saved:
+            raise RunError(
+                f"{self._manager.directory} has a checkpoint of step {self._manager.latest_step()}, so that step "
+                f"{step} cannot be saved; does another process train there?"
+            )
 
     def restore(self, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """The newest state, with the shapes and shardings of `abstract`; sets the iterator's position.
 
-        Raises:
-          RunError: the checkpoint's parameters are not those of the model.
-        """
-        step = self._manager.latest_step()
-        _check_shapes(_as_dict(abstract), _shapes(self._manager, step), str(self._manager.directory))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_as_dict(abstract)),
-                data=grain.checkpoint.CheckpointRestore(iterator),
-            ),
-        )
-        return TrainState(**restored.state)
+        A checkpoint that cannot be read is put aside, and the one before it taken.
 
-    def close(self) -> None:
+        Raises:
+          RunError: the checkpoint's parameters are not those of the model, or none can be read.
+        """
+        wanted = _as_dict(abstract)
+
+        def read(directory: epath.Path) -> tuple[dict[str, Any], Any]:
+            _check_shapes(wanted, _shapes(directory), str(self._manager.directory))
+            return _read_arrays(directory, wanted), _read_position(directory)
+
+        steps = self._manager.all_steps()
+        step, (restored, position) = _read_newest(self._manager.directory, steps, read)
+        self._put_aside([other for other in steps if other > step])
+        iterator.set_state(position)
+        return TrainState(**restored)
+
+    def wait(self) -> None:
         """Waits for the save in flight."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, too, and leaves the directory to others."""
+        self.wait()
         self._manager.close()
+
+    def _put_aside(self, steps: Sequence[int]) -> None:
+        """Moves damaged checkpoints out of the way of those that will be saved."""
+        if not steps:
+            return
+        with hosts.in_step():
+            if hosts.is_first():
+                aside = self._workdir / "damaged_checkpoints"
+                aside.mkdir(exist_ok=True)
+                for step in steps:
+                    (self._manager.directory / str(step)).rename(_unused(aside, str(step)))
+                logger.warning("Damaged checkpoints are kept in %s, for what they are worth.", aside)
+        self._manager.reload()
 
 
 def load_params(workdir: epath.PathLike, abstract: Params) -> Params:
-    """Reads some of a run's parameters from its newest checkpoint.
+    """Reads some of a run's parameters from its newest checkpoint; see `load_newest`."""
+    return load_newest(workdir, abstract)[1]
+
+
+def load_newest(workdir: epath.PathLike, abstract: Params) -> tuple[int, Params]:
+    """Reads some of a run's parameters from its newest checkpoint that can be read, and its step.
 
     Args:
       workdir: of the run.
@@ -88,19 +134,16 @@ def load_params(workdir: epath.PathLike, abstract: Params) -> Params:
     Raises:
       RunError: no checkpoint there, or a parameter is missing or has another shape.
     """
-    with _open_saved(workdir) as manager:
-        step = manager.latest_step()
-        saved = _shapes(manager, step)
+
+    def read(directory: epath.Path) -> Params:
+        saved = _shapes(directory)
         trained, available = _saved_params(saved)
         _check_shapes(abstract, available, str(workdir))
         target = {name: _intersect(abstract, saved.get(name) or {}) for name in (trained, "frozen")}
-        target = {name: tree for name, tree in target.items() if tree}
-        # Without arguments Orbax would ask for the devices of the run that saved.
-        arguments = jax.tree.map(_restore_args, target)
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(target, arguments, partial_restore=True))
-        )
-        return merge_params(restored.state.get(trained, {}), restored.state.get("frozen", {}))
+        restored = _read_arrays(directory, {name: tree for name, tree in target.items() if tree})
+        return merge_params(restored.get(trained, {}), restored.get("frozen", {}))
+
+    return _read_newest(*_saved_steps(workdir), read)
 
 
 class Matched(NamedTuple):
@@ -127,8 +170,7 @@ def load_matching_params(workdir: epath.PathLike, abstract: Params) -> Matched:
     Raises:
       RunError: no checkpoint there, or nothing in it fits.
     """
-    with _open_saved(workdir) as manager:
-        saved = _saved_params(_shapes(manager, manager.latest_step()))[1]
+    saved = _read_newest(*_saved_steps(workdir), lambda directory: _saved_params(_shapes(directory))[1])[1]
     wanted, there = (
         {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (abstract, saved)
@@ -142,39 +184,111 @@ def load_matching_params(workdir: epath.PathLike, abstract: Params) -> Matched:
     return Matched(load_params(workdir, traverse_util.unflatten_dict(chosen)), *names)
 
 
+def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Raises RunError if the run directory cannot be made, or holds a run of another config."""
+    workdir = epath.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        before = (workdir / "config.json").read_text()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
+    changes = _differences(json.loads(before), json.loads(_config_text(config)))
+    if changes:
+        raise RunError(
+            f"{workdir} holds a run of another config; choose a new --workdir, or resume with equal fields. "
+            f"Different: {'; '.join(changes)}."
+        )
+
+
 def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Creates the run directory with its config, or checks that it holds a run of an equal one.
+    """Makes the directory one of a run of this config, unless it is.
 
     Raises:
       RunError: the directory cannot be written, or belongs to another config.
     """
-    workdir, text = epath.Path(workdir), config.to_json_best_effort(indent=2, sort_keys=True)
-    path = workdir / "config.json"
+    check_workdir(workdir, config)
+    path = epath.Path(workdir) / "config.json"
     if path.exists():
-        changes = _differences(json.loads(path.read_text()), json.loads(text))
-        if changes:
-            raise RunError(
-                f"{workdir} holds a run of another config; choose a new --workdir, or resume with equal fields. "
-                f"Different: {'; '.join(changes)}."
-            )
         return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            write_text(path, text)
+        write_text(path, _config_text(config))
     except OSError as error:
         raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
 
 
-def _open_saved(workdir: epath.PathLike) -> ocp.CheckpointManager:
-    """Opens a run's checkpoints to read; raises RunError where there is none."""
-    if not (epath.Path(workdir) / "checkpoints").exists():
+def _config_text(config: ConfigDict) -> str:
+    return config.to_json_best_effort(indent=2, sort_keys=True)
+
+
+def _saved_steps(workdir: epath.PathLike) -> tuple[epath.Path, list[int]]:
+    """A run's directory of checkpoints, and their steps; raises RunError where there is none."""
+    directory = epath.Path(workdir).resolve() / "checkpoints"
+    if not directory.exists():
         raise RunError(f"{workdir} holds no run: it has no checkpoints directory.")
-    manager = _open(epath.Path(workdir), keep=None)
-    if manager.latest_step() is None:
-        manager.close()
+    steps = ocp.utils.checkpoint_steps(directory)
+    if not steps:
         raise RunError(f"{workdir} holds no complete checkpoint yet.")
-    return manager
+    return directory, steps
+
+
+def _read_newest(directory: epath.Path, steps: Sequence[int], read: Callable[[epath.Path], T]) -> tuple[int, T]:
+    """The newest step of which all hosts can read their part, and what `read` makes of its directory.
+
+    Raises:
+      RunError: no step can be read, or `read` raised it, since the checkpoint is whole but not the wanted one.
+    """
+    damage: list[str] = []
+    for step in sorted(steps, reverse=True):
+        found, problem = None, ""
+        try:
+            found = read(directory / str(step))
+        except RunError:
+            raise
+        # What Orbax and TensorStore raise for files that are missing, cut off or garbled.
+        except (ValueError, OSError, LookupError, TypeError) as error:
+            problem = (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
+        failed = hosts.which(bool(problem))
+        if not failed:
+            if damage:
+                logger.warning("Taking the checkpoint of step %d instead.", step)
+            return step, found
+        damage.append(f"step {step}: {problem or f'host {failed[0]} cannot read its part'}")
+        # Of other hosts, only those that met the damage say so.
+        logger.log(
+            logging.ERROR if problem else logging.WARNING, "In %s a checkpoint is damaged, %s", directory, damage[-1]
+        )
+    raise RunError(f"No checkpoint in {directory} can be read; {'; '.join(damage)}")
+
+
+def _read_arrays(directory: epath.Path, target: Any) -> Any:
+    """Arrays of a checkpoint with the shapes and shardings of `target`, which may be a part of them.
+
+    Every host reads its part without waiting for others, so that damage which one of them meets blocks none.
+    """
+    host = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"host{host}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    arguments = ocp.args.PyTreeRestore(target, jax.tree.map(_restore_args, target), partial_restore=True)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(directory / "state", args=arguments)
+
+
+def _read_position(directory: epath.Path) -> Any:
+    """The data iterator's state, which is the same on all hosts, however many there were."""
+    [path, *_] = sorted((directory / "data").glob("process_0-of-*.json"))
+    return json.loads(path.read_text())
+
+
+def _unused(directory: epath.Path, name: str) -> epath.Path:
+    """A path in the directory that is not taken."""
+    number, path = 1, directory / name
+    while path.exists():
+        number, path = number + 1, directory / f"{name}-{number + 1}"
+    return path
 
 
 def _saved_params(saved: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -183,10 +297,8 @@ def _saved_params(saved: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return trained, merge_params(saved[trained], saved.get("frozen") or {})
 
 
-def _open(workdir: epath.Path, keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=keep is not None, cleanup_tmp_directories=keep is not None
-    )
+def _open(workdir: epath.Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(workdir.resolve() / "checkpoints", options=options)
 
 
@@ -194,9 +306,8 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def _shapes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    reader = ocp.PyTreeCheckpointHandler()
-    metadata = reader.metadata(manager.directory / str(step) / "state")
+def _shapes(directory: epath.Path) -> dict[str, Any]:
+    metadata = ocp.PyTreeCheckpointHandler().metadata(directory / "state")
     return metadata.tree if hasattr(metadata, "tree") else metadata
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from como_jax import hosts
 from como_jax.errors import NonFiniteError
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.train_state import Metrics, TrainState
@@ -39,22 +41,50 @@ class LoopConfig:
     evaluate_every: int = 0
     checkpoint_every: int = 1000
 
+    @property
+    def last_step(self) -> int:
+        """After which this process stops."""
+        return min(self.num_steps, self.stop_after or self.num_steps)
+
+    def log_due(self, step: int) -> bool:
+        """Whether numbers of this step are written."""
+        return _due(step, self.log_every) or step == self.num_steps
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the state after this step is judged."""
+        return _due(step, self.evaluate_every) or step == self.num_steps
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether the state after this step is saved."""
+        return _due(step, self.checkpoint_every) or step == self.last_step
+
 
 class StopRequest:
-    """Turns SIGTERM into a flag that the loop reads between steps."""
+    """Turns SIGTERM into a step to stop at, the same on all hosts whichever of them got it.
+
+    In a job of several processes JAX listens to SIGTERM, and agrees on a step that no host has finished yet; alone,
+    this does, and the step is the next. Further signals change nothing until the block is left.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested, self._shared = False, False
 
     def __enter__(self) -> StopRequest:
-        self._previous = signal.signal(signal.SIGTERM, self._handle)
+        self._shared = jax.distributed.is_initialized()
+        if not self._shared:
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        if not self._shared:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; all hosts call it after every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._shared else self._requested
 
     def _handle(self, *_: object) -> None:
-        self.requested = True
+        self._requested = True
 
 
 def fit(
@@ -70,8 +100,12 @@ def fit(
     samples_per_step: int,
     unit: str = "pairs",
     watch: Callable[[int, Metrics], None] | None = None,
+    missed_evaluation: bool = False,
 ) -> TrainState:
-    """Trains until the last step, a requested stop or a number that is not finite.
+    """Trains until the last step, SIGTERM or a number that is not finite.
+
+    What is saved and evaluated at one step is saved first. SIGTERM leaves out the evaluation that is due, for the
+    resumed run to make up for.
 
     Args:
       state: to start from; its step says where the run is.
@@ -85,6 +119,7 @@ def fit(
       samples_per_step: what a step trains on, for the displayed rate.
       unit: what these are.
       watch: called with every step and its metrics, at least once.
+      missed_evaluation: whether `state` is still to be judged, which an earlier process should have done.
 
     Returns:
       The last state, which is also saved.
@@ -93,7 +128,6 @@ def fit(
       NonFiniteError: names step and term; the last checkpoint is from before it.
     """
     step = int(state.step)
-    last = min(config.num_steps, config.stop_after or config.num_steps)
     pending: tuple[int, Metrics] | None = None
     meter = RateMeter()
 
@@ -104,35 +138,41 @@ def fit(
 
     with (
         StopRequest() as stop,
-        tqdm(total=config.num_steps, initial=step, unit="step", disable=None) as bar,
+        tqdm(total=config.num_steps, initial=step, unit="step", disable=None if hosts.is_first() else True) as bar,
         logging_redirect_tqdm([logging.getLogger("como_jax")]),
     ):
-        while step < last and not stop.requested:
+        stopping = False
+        if missed_evaluation:
+            evaluate(state, step)
+        while step < config.last_step and not stopping:
             state, metrics = train_step(state, put_batch(next(batches)))
             step += 1
+            stopping = stop.reached(step)
             # Reading the metrics of the step before leaves the device at work on this one.
             if pending is not None:
                 inspect(*pending)
             pending = (step, metrics)
             bar.update()
-            evaluation_due = _due(step, config.evaluate_every) or step == config.num_steps
-            checkpoint_due = _due(step, config.checkpoint_every) or step == last
-            if _due(step, config.log_every) or step == config.num_steps:
+            if config.log_due(step):
                 rate = meter.rate(step, metrics)
                 _log(writer, bar, step, config.num_steps, metrics, rate, (samples_per_step, unit))
-            if evaluation_due or checkpoint_due:
-                inspect(step, metrics)
-            if evaluation_due:
-                evaluate(state, step)
-            if checkpoint_due:
+            saving = config.checkpoint_due(step) or stopping
+            evaluating = config.evaluation_due(step) and not stopping
+            if saving or evaluating:
+                inspect(*pending)
+                pending = None
+            if saving:
                 checkpointer.save(step, state, batches)
-            if evaluation_due or checkpoint_due:
+            if evaluating:
+                evaluate(state, step)
+            if saving or evaluating:
                 meter.restart(step)
         if pending is not None:
             inspect(*pending)
-        if stop.requested:
-            logger.info("Stopping at step %d on SIGTERM; run the same command to go on.", step)
-            checkpointer.save(step, state, batches)
+        # While further signals do no harm.
+        checkpointer.wait()
+        if stopping:
+            logger.info("Stopped at step %d on SIGTERM; run the same command to go on.", step)
     return state
 
 

@@ -8,8 +8,10 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.models.perceptual import load_perceptual
+from como_jax.models.text import PUBLIC_TOWERS
 from como_jax.training.checkpoint import load_matching_params, load_params
 from como_jax.training.train_state import Params, TrainState, merge_params, replace_params
+from como_jax.weights.paligemma import load_paligemma
 from como_jax.weights.text import load_text_tower
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,12 @@ def load_policy_parts(config: ConfigDict, state: TrainState) -> TrainState:
         found = _load_encoder(config, params["observation"]["images"])
         if found:
             state = replace_params(state, {"observation": {"images": found["encoder"]}})
-    if config.text.tower in ("clip", "t5"):
+    if config.text.tower in PUBLIC_TOWERS:
         logger.info("Text tower from %s", config.text.weights)
         state = replace_params(state, {"observation": {"text": load_text_tower(config.text.weights)}})
+    if config.model.get("weights"):
+        logger.info("PaliGemma from %s", config.model.weights)
+        state = replace_params(state, load_paligemma(config.model.weights, params, release=True))
     if config.init_from:
         matched = load_matching_params(config.init_from, params)
         logger.info("From %s: %s", config.init_from, matched.describe())

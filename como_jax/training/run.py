@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from como_jax.errors import RunError
 from como_jax.models.build import FAMILIES, build_model
 from como_jax.training import sharding
-from como_jax.training.checkpoint import load_params
+from como_jax.training.checkpoint import load_newest
 from como_jax.training.train_state import ModelDef, Params
 
 LATENT_FAMILIES = tuple(family for family in FAMILIES if family != "mae")
@@ -76,8 +75,8 @@ def open_run(
         shapes,
         sharding.tree_shardings(shapes, mesh),
     )
-    params = load_params(workdir, abstract)
-    return Run(workdir, config, model, params, max(ocp.utils.checkpoint_steps(workdir.resolve() / "checkpoints")))
+    step, params = load_newest(workdir, abstract)
+    return Run(workdir, config, model, params, step)
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:

@@ -13,9 +13,10 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from como_jax import hosts
 from como_jax.training import sharding
 from como_jax.training.build import build_training
-from como_jax.training.checkpoint import Checkpointer, claim_workdir
+from como_jax.training.checkpoint import Checkpointer, check_workdir, claim_workdir
 from como_jax.training.loop import LoopConfig, fit
 from como_jax.training.train_state import Metrics, ModelDef, Params, TrainState, create_state, evaluation_params
 from como_jax.training.writers import MetricWriter, NullWriter
@@ -61,31 +62,41 @@ def train(
       UsageError: config, data and workdir do not fit together.
       NonFiniteError: training diverged.
     """
-    claim_workdir(workdir, config)
-    if jax.process_index() == 0:
-        prepare()
-    training = build_training(config, model, mesh)
+    with hosts.in_step():
+        if hosts.is_first():
+            check_workdir(workdir, config)
+    training, loop = build_training(config, model, mesh), loop_config(config)
     iterator = iter(batches)
     checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints)
     try:
-        if checkpointer.latest_step() is None:
-            state = initialize(create_state(model, training.optimizer, training.abstract, seed=config.seed))
-        else:
+        resumed = checkpointer.latest_step() is not None
+        if resumed:
             state = checkpointer.restore(training.abstract, iterator)
-        writer = MetricWriter(workdir, int(state.step)) if jax.process_index() == 0 else NullWriter()
+        else:
+            state = initialize(create_state(model, training.optimizer, training.abstract, seed=config.seed))
+        step, writer = int(state.step), NullWriter()
+        with hosts.in_step():
+            # Not before there is a state, so that a command which fails until then can be mended and run again.
+            if hosts.is_first():
+                claim_workdir(workdir, config)
+                prepare()
+                writer = MetricWriter(workdir, step)
+        missed = resumed and loop.evaluation_due(step) and bool(hosts.which(not writer.has_evaluation(step)))
         describe(config, workdir, mesh, data_lines, state, f"{samples_per_step} {unit}")
         return fit(
             state,
             training.step,
             iterator,
             lambda batch: sharding.shard_batch(name_batch(batch), mesh),
-            loop_config(config),
+            loop,
             checkpointer=checkpointer,
             writer=writer,
             evaluate=lambda state, step: log_metrics(evaluate(evaluation_params(state), step, writer)),
             samples_per_step=samples_per_step,
             unit=unit,
-            watch=watch,
+            # All see the same numbers.
+            watch=watch if hosts.is_first() else None,
+            missed_evaluation=missed,
         )
     finally:
         checkpointer.close()

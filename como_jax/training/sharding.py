@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from como_jax.errors import MeshError
 
@@ -24,36 +26,57 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/qkv/kernel", ("embed", None, "heads", None)),
     (r"attn/qkv/bias", (None, "heads", None)),
-    (r"attn/q/kernel", ("embed", "heads", None)),
+    (r"attn/[qkv]/kernel", ("embed", "heads", None)),
     (r"attn/kv/kernel", ("embed", None, "heads", None)),
     (r"attn/proj/kernel", ("heads", None, "embed")),
-    (r"mlp/fc1/kernel", ("embed", "mlp")),
+    (r"mlp/(fc1|gate|up)/kernel", ("embed", "mlp")),
     (r"mlp/fc1/bias", ("mlp",)),
-    (r"mlp/fc2/kernel", ("mlp", "embed")),
+    (r"mlp/(fc2|down)/kernel", ("mlp", "embed")),
+    (r"text/table", ("vocabulary", "embed")),
     (r"kernel", ("embed", None)),
 )
-MESH_AXIS_OF: dict[str, str] = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
+MESH_AXIS_OF: dict[str, str] = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocabulary": "tensor"}
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or over those given; one axis may be -1 and takes what the others leave.
+
+    Over several TPU slices, `data` is split first, so that the network between them carries gradients alone.
 
     Raises:
-      MeshError: the sizes do not multiply to the number of devices.
+      MeshError: the sizes do not multiply to the number of devices, or `data` to that of slices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
-    shape = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = _fill([data, fsdp, tensor], len(devices))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    # Only devices of several slices say which is theirs.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices < 2:
+        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+    if sizes[0] % slices:
+        raise MeshError(f"mesh {_shape_text(sizes)}: data must be a multiple of the {slices} slices.")
+    of_slice = (sizes[0] // slices, *sizes[1:])
+    placed = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices)
+    return Mesh(placed, MESH_AXES, axis_types=types)
+
+
+def _fill(sizes: list[int], devices: int) -> list[int]:
+    """The sizes with what is left in place of -1."""
+    shape = _shape_text(sizes)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise MeshError(f"mesh {shape}: sizes must be positive, and one at most may be -1.")
     known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices:
+    filled = [devices // known if size == -1 else size for size in sizes]
+    if math.prod(filled) != devices:
         raise MeshError(f"mesh {shape} does not fit {devices} devices; set one axis to -1 to fill.")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return filled
 
 
-def batch_shards(mesh: Mesh) -> int:
+def _shape_text(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -104,7 +127,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def keep_batch_split(x: jax.Array) -> jax.Array:
+    """`x`, whose leading axis is that of the batch, split like a batch over the mesh in use; without one just `x`.
+
+    Left to itself, the partitioner splits the width of activations over `fsdp`, as that of the parameters is, and then
+    every device computes the whole batch. Axes but the first stay free, so that `tensor` can split heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or len(x) % batch_shards(mesh):
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH_SPEC, *free))
+
+
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of a global batch that this host's devices hold, ascending; hosts that `tensor` spans hold the same."""
+    places = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places.values()]))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts this host's part of a batch of NumPy arrays on its devices, as parts of global arrays."""
+    """Puts this host's rows of a batch of NumPy arrays, `batch_rows`, on its devices, as parts of global arrays."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(x)), batch)

@@ -122,7 +122,8 @@ def init_state(
     model: ModelDef, optimizer: optax.GradientTransformation, key: jax.Array, *, use_ema: bool
 ) -> TrainState:
     """A fresh state; run it under `jax.jit` with `abstract_state`'s shardings, so that it is made in place."""
-    params, frozen = model.partition(model.init(key))
+    # Weak types, which `jnp.full` gives, would be gone after the first step, and the second compile it anew.
+    params, frozen = model.partition(jax.tree.map(lambda x: jnp.asarray(x, x.dtype), model.init(key)))
     ema = jax.tree.map(jnp.copy, params) if use_ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), ema)
 
@@ -176,7 +177,7 @@ def make_train_step(
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key, upkeep_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         if accumulation == 1:
             (loss, (terms, statistics)), grads = gradient(state.params, state.frozen, batch, key)
@@ -195,6 +196,11 @@ def make_train_step(
             replaced, upkeep_metrics = module.maintain(statistics, state.step, upkeep_key)
             state, metrics = replace_params(state, replaced), metrics | upkeep_metrics
         return state, metrics
+
+    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        # The mesh in use, over which models keep their batches split.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return update(state, batch)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

@@ -24,6 +24,15 @@ class MetricWriter:
         self._keep_until(resume_step)
         self._board = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resume_step + 1)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether there are numbers of this step beside those of training itself."""
+        found: set[str] = set()
+        for line in self._metrics.read_text().splitlines() if self._metrics.exists() else ():
+            values = json.loads(line)
+            if values["step"] == step:
+                found |= values.keys()
+        return any(not name.startswith(("step", "train/", "speed/")) for name in found)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one line to metrics.jsonl and a point to every curve."""
         line = json.dumps({"step": step, **{key: _strict(value) for key, value in values.items()}})
@@ -57,6 +66,10 @@ class MetricWriter:
 
 class NullWriter:
     """What every host but the first writes."""
+
+    def has_evaluation(self, step: int) -> bool:
+        """Leaves it to the first."""
+        return True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""

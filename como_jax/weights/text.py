@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -17,15 +16,8 @@ from flax import traverse_util
 from como_jax.errors import ConfigError, RunError
 from como_jax.models.text import TextConfig
 from como_jax.models.text_layers import ACTIVATIONS, GATED
-from como_jax.weights.text_tables import (
-    CONFIG_NAME,
-    T5_TOKENS,
-    Tensors,
-    clip_table,
-    make_parameter,
-    read_json,
-    t5_table,
-)
+from como_jax.weights.tables import CONFIG_NAME, Tensors, make_parameter, read_json, read_setting
+from como_jax.weights.text_tables import T5_TOKENS, clip_table, t5_table
 
 # What config.json calls the fields of `TextConfig`, and what a file means that leaves them out.
 _CLIP_FIELDS: dict[str, tuple[str, Any]] = {
@@ -114,21 +106,13 @@ def _read_config(weights_path: epath.Path) -> tuple[str, dict[str, Any]]:
         # Some files keep the text's settings under the second name, which then holds.
         content = {**(content.get("text_config") or {}), **(content.get("text_config_dict") or {})}
     known = _CLIP_FIELDS if tower == "clip" else _T5_FIELDS
-    fields = {field: _setting(content, name, default, path) for field, (name, default) in known.items()}
+    fields = {
+        field: read_setting(content, name, type(default), path, default) for field, (name, default) in known.items()
+    }
     fields["activation"] = _activation(fields["activation"], tower, path)
     if tower == "clip" and fields["width"] % fields["num_heads"]:
         raise RunError(f"{path}: hidden_size {fields['width']} is no multiple of {fields['num_heads']} heads.")
     return tower, fields
-
-
-def _setting(content: Mapping[str, Any], name: str, default: Any, path: epath.Path) -> Any:
-    value = content.get(name, default)
-    fits = isinstance(value, str) if isinstance(default, str) else isinstance(value, int | float) and value > 0
-    if not fits or (isinstance(default, int) and not isinstance(value, int)):
-        raise RunError(
-            f"{path}: {name} {value!r} must be a {'name' if isinstance(default, str) else 'positive number'}."
-        )
-    return value
 
 
 def _activation(name: str, tower: str, path: epath.Path) -> str:

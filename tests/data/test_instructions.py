@@ -15,7 +15,7 @@ from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from tests.data.robots import make_robot
 
-BYTES = ConfigDict({"tower": "bytes", "max_length": 8, "tokenizer_file": ""})
+BYTES = ConfigDict({"tower": "bytes", "max_length": 8, "prompt": "{}", "tokenizer_file": ""})
 EMBEDDING = ConfigDict({**BYTES, "tower": "embedding"})
 
 
@@ -89,3 +89,27 @@ def test_a_long_instruction_is_not_cut_off_in_silence(arm: Path) -> None:
 def test_an_unknown_tower_is_refused(arm: Path) -> None:
     with pytest.raises(ConfigError, match=r"text\.tower=words reads no tokens"):
         InstructionReader.make(ConfigDict({**BYTES, "tower": "words"}), arm)
+
+
+def test_an_instruction_is_put_into_the_prompt(arm: Path) -> None:
+    asked = ConfigDict({**BYTES, "prompt": "please {} now", "max_length": 32})
+    source = EpisodeSource(arm, "train")
+    plain = InstructionReader.make(ConfigDict({**BYTES, "max_length": 32}), arm)
+    found = InstructionTable.read(source, InstructionReader.make(asked, arm)).rows
+    np.testing.assert_array_equal(found, plain([f"please {text} now" for text in source.instruction]))
+    # Braces of an instruction mean nothing.
+    np.testing.assert_array_equal(InstructionReader.make(asked, arm)(["{} {0}"]), plain(["please {} {0} now"]))
+    with pytest.raises(ConfigError, match="The instruction 'please pull it now' has 18 bytes, more than the 17"):
+        InstructionTable.read(source, InstructionReader.make(ConfigDict({**asked, "max_length": 17}), arm))
+
+
+@pytest.mark.parametrize("prompt", ["", "do it", "{} and {}", "{text}"])
+def test_a_prompt_without_one_place_for_the_instruction_is_refused(arm: Path, prompt: str) -> None:
+    with pytest.raises(ConfigError, match=r"text\.prompt .* must have \{\} once"):
+        InstructionReader.make(ConfigDict({**BYTES, "prompt": prompt}), arm)
+
+
+def test_embeddings_made_beforehand_know_no_prompt(arm: Path, tmp_path: Path) -> None:
+    write_embeddings(tmp_path, {"push": np.ones(3, np.float32)})
+    reader = InstructionReader.make(ConfigDict({**EMBEDDING, "prompt": "please {}"}), tmp_path)
+    assert reader(["push"]).tolist() == [[1, 1, 1]]

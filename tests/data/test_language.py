@@ -1,9 +1,11 @@
 """Tokenizers, embeddings made beforehand, and the command that makes them."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from como_jax.data.language import (
     EMBEDDINGS_NAME,
     ByteTokenizer,
     FileTokenizer,
+    SentencePieceTokenizer,
     make_tokenizer,
     read_embeddings,
     write_embeddings,
@@ -62,11 +65,34 @@ def make_tokenizer_file(tmp_path: Path) -> Any:
     return make
 
 
+@pytest.fixture
+def make_sentencepiece_file(tmp_path: Path) -> Any:
+    """Learns a .model file from a few sentences, of PaliGemma's kind unless told otherwise."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+
+    def make(name: str = "tokens.model", **options: Any) -> Path:
+        model = io.BytesIO()
+        # As Gemma's: texts are taken as they are, a newline is a token of its own, and unknown characters are bytes.
+        whole = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(WORDS[i:] + WORDS[:i]) for i in range(5)] * 3),
+            model_writer=model,
+            model_type="bpe",
+            minloglevel=3,
+            **{**whole, "vocab_size": 300, "byte_fallback": True, "user_defined_symbols": ["\n"], **options},
+        )
+        path = tmp_path / name
+        path.write_bytes(model.getvalue())
+        return path
+
+    return make
+
+
 def test_bytes_are_numbered_from_one_and_zero_ends_the_text() -> None:
     found = ByteTokenizer(6)(["ab", "", "é\0"])
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, [[98, 99, 0, 0, 0, 0], [0] * 6, [0xC4, 0xAA, 1, 0, 0, 0]])
-    assert ByteTokenizer(6)([]).shape == (0, 6)
+    assert ByteTokenizer(6)([]).shape == (0, 6) and ByteTokenizer(6).vocabulary_size == 256
 
 
 def test_an_instruction_that_does_not_fit_is_refused_with_its_length_in_bytes() -> None:
@@ -106,10 +132,71 @@ def test_tokenizer_files_of_another_kind_are_refused(make_tokenizer_file: Any, t
         FileTokenizer(tmp_path / "broken.json", 8, "t5")
 
 
-def test_a_missing_library_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'como_jax[language]'")):
-        FileTokenizer("tokenizer.json", 8, "clip")
+def test_sentencepiece_puts_the_prompt_between_bos_and_a_newline(make_sentencepiece_file: Any) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = make_sentencepiece_file()
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenize = SentencePieceTokenizer(path, 16)
+    texts = ["push the red cube", "", "drücke  the\nblue cube"]
+    found = tokenize(texts)
+    assert (found.dtype, found.shape, tokenize.vocabulary_size) == (np.int32, (3, 16), 300)
+    for text, row in zip(texts, found, strict=True):
+        # The newline is never merged with what precedes it, so that it may be tokenized with the text.
+        expected = processor.encode(f"{text}\n", add_bos=True)
+        assert processor.decode(expected) == f"{text}\n"
+        np.testing.assert_array_equal(row, [token + 1 for token in expected] + [0] * (16 - len(expected)))
+    assert found[1, 0] == 1 + processor.bos_id() and found[1, 1] == 1 + processor.piece_to_id("\n")
+
+
+def test_an_instruction_that_does_not_fit_is_refused_with_its_length_in_tokens(make_sentencepiece_file: Any) -> None:
+    path = make_sentencepiece_file()
+    length = int((SentencePieceTokenizer(path, 64)(["push the cube"]) > 0).sum())
+    SentencePieceTokenizer(path, length)(["push the cube"])
+    with pytest.raises(ConfigError, match=rf"'push the cube' has {length} tokens, more than the {length - 1} of text"):
+        SentencePieceTokenizer(path, length - 1)(["push", "push the cube"])
+
+
+def test_the_tokenizer_of_the_table_of_tokens_is_that_of_its_file(
+    make_tokenizer_file: Any, make_sentencepiece_file: Any
+) -> None:
+    np.testing.assert_array_equal(make_tokenizer("tokens", 3, "")(["a"]), [[98, 0, 0]])
+    # Those of any kind, with the ends that they themselves put.
+    for kind, ids in (("t5", [[1, 7, 0, 0]]), ("clip", [[7, 1, 8, 0]])):
+        np.testing.assert_array_equal(make_tokenizer("tokens", 4, make_tokenizer_file(kind))(["push"]), ids)
+    path = make_sentencepiece_file()
+    found = make_tokenizer("tokens", 16, path)
+    np.testing.assert_array_equal(found(["the cube"]), SentencePieceTokenizer(path, 16)(["the cube"]))
+
+
+def test_models_of_sentencepiece_that_do_not_serve_are_refused(make_sentencepiece_file: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.model does not exist"):
+        SentencePieceTokenizer(tmp_path / "nothing.model", 8)
+    for content in (b"", b"{}"):
+        (tmp_path / "broken.model").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"broken\.model is no \.model file of SentencePiece"):
+            SentencePieceTokenizer(tmp_path / "broken.model", 8)
+    with pytest.raises(ConfigError, match=r"headless\.model has no token <bos>"):
+        SentencePieceTokenizer(make_sentencepiece_file("headless.model", bos_id=-1), 8)
+    # As T5's, to which a newline is nothing but a space.
+    t5 = {"normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": True, "remove_extra_whitespaces": True}
+    lines = make_sentencepiece_file("lines.model", **t5, byte_fallback=False, vocab_size=40, user_defined_symbols=[])
+    with pytest.raises(ConfigError, match=r"lines\.model has no token for a newline"):
+        SentencePieceTokenizer(lines, 8)
+
+
+@pytest.mark.parametrize(
+    ("library", "make"),
+    [
+        ("tokenizers", lambda: FileTokenizer("tokenizer.json", 8, "clip")),
+        ("sentencepiece", lambda: SentencePieceTokenizer("tokens.model", 8)),
+    ],
+)
+def test_a_missing_library_is_named_with_its_install_line(
+    monkeypatch: pytest.MonkeyPatch, library: str, make: Callable[[], Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=rf"needs the library {library} .*{re.escape('como_jax[language]')}"):
+        make()
 
 
 def test_embeddings_come_back_as_they_were_written(tmp_path: Path) -> None:

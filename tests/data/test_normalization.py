@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from como_jax.data.normalization import KINDS, Normalizer
+from como_jax.data.normalization import (
+    KINDS,
+    NUM_BINS,
+    AffineNormalizer,
+    Normalizer,
+    UniformNormalizer,
+    load_normalizer,
+    normalizer_from_json,
+)
+from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 
 VALUES = np.random.default_rng(0).normal([0, 5, -3], [1, 0.01, 100], (2000, 3))
@@ -25,27 +34,33 @@ def statistics(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+def make(kind: str, values: np.ndarray) -> Normalizer:
+    return UniformNormalizer(values) if kind == "uniform" else AffineNormalizer(kind, statistics(values))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_inverse_gives_the_values_back(kind: str) -> None:
-    normalizer = Normalizer(kind, statistics(VALUES))
+    normalizer = make(kind, VALUES)
     np.testing.assert_allclose(normalizer.inverse(normalizer(VALUES)), VALUES, rtol=1e-4, atol=1e-4)
     assert normalizer(VALUES).dtype == np.float32 and normalizer.size == 3
 
 
 def test_each_kind_gives_its_scale() -> None:
-    scaled = {kind: Normalizer(kind, statistics(VALUES))(VALUES) for kind in KINDS}
+    scaled = {kind: make(kind, VALUES)(VALUES) for kind in KINDS}
     np.testing.assert_allclose(scaled["none"], VALUES, rtol=1e-6)
     np.testing.assert_allclose(scaled["mean_std"].mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(scaled["mean_std"].std(0), 1, atol=1e-4)
     np.testing.assert_allclose([scaled["min_max"].min(0), scaled["min_max"].max(0)], [[-1] * 3, [1] * 3], atol=1e-4)
     np.testing.assert_allclose((np.abs(scaled["quantile"]) > 1).mean(0), 0.02, atol=0.002)
+    ranks = VALUES.argsort(0).argsort(0) / (len(VALUES) - 1)
+    np.testing.assert_allclose(scaled["uniform"], 2 * ranks - 1, atol=2 / NUM_BINS)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_constant_dimension_becomes_zero_and_comes_back(kind: str) -> None:
     values = VALUES.copy()
     values[:, 1] = 7.0
-    normalizer = Normalizer(kind, statistics(values))
+    normalizer = make(kind, values)
     scaled = normalizer(values)
     np.testing.assert_array_equal(scaled[:, 1], 0)
     assert np.isfinite(scaled).all()
@@ -53,22 +68,22 @@ def test_a_constant_dimension_becomes_zero_and_comes_back(kind: str) -> None:
 
 
 def test_a_dataset_brings_its_statistics(tabletop_dataset: Path, tmp_path: Path) -> None:
-    assert Normalizer.load(tabletop_dataset, "action", "quantile").size == 4
-    with pytest.raises(ConfigError, match="'quantil' must be one of none, .*; did you mean quantile?"):
-        Normalizer.load(tabletop_dataset, "action", "quantil")
+    assert load_normalizer(tabletop_dataset, "action", "quantile").size == 4
+    with pytest.raises(ConfigError, match="'quantil' must be one of none, .*, uniform; did you mean quantile?"):
+        load_normalizer(tabletop_dataset, "action", "quantil")
     with pytest.raises(DatasetError, match="statistics.json cannot be read"):
-        Normalizer.load(tmp_path, "action", "quantile")
+        load_normalizer(tmp_path, "action", "quantile")
     (tmp_path / "statistics.json").write_text('{"action": null}')
     with pytest.raises(DatasetError, match="has no statistics of any action"):
-        Normalizer.load(tmp_path, "action", "quantile")
+        load_normalizer(tmp_path, "action", "quantile")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scale_written_down_is_the_same_scale(kind: str) -> None:
     values = VALUES.copy()
     values[:, 1] = 7.0
-    normalizer = Normalizer(kind, statistics(values))
-    again = Normalizer.from_json(json.loads(json.dumps(normalizer.to_json())))
+    normalizer = make(kind, values)
+    again = normalizer_from_json(json.loads(json.dumps(normalizer.to_json())))
     np.testing.assert_array_equal(again(values), normalizer(values))
     np.testing.assert_array_equal(again.inverse(values), normalizer.inverse(values))
     assert again.size == 3 and again.to_json() == normalizer.to_json()
@@ -77,4 +92,72 @@ def test_a_scale_written_down_is_the_same_scale(kind: str) -> None:
 @pytest.mark.parametrize("changes", [{"offset": None}, {"scale": [1, 2]}, {"varies": True}])
 def test_a_damaged_scale_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="offset, scale and varies must be equally long lists"):
-        Normalizer.from_json({**Normalizer("mean_std", statistics(VALUES)).to_json(), **changes})
+        normalizer_from_json({**AffineNormalizer("mean_std", statistics(VALUES)).to_json(), **changes})
+
+
+def test_equal_bins_of_a_uniform_scale_are_quantile_bins() -> None:
+    values = VALUES.astype(np.float32)
+    edges = np.stack([np.quantile(column.astype(np.float64), np.arange(257) / 256) for column in values.T], axis=-1)
+    normalizer = UniformNormalizer(values)
+    bins = np.clip(np.floor((normalizer(values) + 1) / 2 * 256), 0, 255).astype(int)
+    for dimension in range(3):
+        inner = edges[1:-1, dimension]
+        np.testing.assert_array_equal(bins[:, dimension], np.searchsorted(inner, values[:, dimension], "right"))
+        np.testing.assert_allclose(np.bincount(bins[:, dimension]), len(values) / 256, atol=1.5)
+    middles = np.repeat(((np.arange(256) + 0.5) / 128 - 1)[:, None], 3, axis=1).astype(np.float32)
+    np.testing.assert_allclose(normalizer.inverse(middles), (edges[1:] + edges[:-1]) / 2, rtol=1e-6)
+    ends = normalizer.inverse(np.float32([[-1] * 3, [1] * 3, [-2] * 3, [2] * 3]))
+    np.testing.assert_allclose(ends, edges[[0, -1, 0, -1]], rtol=1e-6)
+
+
+def test_values_that_are_frequent_go_to_the_middle_of_their_share_and_come_back_exactly() -> None:
+    rng = np.random.default_rng(1)
+    gripper = np.where(np.arange(1000) < 300, 0.0, 0.085)
+    still = np.where(np.arange(1000) < 500, 0.0, rng.normal(size=1000) / 3)
+    values = rng.permutation(np.stack([gripper, still], axis=1)).astype(np.float32)
+    normalizer = UniformNormalizer(values)
+    scaled = normalizer(values)
+    is_open = values[:, 0] == 0
+    assert np.unique(scaled[:, 0]).size == 2
+    np.testing.assert_allclose(scaled[is_open, 0], 0.3 - 1, atol=2 / NUM_BINS)
+    np.testing.assert_allclose(scaled[~is_open, 0], 0.3, atol=2 / NUM_BINS)
+    np.testing.assert_array_equal(normalizer.inverse(scaled)[:, 0], values[:, 0])
+    # As many are below 0 as above it.
+    zero = values[:, 1] == 0
+    below = np.mean(values[:, 1] < 0)
+    np.testing.assert_allclose(scaled[zero, 1], 2 * (below + 0.25) - 1, atol=2 / NUM_BINS)
+    np.testing.assert_array_equal(normalizer.inverse(scaled)[zero, 1], 0)
+    # The middle of the bin that the value is in has it too.
+    middle = (np.floor((scaled + 1) / 2 * NUM_BINS) + 0.5) / NUM_BINS * 2 - 1
+    np.testing.assert_array_equal(normalizer.inverse(middle)[zero, 1], 0)
+    np.testing.assert_array_equal(normalizer.inverse(middle)[:, 0], values[:, 0])
+
+
+def test_values_beyond_those_of_training_go_to_the_ends() -> None:
+    # The largest value is frequent, and what is larger is not taken for it.
+    normalizer = UniformNormalizer(np.array([[0.0], [0.5], [1.0], [1.0], [1.0]]))
+    assert normalizer(np.array([-0.1, 1.1])[:, None]).ravel().tolist() == [-1, 1]
+    assert 0 < normalizer(np.array([1.0])) < 1
+    assert np.isnan(normalizer(np.array([np.nan]))) and np.isnan(normalizer.inverse(np.array([np.nan])))
+
+
+def test_a_uniform_scale_is_of_the_training_episodes(arm: Path, coded_clips: Path) -> None:
+    train = EpisodeSource(arm, "train")
+    for field in ("action", "state"):
+        values = getattr(train, field)
+        expected = UniformNormalizer(values)(values)
+        np.testing.assert_array_equal(load_normalizer(arm, field, "uniform")(values), expected)
+    labelled = EpisodeSource(coded_clips, "train")
+    latents = labelled.latent_motion[labelled.latent_valid]
+    found = load_normalizer(coded_clips, "latent_motion", "uniform")
+    np.testing.assert_array_equal(found(latents), UniformNormalizer(latents)(latents))
+    with pytest.raises(DatasetError, match=f"{coded_clips} has no action in its training episodes"):
+        load_normalizer(coded_clips, "action", "uniform")
+    with pytest.raises(ConfigError, match="'uniform' must be one of none, mean_std, quantile, min_max"):
+        AffineNormalizer("uniform", {})
+
+
+@pytest.mark.parametrize("edges", [None, [], [[0.0] * 256], [[0.0] * 257, [0.0]], [[1.0] + [0.0] * 256], [["a"] * 257]])
+def test_a_damaged_uniform_scale_is_refused(edges: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        normalizer_from_json({"edges": edges})

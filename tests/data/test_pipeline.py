@@ -64,8 +64,7 @@ def stream(open_reader: Callable) -> Callable[..., grain.IterDataset]:
             Augmentation(shift, crop),
             batch_size=batch_size,
             seed=seed,
-            process_index=index,
-            process_count=count,
+            rows=np.arange(batch_size).reshape(count, -1)[index],
         )
         return pipeline.train_batches(samples, frames, num_workers=workers)
 
@@ -239,11 +238,11 @@ def test_evaluation_covers_a_dataset_evenly_and_fills_up_the_last_batch(open_rea
 def test_hosts_share_the_batches_of_an_evaluation(open_reader: Callable) -> None:
     mixture, reader = open_reader(offset_frames=False)
 
-    def batches(**host: int) -> list[Batch]:
-        found = pipeline.evaluation_batches(mixture.parts[0], reader, num_clips=6, batch_size=4, **host)
+    def batches(rows: slice = slice(None)) -> list[Batch]:
+        found = pipeline.evaluation_batches(mixture.parts[0], reader, num_clips=6, batch_size=4, rows=rows)
         return [batch for batch, _ in found]
 
-    hosts = [batches(process_index=index, process_count=2) for index in range(2)]
+    hosts = [batches(slice(2)), batches(slice(2, 4))]
     joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*hosts, strict=True)]
     assert_equal(joined, batches())
 

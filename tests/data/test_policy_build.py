@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from como_jax.data.label_info import LabelInfo
 from como_jax.data.language import write_embeddings
+from como_jax.data.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.data.policy_build import (
     PolicyData,
     make_spec,
@@ -26,6 +26,7 @@ from como_jax.data.policy_build import (
 )
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
+from como_jax.policies.spec import PolicySpec
 from tests.data.robots import add_labels, make_robot
 from tests.policies.smoke_policies import smoke
 
@@ -46,8 +47,8 @@ def names(data: PolicyData) -> list[str]:
     return [part.source.directory.name for part in data.parts]
 
 
-def stream(config: ConfigDict) -> Iterator[Batch]:
-    return iter(policy_train_batches(open_policy_data(config), config))
+def stream(config: ConfigDict, rows: slice = slice(None)) -> Iterator[Batch]:
+    return iter(policy_train_batches(open_policy_data(config), config, rows))
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
@@ -60,17 +61,6 @@ def assert_equal(first: list[Batch], second: list[Batch]) -> None:
         assert one.keys() == other.keys()
         for name in one:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
-@pytest.fixture
-def as_host(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes this process one of several."""
-
-    def make(index: int, count: int) -> None:
-        monkeypatch.setattr(jax, "process_index", lambda: index)
-        monkeypatch.setattr(jax, "process_count", lambda: count)
-
-    return make
 
 
 def test_robots_and_videos_learn_what_they_have(arm: Path, hand: Path, clips: Path) -> None:
@@ -246,12 +236,10 @@ def test_a_stream_mixes_by_weight(arm: Path, clips: Path) -> None:
     assert np.mean([batch["dataset"] == 1 for batch in batches]) == pytest.approx(0.8, abs=0.02)
 
 
-def test_hosts_read_the_stream_of_one(arm: Path, clips: Path, as_host: Callable[[int, int], None]) -> None:
-    config, hosts = make_config(arm, clips, min_crop_fraction=0.7), []
-    together = take(stream(config), 3)
-    for index in range(2):
-        as_host(index, 2)
-        hosts.append(take(stream(config), 3))
+def test_hosts_read_the_stream_of_one(arm: Path, clips: Path) -> None:
+    config = make_config(arm, clips, min_crop_fraction=0.7)
+    together, half = take(stream(config), 3), config.data.batch_size // 2
+    hosts = [take(stream(config, rows), 3) for rows in (slice(half), slice(half, None))]
     joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*hosts, strict=True)]
     assert_equal(joined, together)
 
@@ -280,13 +268,11 @@ def test_a_stream_depends_on_its_seed(arm: Path) -> None:
     assert np.any(first["action"] != take(stream(config), 1)[0]["action"])
 
 
-def test_evaluation_covers_a_dataset_evenly_whoever_shares_it(
-    arm: Path, clips: Path, as_host: Callable[[int, int], None]
-) -> None:
+def test_evaluation_covers_a_dataset_evenly_whoever_shares_it(arm: Path, clips: Path) -> None:
     data = open_data(arm, clips)
 
-    def batches() -> list[tuple[Batch, int]]:
-        return list(policy_evaluation_batches(data, 1, num_samples=10, batch_size=4))
+    def batches(rows: slice = slice(None)) -> list[tuple[Batch, int]]:
+        return list(policy_evaluation_batches(data, 1, num_samples=10, batch_size=4, rows=rows))
 
     found = batches()
     assert [count for _, count in found] == [4, 4, 2]
@@ -295,10 +281,7 @@ def test_evaluation_covers_a_dataset_evenly_whoever_shares_it(
     expected = part.latent(part.source.latent_motion[[*chosen, chosen[-1], chosen[-1]]])
     np.testing.assert_array_equal(np.concatenate([batch["latent"][:, 0] for batch, _ in found]), expected)
     assert all(np.all(batch["dataset"] == 1) for batch, _ in found)
-    hosts = []
-    for index in range(2):
-        as_host(index, 2)
-        hosts.append([batch for batch, _ in batches()])
+    hosts = [[batch for batch, _ in batches(rows)] for rows in (slice(2), slice(2, 4))]
     joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*hosts, strict=True)]
     assert_equal(joined, [batch for batch, _ in found])
 
@@ -329,3 +312,34 @@ def test_a_chunk_may_be_longer_than_all_episodes(tmp_path: Path) -> None:
     data = open_data(alone, chunk=6)
     [batch] = take(stream(make_config(alone, chunk=6)), 1)
     assert len(data.parts[0].steps) == 4 and not batch["has_action"][:, 4:].any()
+
+
+def test_the_scale_of_held_out_episodes_is_that_of_training(arm: Path, hand: Path, tmp_path: Path) -> None:
+    train, held_out = (open_data(arm, split=split, normalization="uniform").parts[0] for split in ("train", "val"))
+    assert train.action.to_json() == held_out.action.to_json() and train.state.to_json() == held_out.state.to_json()
+    scaled = train.action(train.source.action)
+    assert scaled.min() == -1 and scaled.max() == 1
+    np.testing.assert_allclose(train.action.inverse(scaled), train.source.action, rtol=1e-5, atol=1e-5)
+    mixture = tmp_path / "mixture.toml"
+    sections = f'[[dataset]]\ndirectory = "{arm}"\nnormalization = "uniform"\n[[dataset]]\ndirectory = "{hand}"\n'
+    mixture.write_text(sections)
+    config = make_config(mixture)
+    data = open_policy_data(config)
+    assert [type(part.action) for part in data.parts] == [UniformNormalizer, AffineNormalizer]
+    make_spec(data, config).save(tmp_path)
+    spec = PolicySpec.load(tmp_path)
+    for part in data.parts:
+        found = spec.scales_of(part.source.directory.name).action
+        np.testing.assert_array_equal(found(part.source.action), part.action(part.source.action))
+
+
+def test_samples_that_fill_up_a_batch_have_no_targets(arm: Path, clips: Path) -> None:
+    data = open_data(arm, clips, robot_latents=True)
+
+    def last(dataset: int, rows: slice = slice(None)) -> Batch:
+        return list(policy_evaluation_batches(data, dataset, num_samples=5, batch_size=4, rows=rows))[-1][0]
+
+    assert last(0)["has_action"].any(axis=(1, 2)).tolist() == [True, False, False, False]
+    assert last(1)["has_latent"].any(axis=1).tolist() == [True, False, False, False]
+    second = slice(2, 4)
+    assert not last(0, second)["has_action"].any() and not last(1, second)["has_latent"].any()

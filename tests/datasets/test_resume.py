@@ -206,8 +206,8 @@ def test_kill_at_five_random_moments_then_resume(tmp_path):
     draw = random.Random(0)
     out, staging, kept = tmp_path / "out", tmp_path / "out.partial", {}
     for _ in range(5):
-        process = build(out, "--processes=2", episodes=240)
-        wait_for_shards(out, len(list(staging.glob("done/*.json"))) + draw.randint(1, 6), process)
+        process = build(out, "--processes=2", episodes=160)
+        wait_for_shards(out, len(list(staging.glob("done/*.json"))) + draw.randint(1, 4), process)
         time.sleep(draw.uniform(0, 0.1))
         process.kill()
         process.communicate()
@@ -215,14 +215,14 @@ def test_kill_at_five_random_moments_then_resume(tmp_path):
         found = identities(staging / "dataset")
         assert {name: found[name] for name in kept} == kept
         parts = [path.stem for path in (staging / "done").glob("train-*.json")]
-        assert len(parts) < 54
+        assert len(parts) < 36
         kept = {name: found[name] for name in found for part in parts if part[6:] in name and "train" in name}
-    process = build(out, "--processes=2", episodes=240)
+    process = build(out, "--processes=2", episodes=160)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     found = identities(out)
     assert {name: found[name] for name in kept} == kept
-    process = build(tmp_path / "other" / "out", "--processes=1", episodes=240)
+    process = build(tmp_path / "other" / "out", "--processes=1", episodes=160)
     assert process.wait(timeout=120) == 0
     assert contents(out) == contents(tmp_path / "other" / "out")
     assert not staging.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,38 +12,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from como_jax.data.chunks import PolicyPart
 from como_jax.data.policy_build import PolicyData, open_policy_data
 from como_jax.errors import ConfigError
 from como_jax.evaluation import policy_in_loop
 from como_jax.evaluation.policy_in_loop import PolicyEvaluationConfig, PolicyEvaluator
 from como_jax.evaluation.rollouts import RolloutOptions
 from como_jax.evaluation.success import EpisodeResult
+from como_jax.models.latent_heads import masked_mean
 from como_jax.policies.spec import PolicySpec
 from como_jax.training import sharding
 from como_jax.training.writers import NullWriter
 from como_jax.types import LossOutput, Observation, PolicyBatch
+from tests.data.robots import add_labels, make_robot
 from tests.evaluation.rollout_fakes import TABLETOP_POLICY
+from tests.labels.conftest import Row, change_tables
 from tests.policies.smoke_policies import PolicyRun, copy_dataset, read_metrics, smoke
 
 
 class FakeModel(NamedTuple):
-    """Says the same action always, and as its loss the share of samples that have an action or a latent motion."""
+    """Says always what its parameters are; its losses are the mean number of the episodes that have what it learns."""
 
     chunk: int
 
     def bind(self, params: Any) -> Any:
         chunk = self.chunk
 
+        def say(name: str, *shape: int) -> jax.Array:
+            return jnp.broadcast_to(params[name], (*shape, len(params[name])))
+
         class Policy:
             def loss(self, batch: PolicyBatch, key: jax.Array) -> LossOutput:
-                action = batch.has_action.max(axis=(1, 2), initial=0).mean()
-                terms = {"action_loss": action, "latent_loss": 2 + action, "action_share": action}
-                return LossOutput(action, terms)
+                has_action = batch.has_action.max(axis=(1, 2), initial=0)
+                terms = {"action_loss": masked_mean(batch.episode, has_action), "action_share": has_action.mean()}
+                if batch.has_latent is None:
+                    return LossOutput(terms["action_loss"], terms)
+                # Of what is judged, the other kind must not be there.
+                known = batch.has_latent[:, -chunk]
+                terms["action_loss"] += batch.has_latent.sum()
+                terms["latent_loss"] = masked_mean(batch.episode, known) + has_action.sum()
+                if "codes" in params:
+                    right = (batch.codes[:, -chunk] == params["codes"]).mean(axis=1)
+                    terms["latent_accuracy"] = masked_mean(right, known)
+                return LossOutput(terms["action_loss"], terms)
 
             def sample_actions(self, observation: Observation, keys: jax.Array) -> jax.Array:
-                return jnp.broadcast_to(params["action"], (len(keys), chunk, len(params["action"])))
+                return say("action", len(keys), chunk)
 
-        return Policy()
+        class LatentPolicy(Policy):
+            def predict_latents(self, observation: Observation, keys: jax.Array) -> jax.Array:
+                return say("latent", len(keys))
+
+        return LatentPolicy() if "latent" in params else Policy()
 
 
 class FakeRunner:
@@ -54,6 +75,24 @@ class FakeRunner:
     def with_params(self, params: Any) -> FakeRunner:
         self.params.append(params)
         return self
+
+
+def chosen_steps(part: PolicyPart) -> np.ndarray:
+    """The eleven steps that `evaluator` looks at."""
+    return part.steps[np.unique(np.linspace(0, len(part.steps) - 1, min(11, len(part.steps))).astype(int))]
+
+
+def mean_episode(data: PolicyData, dataset: int) -> float:
+    """What `FakeModel` has as its loss."""
+    part = data.parts[dataset]
+    return part.episode[chosen_steps(part)].mean()
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled robot."""
+    folder = tmp_path_factory.mktemp("robots")
+    return add_labels(make_robot(folder / "plain", lengths=(9, 5, 13, 12)), folder / "arm")
 
 
 def evaluator(
@@ -80,7 +119,8 @@ def test_errors_of_actions_are_those_of_an_independent_computation(family: str, 
         true = np.concatenate(true)
         assert found[f"eval_{split}/action_mse"] == pytest.approx(np.mean((true - constant) ** 2), rel=1e-4)
         assert found[f"eval_{split}/mean_action_mse"] == pytest.approx(np.mean(true.var(axis=0)), rel=1e-4)
-        assert found[f"eval_{split}/action_loss"] == 1 and f"eval_{split}/latent_loss" not in found
+        assert found[f"eval_{split}/action_loss"] == pytest.approx(mean_episode(data, 0))
+        assert not any("latent" in name for name in found)
 
 
 def test_metrics_of_several_datasets_are_given_one_by_one_and_as_means(
@@ -95,11 +135,73 @@ def test_metrics_of_several_datasets_are_given_one_by_one_and_as_means(
         own = [found[f"eval_train/{path.name}/{name}"] for path in (robot_dataset, other)]
         assert found[f"eval_train/{name}"] == pytest.approx(np.mean(own))
     # What a dataset has no target for says nothing of it.
-    assert found["eval_train/latent_loss"] == 2
+    latent = mean_episode(robots, 2)
+    assert found["eval_train/latent_loss"] == pytest.approx(latent)
     assert not any(f"{labelled_videos.name}/action" in name for name in found)
 
     videos = open_policy_data(smoke("diffusion", labelled_videos, **{"data.latent_only": True}))
-    assert evaluator([videos])(params, 2, NullWriter()) == {"eval_train/latent_loss": 2}
+    assert evaluator([videos])(params, 2, NullWriter()) == {"eval_train/latent_loss": pytest.approx(latent)}
+
+
+@pytest.mark.parametrize("changes", [{"data.latent_only": True}, {"data.robot_latents": True}])
+def test_errors_of_latents_are_those_of_an_independent_computation(arm: Path, changes: dict[str, Any]) -> None:
+    config = smoke("autoregressive", arm, **changes, **{"data.instants": 2, "data.stride": 2})
+    sets = [open_policy_data(config, split) for split in ("train", "val")]
+    params = {"action": np.zeros(3, np.float32), "latent": np.linspace(-1, 1, 6, dtype=np.float32)}
+    found = evaluator(sets, runner=FakeRunner())(params, 2, NullWriter())
+    assert ("eval_val/action_mse" in found) == ("data.robot_latents" in changes)
+    for data in sets:
+        [part] = data.parts
+        chosen = chosen_steps(part)
+        chosen = chosen[part.source.latent_valid[chosen]]
+        true = part.latent(part.source.latent_motion[chosen])
+        expected = {
+            "latent_mse": np.mean((true - params["latent"]) ** 2),
+            "mean_latent_mse": np.mean(true.var(axis=0)),
+            # Of the last batch, some samples only fill it up, and of a robot's some have no label.
+            "latent_loss": part.episode[chosen].mean(),
+        }
+        for name, value in expected.items():
+            assert found[f"eval_{part.source.split}/{name}"] == pytest.approx(value, rel=1e-4), name
+
+
+def test_right_codes_are_counted_beside_those_of_always_giving_the_most_frequent_of_training(arm: Path) -> None:
+    def frequent(row: Row) -> Row:
+        # The second code is 3 at all training steps but two; of held-out steps it is 1 at all but one.
+        usual, other = (3, 1) if row["episode_id"] != "episode 3" else (1, 3)
+        return {**row, "latent_codes": [[step % 5, other if not step else usual] for step in range(row["num_steps"])]}
+
+    coded = add_labels(make_robot(arm.parent / "plain_coded"), arm.parent / "coded", codebook_size=5)
+    change_tables(coded, frequent)
+    config = smoke("autoregressive", coded, **{"data.latent_only": True})
+    sets, said = [open_policy_data(config, split) for split in ("train", "val")], np.int32([1, 1])
+    found = evaluator(sets)({"codes": said, "latent": np.zeros(6, np.float32)}, 2, NullWriter())
+    train = sets[0].parts[0]
+    codes = train.codes[train.labelled]
+    prior = [Counter(codes[:, position].tolist()).most_common(1)[0][0] for position in range(2)]
+    for data in sets:
+        [part], split = data.parts, data.parts[0].source.split
+        true = part.codes[chosen_steps(part)]
+        assert found[f"eval_{split}/latent_accuracy"] == pytest.approx(np.mean(true == said))
+        assert found[f"eval_{split}/latent_prior_accuracy"] == pytest.approx(np.mean(true == prior))
+    assert found["eval_train/latent_prior_accuracy"] > 0.5 > found["eval_val/latent_prior_accuracy"]
+    assert not any(name.endswith("latent_mse") for name in found)
+
+
+def test_labels_of_which_the_policy_learns_nothing_are_not_reported(arm: Path) -> None:
+    class Blind(FakeModel):
+        def bind(self, params: Any) -> Any:
+            policy = super().bind(params)
+            loss = policy.loss
+            policy.loss = lambda batch, key: LossOutput(0.0, {"action_loss": loss(batch, key).terms["action_loss"]})
+            return policy
+
+    data = open_policy_data(smoke("autoregressive", arm, **{"data.robot_latents": True}))
+    judge = PolicyEvaluator(
+        Blind(4), [data], FakeRunner(), sharding.make_mesh(), PolicyEvaluationConfig(8, 8), num_steps=6
+    )
+    found = judge({"action": np.zeros(3, np.float32)}, 2, NullWriter())
+    assert {name.split("/")[-1] for name in found} == {"action_loss", "action_mse", "mean_action_mse"}
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import pytest
 from como_jax.data.clips import ClipConfig
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
-from como_jax.data.normalization import Normalizer
+from como_jax.data.normalization import load_normalizer
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, OutputError, RunError
 from como_jax.labelling.streaming import single_frames
@@ -115,17 +115,17 @@ def test_statistics_of_the_latent_normalize_it(labelled: Callable[[str], Path]) 
     out = labelled("como")
     source = EpisodeSource(out, "train")
     latent = source.latent_motion[source.latent_valid]
-    scaled = Normalizer.load(out, "latent_motion", "mean_std")(latent)
+    scaled = load_normalizer(out, "latent_motion", "mean_std")(latent)
     varies = latent.std(axis=0) > 1e-5
     assert varies.any()
     np.testing.assert_allclose(scaled.mean(axis=0)[varies], 0.0, atol=1e-3)
     np.testing.assert_allclose(scaled.std(axis=0)[varies], 1.0, atol=1e-3)
-    scaled = Normalizer.load(out, "latent_motion", "min_max")(latent)
+    scaled = load_normalizer(out, "latent_motion", "min_max")(latent)
     assert np.abs(scaled).max() <= 1.0 + 1e-4
     statistics = json.loads((out / "statistics.json").read_text())["latent_motion"]
     assert statistics["count"] == len(latent)
     np.testing.assert_allclose(statistics["q99"], np.quantile(latent, 0.99, axis=0), atol=1e-5)
-    assert Normalizer.load(out, "action", "quantile").size == 4
+    assert load_normalizer(out, "action", "quantile").size == 4
 
 
 @pytest.mark.parametrize("recipe", ["como", "laq"])
@@ -207,13 +207,7 @@ def test_a_run_without_latent_motion_is_refused_by_name(tabletop_dataset: Path, 
 def start(*flags: str, devices: int = 1) -> subprocess.Popen[str]:
     """Starts the command in a process of its own."""
     command = [sys.executable, "-m", "experiments.extract_labels", *flags]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-    }
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes)
 

@@ -1,7 +1,6 @@
 """Sweeps from end to end: what runs, what is left alone, what fails, what the tables say."""
 
 import csv
-import os
 import subprocess
 import sys
 import time
@@ -108,13 +107,6 @@ def command(out: Path, dataset: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One device, programs that compile fast, and one cache of them for all processes."""
-    jax = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return {**os.environ, **jax, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)}
-
-
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -125,34 +117,34 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("--workdir=x", "The directory of a sweep is --out"),
     ],
 )
-def test_a_mistyped_flag_is_one_line_and_status_2(environment, tmp_path: Path, flag: str, message: str):
+def test_a_mistyped_flag_is_one_line_and_status_2(tmp_path: Path, flag: str, message: str):
     arguments = command(tmp_path / "out", tmp_path, flag)
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.returncode == 2 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_table_of_one(environment, tabletop_dataset: Path, tmp_path: Path):
-    flags = ["--latent_dims=2,4", "--seeds=0,1"]
+def test_two_processes_give_the_table_of_one(tabletop_dataset: Path, tmp_path: Path):
+    flags = ["--latent_dims=2,4", "--seeds=0"]
     tables = []
     for count in (1, 2):
         arguments = command(tmp_path / str(count), tabletop_dataset, *flags, f"--processes={count}")
-        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
         assert done.returncode == 0, done.stderr
         tables.append(read_csv(tmp_path / str(count) / "table.csv"))
     assert len(tables[0]) == 2
     for one, two in zip(*tables, strict=True):
-        assert one.keys() == two.keys() and one["seeds"] == two["seeds"] == "2"
-        for name in ("lp_mse_mean", "lp_mse_std", "s_pcfc_mean", "psnr_gain_mean"):
+        assert one.keys() == two.keys() and one["seeds"] == two["seeds"] == "1"
+        for name in ("lp_mse_mean", "s_pcfc_mean", "psnr_gain_mean"):
             # The number of threads decides the order of some sums.
             np.testing.assert_allclose(float(one[name]), float(two[name]), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_failing_process_is_listed_and_the_status_is_1(environment, tabletop_dataset: Path, tmp_path: Path):
+def test_a_failing_process_is_listed_and_the_status_is_1(tabletop_dataset: Path, tmp_path: Path):
     arguments = command(tmp_path / "out", tabletop_dataset, "--sweep=data.gap_seconds=0.5,100.0", "--processes=2")
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 1, done.stderr
     good, bad = read_csv(tmp_path / "out" / "cells.csv")
     assert (good["status"], bad["status"]) == ("finished", "failed")
@@ -162,13 +154,13 @@ def test_a_failing_process_is_listed_and_the_status_is_1(environment, tabletop_d
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_the_running_cells_and_the_same_command_goes_on(
-    environment, tabletop_dataset: Path, tmp_path: Path, processes: int
+    tabletop_dataset: Path, tmp_path: Path, processes: int
 ):
     out = tmp_path / "out"
     endless = ["--set=train.log_every=1", "--seeds=0,1", f"--processes={processes}"]
     arguments = command(out, tabletop_dataset, *endless)
     arguments[arguments.index("--set=train.num_steps=2")] = "--set=train.num_steps=100000"
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
     runs = [out / "pretrain_como-smoke" / f"seed{seed}" for seed in range(processes)]
     while not all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text() for run in runs):
         assert process.poll() is None, process.stderr.read()
@@ -177,7 +169,7 @@ def test_sigterm_saves_the_running_cells_and_the_same_command_goes_on(
     _, output = process.communicate(timeout=60)
     assert process.returncode == 130 and "Stopped; run the same command to go on." in output
     assert all(any((run / "checkpoints").iterdir()) for run in runs)
-    done = subprocess.run([*arguments, "--table_only"], text=True, env=environment, cwd=REPOSITORY)
+    done = subprocess.run([*arguments, "--table_only"], text=True, cwd=REPOSITORY)
     assert done.returncode == 0
     statuses = [row["status"] for row in read_csv(out / "cells.csv")]
     assert statuses == ["unfinished"] * processes + ["not run"] * (2 - processes)

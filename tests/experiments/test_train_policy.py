@@ -59,7 +59,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 def test_a_run_leaves_what_is_needed_to_act_and_to_judge_it(
     cotrained: tuple[str, PolicyRun], robot_dataset: Path
 ) -> None:
-    _, run = cotrained
+    family, run = cotrained
     spec = PolicySpec.load(run.workdir)
     assert set(spec.scales) == {robot_dataset.name} and (spec.action_size, spec.state_size) == (4, 4)
     assert {path.name for path in (run.workdir / "checkpoints").iterdir() if path.is_dir()} == {"2", "4"}
@@ -71,7 +71,9 @@ def test_a_run_leaves_what_is_needed_to_act_and_to_judge_it(
         assert {"train/loss", "train/grad_norm", "train/action_loss", "train/latent_loss"} <= set(values)
         assert all(np.isfinite(value) for value in values.values())
         judged = {name for name in values if name.startswith("eval_")}
-        names = ("action_loss", "action_mse", "mean_action_mse", "latent_loss")
+        names = ["action_loss", "action_mse", "mean_action_mse", "latent_loss"]
+        # The diffusion policy makes chunks of latents.
+        names += ["latent_mse", "mean_latent_mse"] if family == "autoregressive" else []
         expected = {f"eval_{split}/{name}" for split in ("train", "val") for name in names}
         assert judged == (expected if step in (2, 4) else set())
 
@@ -168,6 +170,9 @@ def test_codes_are_learned_as_codes(
     assert config["codebook_size"] > codes.max() and config["latent_queries"] == codes.shape[1]
     last = read_metrics(run.workdir)[4]
     assert 0 <= last["train/latent_accuracy"] <= 1 and 0 < last["eval_train/latent_loss"] < np.inf
+    for name in ("latent_accuracy", "latent_prior_accuracy"):
+        assert 0 <= last[f"eval_train/{name}"] <= 1 and 0 <= last[f"eval_val/{name}"] <= 1
+    assert "eval_val/latent_mse" not in last
 
 
 def test_labels_first_and_robot_data_after(

@@ -1,6 +1,7 @@
 """The diffusion policy: who learns from what, what may see what, and that it learns a distribution, not its mean."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ VIT = VitConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2)
 TEXT = TextConfig(width=16, depth=1, num_heads=2, max_length=8)
 
 
+@functools.cache
 def make_policy(**changes: Any) -> ModelDef:
     sizes = {"width": 16, "depth": 2, "num_heads": 2, "chunk": 4, "action_size": 3, "latent_size": 6}
     config = DiffusionPolicyConfig(**{**sizes, **changes})
@@ -33,14 +35,11 @@ def make_policy(**changes: Any) -> ModelDef:
     return ModelDef.create(lambda rngs: DiffusionPolicy(observation, config, rngs=rngs))
 
 
+@functools.cache
 def perturbed(model: ModelDef, scale: float = 0.1) -> Params:
     """Parameters of which none is zero, as training leaves them."""
-    params = jax.jit(model.init)(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    )
+    params, rng = jax.jit(model.init)(jax.random.key(0)), np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + scale * rng.standard_normal(leaf.shape, np.float32), params)
 
 
 def make_gradient(model: ModelDef) -> Callable[[Params, PolicyBatch], dict[str, float]]:
@@ -99,7 +98,7 @@ def test_steps_after_the_end_of_an_episode_change_nothing() -> None:
 
 
 def test_a_policy_for_robots_alone_starts_from_the_same_trunk() -> None:
-    both, alone = (make_policy(latent_size=size).init(jax.random.key(0)) for size in (6, 0))
+    both, alone = (jax.jit(make_policy(latent_size=size).init)(jax.random.key(0)) for size in (6, 0))
     flat_both, flat_alone = traverse_util.flatten_dict(both), traverse_util.flatten_dict(alone)
     assert {path for path in flat_both if path not in flat_alone} == {p for p in flat_both if p[0] == "latent"}
     for path, value in flat_alone.items():
@@ -111,6 +110,7 @@ def test_noisy_versions_of_a_chunk_share_the_reading_of_its_observation() -> Non
     once, thrice = make_policy(latent_size=0), make_policy(latent_size=0, draws=3)
     params = perturbed(once)
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def network(model: ModelDef, repeats: int) -> jax.Array:
         policy = model.bind(params)
         context = policy._context(batch.observation)
@@ -157,7 +157,7 @@ def test_guidance_of_one_is_none_and_more_goes_further_from_what_is_not_told() -
         changed = make_policy(
             instruction_dropout=0.1, guidance=guidance, diffusion=DiffusionConfig(sample_steps=1, prediction="sample")
         )
-        return np.asarray(changed.bind(params).sample_actions(observation, keys))
+        return np.asarray(jax.jit(lambda: changed.bind(params).sample_actions(observation, keys))())
 
     blind, told, doubled = sample(0.0), sample(1.0), sample(2.0)
     assert np.abs(told - blind).max() > 1e-4
@@ -173,10 +173,10 @@ def test_latents_can_be_sampled_too_where_there_are_any() -> None:
     assert jax.jit(lambda: model.bind(params).sample_latents(observation, keys))().shape == (2, 4, 6)
     alone = make_policy(latent_size=0)
     with pytest.raises(ConfigError, match="latent"):
-        alone.bind(alone.init(jax.random.key(0))).sample_latents(observation, keys)
+        alone.bind(jax.eval_shape(alone.init, jax.random.key(0))).sample_latents(observation, keys)
     unfinished = make_policy(action_size=0)
     with pytest.raises(ConfigError, match="finetune"):
-        unfinished.bind(unfinished.init(jax.random.key(0))).sample_actions(observation, keys)
+        unfinished.bind(jax.eval_shape(unfinished.init, jax.random.key(0))).sample_actions(observation, keys)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from flax import nnx
 from scipy import stats
 
 from como_jax.models import latent_heads
-from como_jax.models.diffusion import alpha_bars
+from como_jax.models.diffusion import DiffusionConfig, alpha_bars
 from como_jax.models.latent_heads import CodeHead, DiffusionHead
 
 MEAN, DEVIATION = np.array([1.0, -0.5]), 0.3
@@ -20,7 +20,7 @@ MEAN, DEVIATION = np.array([1.0, -0.5]), 0.3
 class GaussianDenoiser(DiffusionHead):
     """Knows the best estimate of the noise in data that are normal with `MEAN` and `DEVIATION`."""
 
-    def predict_noise(self, noisy: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
+    def estimate(self, noisy: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
         steps = self.diffusion.train_steps
         signal = jnp.asarray(alpha_bars(steps))[jnp.rint(time * steps).astype(int)][:, None]
         spread = signal * DEVIATION**2 + 1.0 - signal
@@ -28,7 +28,11 @@ class GaussianDenoiser(DiffusionHead):
 
 
 def make_gaussian(steps: int) -> DiffusionHead:
-    return GaussianDenoiser(3, 2, hidden=8, depth=1, steps=steps, rngs=nnx.Rngs(0))
+    return GaussianDenoiser(3, 2, noise_prediction(steps), hidden=8, depth=1, rngs=nnx.Rngs(0))
+
+
+def noise_prediction(steps: int) -> DiffusionConfig:
+    return DiffusionConfig("ddpm", steps, steps, "epsilon", eta=1.0, clip=5.0)
 
 
 def test_samples_of_the_best_denoiser_follow_the_distribution_of_the_data() -> None:
@@ -48,10 +52,12 @@ def test_the_best_denoiser_has_the_least_loss() -> None:
     np.testing.assert_allclose(loss, expected, rtol=0.05)
 
 
-def test_a_trained_head_draws_what_belongs_to_the_features() -> None:
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_a_trained_head_draws_what_belongs_to_the_features(kind: str) -> None:
+    diffusion = noise_prediction(20) if kind == "ddpm" else DiffusionConfig("flow", sample_steps=20)
     features = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     target = jnp.array([[1.0, -0.5, 0.3], [-0.8, 0.4, 1.2]])
-    graphdef, params = nnx.split(DiffusionHead(2, 3, hidden=64, depth=2, steps=20, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(DiffusionHead(2, 3, diffusion, hidden=64, depth=2, rngs=nnx.Rngs(0)))
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, 400))
 
     @jax.jit

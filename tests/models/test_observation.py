@@ -27,7 +27,7 @@ VIT = VitConfig(image_size=32, patch_size=8, width=16, depth=1, num_heads=2)
 TEXT = TextConfig(width=8, depth=1, num_heads=2, max_length=8)
 BASE = ObservationConfig(VIT, TEXT, cameras=2, instants=3, state_size=2)
 WIDTH = 12
-TOWERS = ("vit", "conv")
+TOWERS = ("vit", "siglip", "conv")
 Params = dict[str, Any]
 
 
@@ -88,7 +88,10 @@ def largest_gradients(config: ObservationConfig, observation: Observation) -> di
     return {"/".join(map(str, path)): float(np.abs(value).max()) for path, value in gradients.items()}
 
 
-@pytest.mark.parametrize(("tower", "pool", "cells"), [("vit", 1, 16), ("vit", 2, 4), ("conv", 1, 4), ("conv", 2, 1)])
+@pytest.mark.parametrize(
+    ("tower", "pool", "cells"),
+    [("vit", 1, 16), ("vit", 2, 4), ("siglip", 1, 16), ("siglip", 2, 4), ("conv", 1, 4), ("conv", 2, 1)],
+)
 def test_every_instant_has_tokens_of_all_cameras_and_of_the_state(tower: str, pool: int, cells: int) -> None:
     config = dataclasses.replace(BASE, image_tower=tower, pool=pool)
     found = shapes(config, make_observation())
@@ -205,7 +208,9 @@ def test_without_a_state_there_is_no_token_for_it() -> None:
     assert shapes(dataclasses.replace(BASE, state_size=0), observation).tokens.shape[2] == 32
 
 
-@pytest.mark.parametrize(("tower", "frozen"), [("vit", False), ("vit", True), ("conv", False)])
+@pytest.mark.parametrize(
+    ("tower", "frozen"), [("vit", False), ("vit", True), ("siglip", False), ("siglip", True), ("conv", False)]
+)
 def test_gradients_reach_all_but_a_frozen_tower(tower: str, frozen: bool) -> None:
     config = dataclasses.replace(BASE, image_tower=tower, freeze_images=frozen)
     found = largest_gradients(config, make_observation(has_state=np.array([1, 0, 1, 0], np.float32)))
@@ -243,11 +248,11 @@ def test_bytes_in_a_row_are_averaged_to_one_token(pool: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_tower": "resnet"}, "encoder.tower 'resnet' must be one of vit, conv"),
+        ({"image_tower": "resnet"}, "encoder.tower 'resnet' must be one of vit, siglip, conv"),
         ({"pool": 3}, "encoder.pool 3 must divide the 4 image tokens"),
         ({"pool": 0}, "encoder.pool 0 must divide the 4 image tokens"),
         ({"image_tower": "conv", "pool": 4}, "encoder.pool 4 must divide the 2 image tokens"),
-        ({"image_tower": "conv", "freeze_images": True}, "encoder.frozen needs encoder.tower=vit"),
+        ({"image_tower": "conv", "freeze_images": True}, "encoder.frozen needs another encoder.tower"),
         (
             {"image_tower": "conv", "vit": dataclasses.replace(VIT, image_size=40)},
             "encoder.tower=conv needs a data.image_size that is a multiple of 16, not 40",

@@ -294,7 +294,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     ("config", "message"),
     [
         ({**T5, "model_type": "bert"}, "model_type 'bert' is no text tower; known are clip"),
-        ({**T5, "d_model": "16"}, "d_model '16' must be a positive number"),
+        ({**T5, "d_model": "16"}, "d_model '16' must be a positive whole number"),
         ({**T5, "feed_forward_proj": "gated-tanh"}, "activation 'gated-tanh' is none of"),
         ({**CLIP, "num_attention_heads": 3}, "hidden_size 16 is no multiple of 3 heads"),
     ],

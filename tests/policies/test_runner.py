@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.normalization import Normalizer
+from como_jax.data.normalization import AffineNormalizer
 from como_jax.data.policy_build import make_spec, open_policy_data, policy_evaluation_batches, with_sizes
 from como_jax.data.transforms import decode_jpeg
 from como_jax.errors import ConfigError, RunError
@@ -37,8 +37,8 @@ class FakeModel(NamedTuple):
         return Policy()
 
 
-def normalizer(offset: list[float], scale: list[float]) -> Normalizer:
-    return Normalizer("mean_std", {"mean": offset, "std": scale})
+def normalizer(offset: list[float], scale: list[float]) -> AffineNormalizer:
+    return AffineNormalizer("mean_std", {"mean": offset, "std": scale})
 
 
 SPEC = PolicySpec(

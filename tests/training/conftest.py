@@ -22,12 +22,13 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, eps=1e
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run of three steps."""
+    """A run of three steps, and how often the step was compiled for it."""
 
     mesh: Mesh
     abstract: TrainState
     state: TrainState
     losses: list[float]
+    compilations: int
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +64,6 @@ def train(make_como: Callable[..., ModelDef], mesh_of: Callable[..., Mesh]) -> C
         for _ in range(3):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-        return Run(mesh, abstract, state, losses)
+        return Run(mesh, abstract, state, losses, step._cache_size())
 
     return lambda *sizes, accumulation=1, model="como": run(sizes, accumulation, model)

@@ -37,6 +37,7 @@ def test_a_codebook_is_the_same_on_any_mesh(train: Callable, model: str) -> None
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
     usage = np.asarray(run.state.frozen["bottleneck"]["usage"])
     np.testing.assert_allclose(usage.sum(), 3.0, rtol=1e-5)
+    assert reference.compilations == run.compilations == 1
 
 
 def test_three_steps_change_every_trained_parameter_and_lower_the_loss(train: Callable) -> None:

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
-from como_jax.models.build_policy import build_policy, with_text_sizes
+from como_jax.models.build_policy import build_policy, with_public_sizes
 from como_jax.training import sharding
 from como_jax.training.build import build_training
 from como_jax.training.train_state import create_state
@@ -51,7 +51,7 @@ class Timing:
 
 def with_fake_sizes(config: ConfigDict, *, latents: bool) -> ConfigDict:
     """The config with the sizes that follow from data, where it leaves them open."""
-    config = with_text_sizes(config).copy_and_resolve_references()
+    config = with_public_sizes(config).copy_and_resolve_references()
     model, data = config.model, config.data
     queries, size = model.latent_queries or _LATENT_SHAPE[0], model.latent_dim or _LATENT_SHAPE[1]
     model.update({"latent_queries": queries, "latent_dim": size} if latents else _NO_LATENTS)

@@ -1,0 +1,243 @@
+"""Several processes that work as one: how they find each other, and how they agree.
+
+A job is found in the flags of the command or in what its launcher sets: Cloud TPU, GKE, Slurm or Open MPI. A process
+that was started alone contacts nobody and waits for nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from como_jax.errors import ConfigError, RunError, UsageError
+
+logger = logging.getLogger(__name__)
+
+_COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
+_ALONE = "--num_processes=1 runs it alone"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A job of several processes and this one's place in it; None is what JAX finds out itself.
+
+    Attributes:
+      coordinator: HOST:PORT of the first process.
+      num_processes: of the job.
+      process_id: from 0.
+      launcher: by JAX's name, or "deactivate" where there is none that it could ask.
+      local_devices: numbers of this machine's GPUs that are this process's; none for all of them.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    launcher: str = "deactivate"
+    local_devices: tuple[int, ...] | None = None
+
+
+def define_flags() -> None:
+    """Defines the flags of a job's processes, which `connect` reads."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes [that of the launcher].")
+    flags.DEFINE_integer("num_processes", None, "Processes of the job [those of the launcher]; 1 runs one alone.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0 [that of the launcher].")
+
+
+def connect(*, share_sigterm: bool = False) -> None:
+    """Joins the job of which this process is a part, if there is one; call before JAX makes its first array.
+
+    Hosts but the first log errors alone from then on.
+
+    Args:
+      share_sigterm: SIGTERM to any process no longer ends it, but asks all for a step to stop at; see
+        `como_jax.training.loop`.
+
+    Raises:
+      ConfigError: flags or environment say half of what is needed, or the other processes are not there.
+    """
+    given = flags.FLAGS
+    job = find_job(given.coordinator, given.num_processes, given.process_id, os.environ)
+    if job is None:
+        return
+    jax.config.update("jax_enable_preemption_service", share_sigterm)
+    try:
+        jax.distributed.initialize(
+            job.coordinator,
+            job.num_processes,
+            job.process_id,
+            local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else job.local_devices,
+            cluster_detection_method=None if job.launcher == "tpu" else job.launcher,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"This process cannot join its job; {_ALONE}: {_first_line(error)}") from error
+    if not is_first():
+        _log_errors_alone()
+
+
+def find_job(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, environment: Mapping[str, str]
+) -> Job | None:
+    """The job that this process belongs to, or None for a process on its own.
+
+    Args:
+      coordinator, num_processes, process_id: flags; they win over the environment.
+      environment: variables.
+
+    Raises:
+      ConfigError: half of what is needed, or what cannot be.
+    """
+    if num_processes == 1:
+        return None
+    job = _from_launcher(environment) or Job()
+    given = {
+        "coordinator": coordinator or environment.get(_COORDINATOR_VARIABLE),
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    job = dataclasses.replace(job, **{name: value for name, value in given.items() if value is not None})
+    if job == Job():
+        return None
+    if job.launcher == "deactivate":
+        missing = [f"--{name}" for name in given if getattr(job, name) is None]
+        if missing:
+            raise ConfigError(f"A job of several processes needs {' and '.join(missing)} too; {_ALONE}.")
+    _check_coordinator(job.coordinator)
+    count, number = job.num_processes, job.process_id
+    if count is not None and number is not None and not 0 <= number < count:
+        raise ConfigError(f"--process_id {number} must lie between 0 and --num_processes {count}.")
+    return job
+
+
+def _check_coordinator(address: str | None) -> None:
+    host, _, port = (address or "localhost:0").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator {address} must be HOST:PORT, as in 10.0.0.1:1234.")
+
+
+def _from_launcher(environment: Mapping[str, str]) -> Job | None:
+    """The job that the environment describes, if any."""
+    for find in (_from_tpu, _from_slurm, _from_open_mpi):
+        job = find(environment)
+        if job is not None:
+            return job
+    return None
+
+
+def _from_tpu(environment: Mapping[str, str]) -> Job | None:
+    """Of a TPU slice; JAX knows the rest from GKE's variables or from the metadata of the virtual machine."""
+    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return None
+    # On importing it, JAX sets this variable where it sees no chips, which is all that is certain without a network.
+    if "TPU_SKIP_MDS_QUERY" not in environment:
+        return Job(launcher="tpu")
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    count = len(hosts.split(",")) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    if count < 2:
+        return None
+    _require(environment, "GKE", f"names {count} hosts", "TPU_WORKER_ID")
+    return Job(launcher="tpu")
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Job | None:
+    """Of `srun`, which starts as many processes as there are tasks."""
+    count = int(environment.get("SLURM_NTASKS") or 1)
+    if "SLURM_JOB_ID" not in environment or count < 2:
+        return None
+    if "SLURM_STEP_NODELIST" not in environment:
+        raise ConfigError(f"Slurm has {count} tasks, but this process is none of them: start it by srun; {_ALONE}.")
+    _require(environment, "Slurm", f"has {count} tasks", "SLURM_PROCID", "SLURM_LOCALID")
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")
+    alone = all(node.partition("(")[0] == "1" for node in tasks)
+    return Job(
+        num_processes=count,
+        process_id=int(environment["SLURM_PROCID"]),
+        launcher="slurm",
+        # JAX would give every process one GPU even where there is one process a machine.
+        local_devices=() if alone else (int(environment["SLURM_LOCALID"]),),
+    )
+
+
+def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
+    """Of `mpirun`."""
+    count = int(environment.get("OMPI_COMM_WORLD_SIZE") or 1)
+    if count < 2:
+        return None
+    _require(environment, "Open MPI", f"has {count} processes", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    alone = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return Job(
+        num_processes=count,
+        process_id=int(environment["OMPI_COMM_WORLD_RANK"]),
+        # Open MPI 5 no longer says where the launcher runs, of which JAX makes the coordinator.
+        launcher="ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "deactivate",
+        local_devices=() if alone else (int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]),),
+    )
+
+
+def _require(environment: Mapping[str, str], launcher: str, says: str, *names: str) -> None:
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise ConfigError(f"{launcher} {says}, but {' and '.join(missing)} is not set; {_ALONE}.")
+
+
+def is_first() -> bool:
+    """Whether this process writes logs and files for all."""
+    return jax.process_index() == 0
+
+
+def which(flag: bool) -> list[int]:
+    """Numbers of the hosts that call this with True; all hosts call it together."""
+    return np.flatnonzero(np.atleast_1d(multihost_utils.process_allgather(np.array(flag)))).tolist()
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """A mesh of this host's devices alone, whose parameters are split; `mesh` itself where there is one host."""
+    if jax.process_count() == 1:
+        return mesh
+    devices = np.array(jax.local_devices()).reshape(1, -1, 1)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def gather(tree: Any) -> Any:
+    """NumPy arrays, whole on every host, of arrays that may be split over all; all hosts call it together."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+@contextlib.contextmanager
+def in_step(error: type[UsageError] = RunError) -> Iterator[None]:
+    """Waits until all hosts have done their part; if one fails, so do the others, instead of waiting for it.
+
+    Raises:
+      UsageError: of type `error`, another host has failed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        failure = caught
+    failed = which(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise error(f"host {failed[0]} has failed; it says why.")
+
+
+def _log_errors_alone() -> None:
+    """What all hosts would say is said by the first."""
+    logger = logging.getLogger("como_jax")
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        handler.setFormatter(logging.Formatter(f"host {jax.process_index()}: %(message)s"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,105 @@
+"""What a config's batches look like, without any data: for compiling a train step before there is a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from como_jax.models.build import FAMILIES
+from como_jax.training import sharding
+from como_jax.types import FramePairs, PolicyBatch, fake_frame_pairs, fake_policy_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSizes:
+    """What a dataset would decide, where a config leaves it open by 0.
+
+    Attributes:
+      action_size, state_size: numbers in an action and in a proprioceptive state.
+      latent_shape: latent tokens of a transition, and numbers in each; (0, 0) for data without labels.
+      codebook_size: of discrete labels; 0 for continuous ones.
+      label_size: numbers in the label of a frame pair, where `model.label_weight` reads one.
+      embedding_size: of instructions embedded beforehand.
+    """
+
+    action_size: int = 7
+    state_size: int = 8
+    latent_shape: tuple[int, int] = (8, 16)
+    codebook_size: int = 0
+    label_size: int = 7
+    embedding_size: int = 512
+
+
+def with_assumed_sizes(config: ConfigDict, sizes: DataSizes) -> ConfigDict:
+    """The config with `sizes` where it says 0, as a run takes them from its data."""
+    assumed = {
+        "model.action_size": sizes.action_size,
+        "model.latent_queries": sizes.latent_shape[0],
+        "model.latent_dim": sizes.latent_shape[1],
+        "model.codebook_size": sizes.codebook_size,
+        "data.state_size": sizes.state_size if config.data.get("proprioception") else 0,
+        "text.embedding_size": sizes.embedding_size,
+    }
+    if config.family in FAMILIES:
+        assumed = {"model.label_size": sizes.label_size if config.model.get("label_weight") else 0}
+    config = config.copy_and_resolve_references()
+    for name, size in assumed.items():
+        section, _, field = name.partition(".")
+        if config.get(section, {}).get(field) == 0:
+            config[section][field] = size
+    return config
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> FramePairs | PolicyBatch:
+    """A global batch as `jax.ShapeDtypeStruct`s, split over the mesh as `sharding.shard_batch` splits one.
+
+    Args:
+      config: of a pretraining recipe, or of a policy after `with_assumed_sizes`.
+      mesh: of devices, which need not exist.
+    """
+    one = _one_clip(config) if config.family in FAMILIES else _one_sample(config)
+    split = NamedSharding(mesh, sharding.BATCH_SPEC)
+
+    def of_batch(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.data.batch_size, *x.shape[1:]), x.dtype, sharding=split)
+
+    return jax.tree.map(of_batch, one)
+
+
+def _one_clip(config: ConfigDict) -> FramePairs:
+    data, model = config.data, config.model
+    return fake_frame_pairs(
+        1,
+        data.instants,
+        data.image_size,
+        offset=bool(model.get("tcl_weight")),
+        flow=bool(model.get("flow_weight")),
+        label_size=model.label_size if model.get("label_weight") else None,
+    )
+
+
+def _one_sample(config: ConfigDict) -> PolicyBatch:
+    data, model, text = config.data, config.model, config.text
+    latent_shape = (model.latent_queries, model.latent_dim)
+    batch = fake_policy_batch(
+        1,
+        instants=data.instants,
+        stride=data.stride,
+        cameras=max(1, len(data.cameras)),
+        image_size=data.image_size,
+        chunk=data.chunk,
+        action_size=model.action_size,
+        state_size=data.state_size or None,
+        text_length=text.max_length,
+        latent_shape=latent_shape if all(latent_shape) else None,
+        codebook_size=model.codebook_size or None,
+    )
+    if text.tower != "embedding":
+        return batch
+    embedding = jax.ShapeDtypeStruct((1, text.embedding_size), "float32")
+    observation = dataclasses.replace(batch.observation, text=None, text_embedding=embedding)
+    return dataclasses.replace(batch, observation=observation)
