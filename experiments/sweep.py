@@ -120,7 +120,8 @@ def run_in_processes(cells: Sequence[Cell], count: int) -> Iterator[tuple[Cell, 
     """Runs cells as commands of their own, `count` at once; yields each as it ends, as `run_here` does."""
     commands = [
         [sys.executable, "-m", "experiments.pretrain", f"--config={cell.recipe}", f"--workdir={cell.workdir}"]
-        + [f"--config.{override}" for override in cell.overrides]
+        # Within an allocation of several processes, each cell still is a run of its own.
+        + ["--num_processes=1", *(f"--config.{override}" for override in cell.overrides)]
         for cell in cells
     ]
     logs = [Path(cell.workdir.parent) / f"{cell.workdir.name}.log" for cell in cells]
