@@ -31,6 +31,7 @@ EXTRAS = {
         "jax[tpu]",
         "mypy>=1.11",
         "pytest>=8.0",
+        "pytest-xdist>=3.6",
         "ruff>=0.6",
         "scikit-learn>=1.4",
         "sentencepiece>=0.2",
