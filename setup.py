@@ -27,8 +27,6 @@ EXTRAS = {
     "pusht": ["gym-pusht>=0.1.6"],
     "dev": [
         "apache-beam>=2.77",
-        # Compiles for TPUs without one.
-        "jax[tpu]",
         "mypy>=1.11",
         "pytest>=8.0",
         "pytest-xdist>=3.6",

@@ -3,7 +3,8 @@
 # -n 0 FILE to run one file in one process
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/install.sh
+# The compiler of TPUs is not of the dev extra, since where there is no TPU it says so at the start of every command.
+EXTRAS=dev,tpu source tools/install.sh
 
 ruff check .
 ruff format --check .
