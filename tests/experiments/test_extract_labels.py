@@ -215,7 +215,7 @@ def start(*flags: str, devices: int = 1) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     """What a process says until it ends as it should."""
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=400)
     finally:
         process.kill()
     assert process.returncode == status, output

@@ -259,7 +259,7 @@ def test_a_robot_dataset_without_held_out_episodes_may_be_the_largest(robot_data
         ({"data.latent_only": True}, DatasetError, "no labels of latent motion for data.latent_only"),
         ({"encoder.tower": "vit", "encoder.init_from": "/nowhere"}, RunError, "/nowhere holds no run"),
         ({"encoder.tower": "mlp"}, ConfigError, "encoder.tower 'mlp' must be one of"),
-        ({"encoder.frozen": True}, ConfigError, "encoder.frozen needs encoder.tower=vit"),
+        ({"encoder.frozen": True}, ConfigError, "encoder.frozen needs another encoder.tower"),
         ({"encoder.init_from": "/nowhere"}, ConfigError, "encoder.init_from needs encoder.tower=vit"),
         ({"init_from": "/nowhere"}, RunError, "/nowhere holds no run"),
         ({"text.max_length": 5}, ConfigError, "raise it to at least"),

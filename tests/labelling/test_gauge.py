@@ -116,7 +116,7 @@ def test_sampled_latents_are_those_of_the_labels(run: Run, tabletop_dataset: Pat
     source = EpisodeSource(labelled, "train")
     assert len(sampled.sample) == 64
     records = sampled.sample_records.astype(np.int64)
-    np.testing.assert_allclose(sampled.sample, source.latent_motion[records], atol=1e-5)
+    np.testing.assert_allclose(sampled.sample, source.latent_motion[records], rtol=1e-4, atol=1e-5)
     shards: list[LabelShard] = list_shards(labelled)
     reference, new, drift = gauge.measure_drift(run, labelled, shards, GAP_SECONDS, "", "crop")
     assert drift.verdict in (LIKE, UNKNOWN) and drift.s_pcfc is not None

@@ -39,7 +39,7 @@ def make_policy(**changes: Any) -> ModelDef:
 def perturbed(model: ModelDef, scale: float = 0.1) -> Params:
     """Parameters of which none is zero, as training leaves them."""
     params, rng = jax.jit(model.init)(jax.random.key(0)), np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: np.asarray(leaf) + scale * rng.standard_normal(leaf.shape, np.float32), params)
+    return jax.tree.map(lambda leaf: leaf + scale * rng.standard_normal(leaf.shape, np.float32), params)
 
 
 def make_gradient(model: ModelDef) -> Callable[[Params, PolicyBatch], dict[str, float]]:
