@@ -127,6 +127,8 @@ def ways_of_sampling(config: ConfigDict, sample_steps: Sequence[int]) -> dict[st
     """Changes of the config by their name in the table."""
     if config.family == "autoregressive_policy":
         return {"actions at once": {"model.think": False}, "latent motion first": {"model.think": True}}
+    if config.family == "latent_vla":
+        return {f"{config.model.action_head}, token after token": {}}
     diffusion = config.model.diffusion
     # A step of flow takes as long as one of DDPM, so that one row shows it.
     kinds = [*(("ddpm", steps) for steps in sample_steps), ("flow", diffusion.sample_steps)]
