@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.models.batch_split import keep_batch_split
 from como_jax.models.layers import (
     Block,
     LayerNorm,
@@ -23,7 +24,6 @@ from como_jax.models.layers import (
     xavier_uniform,
 )
 from como_jax.models.stack import Stack
-from como_jax.training.sharding import keep_batch_split
 
 
 class InverseDynamics(nnx.Module):

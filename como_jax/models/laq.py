@@ -18,6 +18,7 @@ from flax import nnx
 
 from como_jax import losses
 from como_jax.errors import ConfigError
+from como_jax.models.batch_split import keep_batch_split
 from como_jax.models.laq_layers import PositionBias, SpatialBlock, TemporalBlock
 from como_jax.models.layers import LayerNorm, Linear, patchify, unpatchify
 from como_jax.models.quantizers import BottleneckConfig, make_bottleneck
@@ -150,7 +151,8 @@ class Laq(nnx.Module):
         """The same `[B, Q, L]` from patch tokens `[B, 2, I, J, D]` of both frames."""
         tokens = self.spatial_norm(self.spatial(tokens, self.position_bias(self.grid, self.grid)))
         tokens = self.temporal_norm(self.temporal(tokens))
-        pooled = self.pool2(jax.nn.relu(self.pool1(_merge(self.latent_in(tokens)))))
+        grid = keep_batch_split(_merge(self.latent_in(tokens)))
+        pooled = keep_batch_split(self.pool2(jax.nn.relu(keep_batch_split(self.pool1(grid)))))
         pooled = pooled.reshape(len(tokens), 2, -1, self.config.latent_dim)
         return pooled[:, 1] - pooled[:, 0]
 

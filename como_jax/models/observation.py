@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.models.batch_split import keep_batch_split
 from como_jax.models.clip_text import ClipTextTower
 from como_jax.models.layers import LayerNorm, Linear, normalize_frames
 from como_jax.models.siglip import Siglip, scale_frames
@@ -101,7 +102,7 @@ class ConvTower(nnx.Module):
         """Features `[B, H / 16, W / 16, D]` of normalised images `[B, H, W, 3]`."""
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.silu(norm(conv(x)))
+            x = jax.nn.silu(norm(keep_batch_split(conv(keep_batch_split(x)))))
         return x
 
 

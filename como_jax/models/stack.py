@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from como_jax.errors import ConfigError
-from como_jax.training.sharding import keep_batch_split
+from como_jax.models.batch_split import keep_batch_split
 
 REMAT_POLICIES = {
     "none": None,

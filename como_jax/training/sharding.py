@@ -1,7 +1,7 @@
 """Where arrays live: parameter path -> logical axes -> mesh axes, in one table.
 
-Models know nothing of this. Batches are split over `data` and `fsdp`, parameters and optimiser moments over `fsdp`
-and `tensor`.
+Models know of it what `como_jax.models.batch_split` says. Batches are split over `data` and `fsdp`, parameters and
+optimiser moments over `fsdp` and `tensor`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from como_jax.errors import MeshError
+from como_jax.models.batch_split import BATCH_AXES, BATCH_SPEC
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 # The first pattern that ends the path wins. Axes name the trailing dimensions, so that stacked layers, with one
 # more leading axis, need no entry of their own.
@@ -76,9 +76,9 @@ def _shape_text(sizes: Sequence[int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
 
 
-def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int) -> None:
@@ -125,19 +125,6 @@ def path_name(path: tuple[Any, ...]) -> str:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds everything."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def keep_batch_split(x: jax.Array) -> jax.Array:
-    """`x`, whose leading axis is that of the batch, split like a batch over the mesh in use; without one just `x`.
-
-    Left to itself, the partitioner splits the width of activations over `fsdp`, as that of the parameters is, and then
-    every device computes the whole batch. Axes but the first stay free, so that `tensor` can split heads.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or len(x) % batch_shards(mesh):
-        return x
-    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH_SPEC, *free))
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -106,14 +106,7 @@ def check_the_report(found: Compiled) -> None:
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        "pretrain_mae",
-        *(
-            pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="small activations are gathered"))
-            for name in ("pretrain_laq", "policy_diffusion", "policy_autoregressive")
-        ),
-    ],
+    "name", ["pretrain_laq", "pretrain_mae", "policy_diffusion", "policy_autoregressive", "policy_vla"]
 )
 def test_other_recipes_keep_their_samples_too(name: str) -> None:
     check_that_samples_stay(compiled(recipe(name, "smoke", mesh__data=2, mesh__fsdp=2), "v5e:2x2").module)
