@@ -1,4 +1,4 @@
-"""What a config's batches look like, without any data: for compiling a train step before there is a dataset."""
+"""What a config's batches look like, without any data: for compiling or timing a step before there is a dataset."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -61,7 +62,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> FramePairs | PolicyBatch:
       config: of a pretraining recipe, or of a policy after `with_assumed_sizes`.
       mesh: of devices, which need not exist.
     """
-    one = _one_clip(config) if config.family in FAMILIES else _one_sample(config)
+    one = _one_clip(config) if config.family in FAMILIES else random_samples(config, 1)
     split = NamedSharding(mesh, sharding.BATCH_SPEC)
 
     def of_batch(x: Any) -> jax.ShapeDtypeStruct:
@@ -82,11 +83,12 @@ def _one_clip(config: ConfigDict) -> FramePairs:
     )
 
 
-def _one_sample(config: ConfigDict) -> PolicyBatch:
+def random_samples(config: ConfigDict, count: int) -> PolicyBatch:
+    """Random numbers in the shapes of a policy after `with_assumed_sizes`: first robots, then as many videos."""
     data, model, text = config.data, config.model, config.text
     latent_shape = (model.latent_queries, model.latent_dim)
     batch = fake_policy_batch(
-        1,
+        count,
         instants=data.instants,
         stride=data.stride,
         cameras=max(1, len(data.cameras)),
@@ -100,6 +102,6 @@ def _one_sample(config: ConfigDict) -> PolicyBatch:
     )
     if text.tower != "embedding":
         return batch
-    embedding = jax.ShapeDtypeStruct((1, text.embedding_size), "float32")
+    embedding = np.random.default_rng(1).normal(size=(count, text.embedding_size)).astype(np.float32)
     observation = dataclasses.replace(batch.observation, text=None, text_embedding=embedding)
     return dataclasses.replace(batch, observation=observation)

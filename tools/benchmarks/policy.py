@@ -23,15 +23,13 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.models.build_policy import build_policy, with_public_sizes
 from como_jax.training import sharding
+from como_jax.training.abstract_batch import DataSizes, random_samples, with_assumed_sizes
 from como_jax.training.build import build_training
 from como_jax.training.train_state import create_state
-from como_jax.types import PolicyBatch, fake_policy_batch
+from como_jax.types import PolicyBatch
 from tools.benchmarks.machine import describe_machine
 
-# Those of an arm with seven joints, and of CoMo's latent motion.
-_ACTION_SIZE, _STATE_SIZE, _LATENT_SHAPE = 7, 8, (8, 16)
 _NO_LATENTS = {"latent_queries": 0, "latent_dim": 0, "codebook_size": 0}
-_EMBEDDING_SIZE = 512
 _THROUGHPUT_BATCH = 8
 
 
@@ -50,41 +48,16 @@ class Timing:
 
 
 def with_fake_sizes(config: ConfigDict, *, latents: bool) -> ConfigDict:
-    """The config with the sizes that follow from data, where it leaves them open."""
-    config = with_public_sizes(config).copy_and_resolve_references()
-    model, data = config.model, config.data
-    queries, size = model.latent_queries or _LATENT_SHAPE[0], model.latent_dim or _LATENT_SHAPE[1]
-    model.update({"latent_queries": queries, "latent_dim": size} if latents else _NO_LATENTS)
-    model.action_size = model.action_size or _ACTION_SIZE
-    if data.proprioception:
-        data.state_size = data.state_size or _STATE_SIZE
-    if config.text.tower == "embedding":
-        config.text.embedding_size = config.text.embedding_size or _EMBEDDING_SIZE
+    """The config with the sizes that follow from data, where it leaves them open; without latents, with none at all."""
+    config = with_assumed_sizes(with_public_sizes(config), DataSizes())
+    if not latents:
+        config.model.update(_NO_LATENTS)
     return config
 
 
 def make_batch(config: ConfigDict, batch_size: int) -> PolicyBatch:
     """Random data of a config with all sizes: half robots and half videos, or robots alone without latents."""
-    data, model = config.data, config.model
-    latents = bool(model.latent_dim)
-    batch = fake_policy_batch(
-        batch_size if latents else 2 * batch_size,
-        instants=data.instants,
-        stride=data.stride,
-        cameras=max(1, len(data.cameras)),
-        image_size=data.image_size,
-        chunk=data.chunk,
-        action_size=model.action_size,
-        state_size=data.state_size or None,
-        text_length=config.text.max_length,
-        latent_shape=(model.latent_queries, model.latent_dim) if latents else None,
-        codebook_size=model.codebook_size or None,
-    )
-    if config.text.tower == "embedding":
-        shape = (len(batch.action), config.text.embedding_size)
-        embedding = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-        seen = dataclasses.replace(batch.observation, text=None, text_embedding=embedding)
-        batch = dataclasses.replace(batch, observation=seen)
+    batch = random_samples(config, batch_size if config.model.latent_dim else 2 * batch_size)
     # The first half are robots.
     return jax.tree.map(lambda x: x[:batch_size], batch)
 
