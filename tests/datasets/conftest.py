@@ -1,7 +1,9 @@
 """Small sources to convert, and a look into what came out."""
 
+import contextlib
 import functools
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -28,6 +30,15 @@ def colours() -> tuple[tuple[int, int, int], ...]:
     return COLOURS
 
 
+@contextlib.contextmanager
+def _same_scheduling() -> Iterator[None]:
+    """For a root user libsvtav1 makes this a real-time thread, which starves all other processes from then on."""
+    policy = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+    yield
+    if policy is not None:
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+
+
 @pytest.fixture
 def make_video() -> Callable[..., Path]:
     """Writes a video whose frame `t` has the colour `COLOURS[t % 4]`, with a white top left corner."""
@@ -45,7 +56,7 @@ def make_video() -> Callable[..., Path]:
             pytest.skip(f"this build of PyAV has no encoder {codec}")
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {} if movflags is None else {"movflags": movflags}
-        with av.open(str(path), "w", options=options) as container:
+        with _same_scheduling(), av.open(str(path), "w", options=options) as container:
             stream = container.add_stream(codec, rate=Fraction(rate))
             stream.height, stream.width = size
             stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
