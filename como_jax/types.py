@@ -20,15 +20,17 @@ FLOW_STRIDE = 4
 class FramePairs:
     """Several instants of one clip for every batch element.
 
-    Consecutive instants are one gap apart, so that `instants` K give K - 1 frame pairs whose frames are each
-    encoded once. Axes: B batch, K instants, P = K - 1 pairs, H and W pixels, S label.
+    Instants are evenly spaced. Each is encoded once, whatever the number of pairs that it belongs to: neighbours make
+    one, and where `data.pair_span` is more than 1 so do instants further apart. Axes: B batch, K instants, P = K - 1
+    pairs of neighbours, H and W pixels, S label.
 
     Attributes:
-      frames: uint8 RGB `[B, K, H, W, 3]`; `frames[:, k]` is `O_t` and `frames[:, k + 1]` is `O_{t+n}` of pair k.
+      frames: uint8 RGB `[B, K, H, W, 3]`; `frames[:, k]` is `O_t` and `frames[:, k + 1]` is `O_{t+n}` of neighbours k.
       dataset: int32 `[B]`, the position of the dataset in the mixture.
       episode: int32 `[B]`, the episode's row in its dataset.
-      offset_frames: uint8 RGB `[B, P, H, W, 3]`, `O_{t+n+d}` of every pair, or None when nothing needs it.
-      gap: float32 `[B]`, time between two instants as a share of `data.gap_seconds`, or None when nothing needs it.
+      offset_frames: uint8 RGB `[B, P, H, W, 3]`, `O_{t+n+d}` of all instants but the first, or None when nothing needs
+        it.
+      gap: float32 `[B]`, time between two neighbours as a share of `data.gap_seconds`, or None when nothing needs it.
       flow: float32 `[B, P, H / 4, W / 4, 2]`, optical flow from the first to the second frame of a pair, right and
         down, in shares of the picture's width, or None.
       labels: float32 `[B, P, S]`, what little is known of the true motion (see `como_jax.data.labels`), or None.

@@ -26,7 +26,9 @@ def pretraining(family: str) -> ConfigDict:
     config.data.image_size = 224
     config.data.gap_seconds = 0.5
     config.data.min_gap_fraction = 1.0  # Gaps are drawn between this share of gap_seconds and all of it.
-    config.data.instants = 2  # Frames of a clip, one gap apart, each encoded once.
+    config.data.instants = 2  # Frames of a clip, each encoded once; one gap apart if pair_span is 1.
+    # Instants that a gap spans. A pair is any two instants whose gap is at least min_gap_fraction of gap_seconds.
+    config.data.pair_span = 1
     config.data.fit = "crop"  # How pictures become square: crop to the central square, or stretch.
     config.data.random_shift = 10  # Pixels, one shift for all frames of a clip.
     config.data.min_crop_fraction = 1.0  # Side of the part that is cut out at random, one for all frames of a clip.
@@ -109,7 +111,7 @@ def policy(family: str) -> ConfigDict:
 
 
 def training(config: ConfigDict) -> None:
-    """Optimiser, loop and mesh."""
+    """Optimiser, loop, mesh and trace."""
     config.optim = ConfigDict()
     config.optim.learning_rate = 1e-4
     config.optim.final_learning_rate = 5e-5
@@ -132,6 +134,7 @@ def training(config: ConfigDict) -> None:
     config.train.keep_checkpoints = 2
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.profile = ""  # Folder that gets a trace of a few steps, which TensorBoard and xprof open.
 
 
 def apply_variant(config: ConfigDict, name: str, variants: Sequence[Callable[[ConfigDict], None]]) -> ConfigDict:

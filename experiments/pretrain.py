@@ -21,7 +21,7 @@ from como_jax.data.build import TrainingData, build_training_data
 from como_jax.data.mixture import mixture_text, parse_mixture
 from como_jax.errors import ConfigError
 from como_jax.evaluation.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
-from como_jax.models.build import build_model
+from como_jax.models.build import build_model, pairs_of_clip
 from como_jax.training import session, sharding
 from como_jax.training.pretrained import check_perceptual_file, load_pretrained
 from como_jax.training.train_state import ModelDef, TrainState
@@ -60,7 +60,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         initialize=lambda state: load_pretrained(config, state),
         evaluate=evaluator,
         data_lines=data.describe(),
-        samples_per_step=config.data.batch_size * (config.data.instants - 1),
+        samples_per_step=config.data.batch_size * pairs_of_clip(config),
         unit="pairs",
         watch=CollapseWatch(config.train.collapse_steps),
     )

@@ -41,6 +41,7 @@ def build_training_data(config: ConfigDict, rows: Rows = ALL_ROWS) -> TrainingDa
     clips = ClipConfig(
         gap_seconds=data.gap_seconds,
         instants=data.instants,
+        pair_span=data.pair_span,
         offset_frames=bool(model.get("tcl_weight")),
         min_motion=data.min_motion,
         max_motion=data.max_motion,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -15,12 +16,14 @@ class ClipConfig:
     """How clips are cut out of episodes.
 
     Attributes:
-      gap_seconds: time between the two frames of a pair.
-      instants: frames of a clip, one gap apart; at least 2.
-      min_gap_fraction: gaps are drawn between this share of the full gap and the full gap; 1 draws nothing.
+      gap_seconds: time between the two frames of a pair, the full gap.
+      instants: frames of a clip; at least 2.
       offset_frames: whether every pair also needs an offset frame for Tcl.
       min_motion: least mean motion a step, over the clip; drops still clips (see `schema.EPISODE_TABLE_SCHEMA`).
       max_motion: largest motion of any step of the clip; drops clips with a hard cut.
+      min_gap_fraction: gaps lie between this share of the full gap and the full gap. With a `pair_span` of 1 each clip
+        draws its own, and 1 draws nothing; otherwise all gaps in this range occur in every clip.
+      pair_span: from an instant to the one a full gap later; 1 puts the instants a gap apart.
     """
 
     gap_seconds: float
@@ -29,6 +32,7 @@ class ClipConfig:
     min_motion: float = 0.0
     max_motion: float = 1.0
     min_gap_fraction: float = 1.0
+    pair_span: int = 1
 
     def __post_init__(self) -> None:
         if self.gap_seconds <= 0:
@@ -37,6 +41,8 @@ class ClipConfig:
             raise ConfigError(f"data.min_gap_fraction must lie in (0, 1], not {self.min_gap_fraction}.")
         if self.instants < 2:
             raise ConfigError(f"data.instants must be at least 2, not {self.instants}.")
+        if not 1 <= self.pair_span < self.instants:
+            raise ConfigError(f"data.pair_span {self.pair_span} must lie between 1 and data.instants less one.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +71,16 @@ class ClipIndex:
         return len(self.first)
 
 
+def pair_spans(pair_span: int, min_gap_fraction: float) -> range:
+    """How many instants after its first frame the second frame of a pair may be; see `ClipConfig`."""
+    return range(max(1, math.ceil(min_gap_fraction * pair_span)), pair_span + 1)
+
+
+def num_pairs(instants: int, spans: range) -> int:
+    """Pairs of one clip."""
+    return sum(instants - span for span in spans)
+
+
 def gap_steps(gap_seconds: float, control_rate: np.ndarray) -> np.ndarray:
     """A gap in whole control steps, at least one."""
     return np.maximum(1, np.rint(gap_seconds * np.asarray(control_rate)).astype(np.int64))
@@ -76,7 +92,12 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
     Raises:
       NoClipsError: no clip is left; the message says why.
     """
-    gap = gap_steps(config.gap_seconds, source.control_rate)
+    gap = gap_steps(config.gap_seconds, source.control_rate) // config.pair_span
+    if gap.min() < 1:
+        raise NoClipsError(
+            f"{source.directory} ({source.split}): {config.gap_seconds} s are fewer control steps than data.pair_span "
+            f"{config.pair_span}, at {source.control_rate.min():g} Hz. Lower data.pair_span or raise data.gap_seconds."
+        )
     span = (config.instants - 1) * gap
     # At a gap of one step the offset frame cannot lie before the future frame, so it needs the step after it.
     reach = span + (1 if config.offset_frames else 0) * (gap == 1)
@@ -84,8 +105,9 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
     if not counts.any():
         raise NoClipsError(
             f"{source.directory} ({source.split}): all {len(counts)} episodes are shorter than a clip of "
-            f"{config.instants} frames, {config.gap_seconds} s apart (the longest has {source.length.max()} "
-            f"steps, {reach.min() + 1} or more are needed). Lower data.gap_seconds, or check the control rate."
+            f"{config.instants} frames, {config.gap_seconds / config.pair_span:g} s apart (the longest has "
+            f"{source.length.max()} steps, {reach.min() + 1} or more are needed). Lower data.gap_seconds, or check the "
+            "control rate."
         )
     episode = np.repeat(np.arange(len(counts)), counts)
     first = source.start[episode] + _ranges(counts)

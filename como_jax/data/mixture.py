@@ -173,7 +173,7 @@ class Mixture:
 
 def _describe(part: MixturePart, share: float) -> str:
     source, index = part.source, part.index
-    seconds = np.unique(np.round(index.gap / source.control_rate, 3))
+    seconds = np.unique(np.round(part.clips.pair_span * index.gap / source.control_rate, 3))
     gaps = "-".join(f"{value:g}" for value in sorted({seconds[0], seconds[-1]}))
     return (
         f"{source.name} [{source.split}]: {share:.0%} of samples, {len(source.length)} episodes, "

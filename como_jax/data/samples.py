@@ -117,7 +117,7 @@ def draw_samples(
     for_gap, for_offset = rng.random(size), rng.random((size, pairs))
     crop, shift = augmentation.draw(rng, size)
     first, episode, full_gap, last = _look_up(parts, datasets, clips)
-    gap = draw_gaps(full_gap, config.min_gap_fraction, for_gap)
+    gap = full_gap if config.pair_span > 1 else draw_gaps(full_gap, config.min_gap_fraction, for_gap)
     records = first[:, None] + gap[:, None] * np.arange(config.instants)
     offsets = draw_offsets(records[:, 1:], gap, last, for_offset) if config.offset_frames else None
     return Samples(datasets, episode, gap, records, offsets, crop, shift)

@@ -22,6 +22,7 @@ from como_jax.models.autoregressive_mask import attention_mask, make_layout
 from como_jax.models.diffusion import DiffusionConfig
 from como_jax.models.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, masked_mean
 from como_jax.models.layers import LayerNorm, Linear, MaskedBlock
+from como_jax.models.mixed_precision import spread
 from como_jax.models.observation import ObservationConfig, ObservationEncoder, ObservationFeatures
 from como_jax.models.stack import Stack
 from como_jax.types import LossOutput, Observation, PolicyBatch
@@ -309,7 +310,7 @@ class AutoregressivePolicy(nnx.Module):
         if not self.config.latent_dim:
             return jnp.zeros((*motion.known.shape, 0, self.config.width))
         latents = self.latent_in(motion.values)
-        start = jnp.broadcast_to(self.latent_start[...].astype(latents.dtype), latents[:, :, :1].shape)
+        start = spread(self.latent_start[...], latents[:, :, :1].shape, latents.dtype)
         placed = self.latent_pos[...] + self.instant_embed[...][:, None]
         return jnp.concatenate([start, latents], axis=2) + placed
 

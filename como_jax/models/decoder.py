@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.models.mixed_precision import matmul, project
 from como_jax.models.stack import Stack
 
 _init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -92,13 +93,13 @@ class Projection(nnx.Module):
             self.lora_b = nnx.Param(jnp.zeros((rank, size_out)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        leading = x.shape[: x.ndim - len(self.inputs)]
-        flat = x.reshape(math.prod(leading), math.prod(self.inputs)).astype(self.dtype)
-        out = flat @ self.kernel[...].astype(self.dtype).reshape(flat.shape[1], -1)
+        x = x.astype(self.dtype)
+        out = project(x, self.kernel[...], num_inputs=len(self.inputs))
         if self.lora_scale:
-            change = (flat @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype)
-            out = out + self.lora_scale * change
-        return out.reshape(*leading, *self.outputs)
+            flat = x.reshape(-1, math.prod(self.inputs))
+            change = matmul(matmul(flat, self.lora_a[...]), self.lora_b[...])
+            out = out + self.lora_scale * change.reshape(out.shape)
+        return out
 
 
 class GroupedAttention(nnx.Module):

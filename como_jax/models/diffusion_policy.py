@@ -20,6 +20,7 @@ from flax import nnx
 from como_jax.errors import ConfigError
 from como_jax.models.diffusion import DiffusionConfig, add_noise, denoise
 from como_jax.models.layers import Attention, CrossAttention, LayerNorm, Linear, Mlp
+from como_jax.models.mixed_precision import spread
 from como_jax.models.observation import ObservationConfig, ObservationEncoder
 from como_jax.models.stack import Stack
 from como_jax.types import LossOutput, Observation, PolicyBatch
@@ -219,11 +220,10 @@ class DiffusionPolicy(nnx.Module):
         if key is not None and self.config.instruction_dropout:
             hidden = jax.random.bernoulli(key, self.config.instruction_dropout, (len(features.tokens), 1))
         if hidden is not None:
-            nothing = self.no_instruction[...].astype(features.text.tokens.dtype)
-            text = features.text
+            nothing, text = self.no_instruction[...], features.text
             text = text._replace(
-                tokens=jnp.where(hidden[..., None], nothing, text.tokens),
-                pooled=jnp.where(hidden, nothing, text.pooled),
+                tokens=jnp.where(hidden[..., None], spread(nothing, text.tokens.shape, text.tokens.dtype), text.tokens),
+                pooled=jnp.where(hidden, spread(nothing, text.pooled.shape, text.pooled.dtype), text.pooled),
             )
             features = features._replace(text=text)
         tokens, mask = features.context()
@@ -236,7 +236,7 @@ class DiffusionPolicy(nnx.Module):
         """
         told = self.time_out(jax.nn.silu(self.time_hidden(_time_features(time))))
         told = jax.nn.silu(told + _tile(context.pooled, len(told) // len(context.pooled)))
-        x = tokens + self.step_embed[...].astype(tokens.dtype)
+        x = tokens + spread(self.step_embed[...], tokens.shape, tokens.dtype)
         x = self.blocks(x, told, context.tokens, steps[:, None], context.mask[:, None])
         shift, scale = jnp.split(self.modulation(told)[:, None], 2, axis=-1)
         return self.norm(x) * (1 + scale) + shift

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from como_jax.models.layers import LayerNorm, Linear, xavier_uniform
+from como_jax.models.mixed_precision import project, spread
 
 # Fixed temperature of cosine attention.
 ATTENTION_SCALE = 8.0
@@ -26,9 +27,7 @@ class CosineAttention(nnx.Module):
     def __init__(
         self, width: int, num_heads: int, head_size: int, *, num_null: int = 0, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        general = functools.partial(
-            nnx.LinearGeneral, kernel_init=xavier_uniform, use_bias=False, dtype=dtype, rngs=rngs
-        )
+        general = functools.partial(nnx.LinearGeneral, kernel_init=xavier_uniform, use_bias=False, rngs=rngs)
         self.dtype = dtype
         self.q = general(width, (num_heads, head_size))
         self.kv = general(width, (2, num_heads, head_size))
@@ -41,18 +40,18 @@ class CosineAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """`[B, N, D]` from queries `x` of that shape, `context` `[B, M, D]`, and `bias` `[H, N, M]` on the logits."""
-        query, (key, value) = self.q(x), jnp.moveaxis(self.kv(context), 2, 0)
+        x, context = x.astype(self.dtype), context.astype(self.dtype)
+        query, (key, value) = project(x, self.q.kernel[...]), jnp.moveaxis(project(context, self.kv.kernel[...]), 2, 0)
         if hasattr(self, "null_kv"):
-            null = jnp.broadcast_to(
-                self.null_kv[...].astype(self.dtype)[:, None], (2, len(x), *self.null_kv[...].shape[1:])
-            )
+            shape = self.null_kv[...].shape
+            null = spread(self.null_kv[...][:, None], (shape[0], len(x), *shape[1:]), self.dtype)
             key, value = (jnp.concatenate([null[part], own], axis=1) for part, own in enumerate((key, value)))
         query, key = unit(query) * self.q_scale[...], unit(key) * self.k_scale[...]
         logits = ATTENTION_SCALE * jnp.einsum("bnhk,bmhk->bhnm", query, key)
         if bias is not None:
             logits = logits + bias
         weights = jax.nn.softmax(logits).astype(self.dtype)
-        return self.proj(jnp.einsum("bhnm,bmhk->bnhk", weights, value))
+        return project(jnp.einsum("bhnm,bmhk->bnhk", weights, value), self.proj.kernel[...], num_inputs=2)
 
 
 class GatedMlp(nnx.Module):
@@ -85,12 +84,13 @@ class PositionGenerator(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, I, J, D]` to the same; a causal one sees two frames back and none ahead."""
         chex.assert_rank(x, 5)
-        taps = self.kernel[...].astype(self.dtype).reshape(27, -1)
-        nowhere = jnp.zeros((1, taps.shape[1]), self.dtype)
+        # In float32, since the gradient of the few taps is a sum over all clips and places.
+        taps = self.kernel[...].reshape(27, -1)
+        nowhere = jnp.zeros((1, taps.shape[1]))
         matrix = jnp.concatenate([taps, nowhere])[_taps(*x.shape[1:4], self.causal)]
-        tokens = x.astype(self.dtype).reshape(len(x), -1, x.shape[-1])
+        tokens = x.astype(jnp.float32).reshape(len(x), -1, x.shape[-1])
         mixed = jnp.einsum("nmd,bmd->bnd", matrix, tokens).reshape(x.shape)
-        return mixed + self.bias[...].astype(self.dtype)
+        return (mixed + self.bias[...]).astype(self.dtype)
 
 
 def _taps(frames: int, rows: int, columns: int, causal: bool) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.models.mixed_precision import project
 
 # Statistics of ImageNet RGB in [0, 1], with which MAE and CoMo normalise pixels.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,18 +63,19 @@ def sincos_position_embedding(rows: int, columns: int, width: int) -> np.ndarray
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer norm with the epsilon of ViT and MAE; statistics in float32 whatever the compute dtype."""
+    """Layer norm with the epsilon of ViT and MAE, in float32; only what it gives is of the compute dtype."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
+        super().__init__(width, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+        self.output_dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` to `[..., D]`."""
+        return super().__call__(x).astype(self.output_dtype)
 
 
 class Linear(nnx.Linear):
-    """A linear layer over the last axis.
-
-    Leading axes are merged first: XLA:CPU is slow at weight gradients that contract two of them (8 % of the step of
-    `pretrain_como.py:tiny`, see tools/benchmarks/RESULTS.md).
-    """
+    """A linear layer over the last axis."""
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., inputs]` to `[..., outputs]`."""
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return project(x.astype(self.dtype), self.kernel[...], self.bias[...])
 
 
 class Attention(nnx.Module):
@@ -115,11 +117,12 @@ class Attention(nnx.Module):
         """
         x = x.astype(self.dtype)
         query = self._heads(x[:, :num_outputs], 0)
-        return _merge_heads(self.proj, attend(query, self._heads(x, 1), self._heads(x, 2), mask), self.dtype)
+        mixed = attend(query, self._heads(x, 1), self._heads(x, 2), mask)
+        return project(mixed, self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
 
     def _heads(self, x: jax.Array, part: int) -> jax.Array:
-        """Query (0), key (1) or value (2) `[B, H, N, K]` of tokens `[B, N, D]`, as one matrix product."""
-        return _split_heads(x, self.qkv.kernel[...][:, part], self.qkv.bias[...][part], self.dtype)
+        """Query (0), key (1) or value (2) `[B, H, N, K]` of tokens `[B, N, D]`."""
+        return _heads_first(project(x, self.qkv.kernel[...][:, part], self.qkv.bias[...][part]))
 
 
 class CrossAttention(nnx.Module):
@@ -137,11 +140,11 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """`[B, N, D]` to `[B, N, D]`; `mask`, bool, is broadcast to `[B, N, M]` for a context `[B, M, C]`."""
         x, context = x.astype(self.dtype), context.astype(self.dtype)
-        query = _split_heads(x, self.q.kernel[...], self.q.bias[...], self.dtype)
+        query = _heads_first(project(x, self.q.kernel[...], self.q.bias[...]))
         key, value = (
-            _split_heads(context, self.kv.kernel[...][:, part], self.kv.bias[...][part], self.dtype) for part in (0, 1)
+            _heads_first(project(context, self.kv.kernel[...][:, part], self.kv.bias[...][part])) for part in (0, 1)
         )
-        return _merge_heads(self.proj, attend(query, key, value, mask), self.dtype)
+        return project(attend(query, key, value, mask), self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -156,20 +159,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     return jnp.einsum("bhqn,bhnk->bqhk", weights, value)
 
 
-def _split_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`[B, N, D]` to `[B, H, N, K]` by a kernel `[D, H, K]` and a bias `[H, K]`, as one matrix product."""
-    kernel, bias = kernel.astype(dtype), bias.astype(dtype)
-    batch, tokens, width = x.shape
-    heads = (x.reshape(batch * tokens, width) @ kernel.reshape(width, -1)).reshape(batch, tokens, *bias.shape)
-    return jnp.moveaxis(heads + bias, 2, 1)
-
-
-def _merge_heads(proj: nnx.LinearGeneral, mixed: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`[B, Q, H, K]` to `[B, Q, D]`, as one matrix product."""
-    kernel, bias = proj.kernel[...].astype(dtype), proj.bias[...].astype(dtype)
-    batch, outputs = mixed.shape[:2]
-    merged = mixed.reshape(batch * outputs, -1) @ kernel.reshape(-1, kernel.shape[-1]) + bias
-    return merged.reshape(batch, outputs, -1)
+def _heads_first(x: jax.Array) -> jax.Array:
+    """`[B, N, H, K]` to `[B, H, N, K]`."""
+    return jnp.moveaxis(x, 2, 1)
 
 
 class Mlp(nnx.Module):

@@ -21,6 +21,7 @@ from como_jax.models.layers import (
     sincos_position_embedding,
     unpatchify,
 )
+from como_jax.models.mixed_precision import spread
 from como_jax.models.stack import Stack
 from como_jax.models.vit import Vit, VitConfig
 from como_jax.types import FramePairs, LossOutput
@@ -101,10 +102,8 @@ class Mae(nnx.Module):
         visible = jnp.take_along_axis(tokens, order[:, :num_visible, None], axis=1)
         features = self.decoder_embed(self.encoder.encode_tokens(visible))
 
-        mask_tokens = jnp.broadcast_to(
-            self.mask_token[...].astype(features.dtype),
-            (batch, num_patches - num_visible, features.shape[-1]),
-        )
+        hidden_shape = (batch, num_patches - num_visible, features.shape[-1])
+        mask_tokens = spread(self.mask_token[...], hidden_shape, features.dtype)
         patches = jnp.concatenate([features[:, 1:], mask_tokens], axis=1)
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
         grid = self.encoder.config.grid

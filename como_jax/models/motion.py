@@ -1,6 +1,6 @@
 """CoMo (arXiv 2505.17006) and its variants: inverse and forward dynamics models around a latent motion.
 
-Axes: B batch, T instants, P pairs, N tokens of one frame, D width, Q queries, L latent size of one query.
+Axes: B batch, T or K instants, P pairs, N tokens of one frame, D width, Q queries, L latent size of one query.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from como_jax import losses
@@ -38,6 +39,8 @@ class MotionConfig:
       motion_input: what the inverse dynamics model sees of the motion: "difference", the early temporal difference
         `F_{t+n} - F_t` (Td); "future", `F_{t+n}` itself; "rgb_difference", the encoder's features of
         `O_{t+n} - O_t`; all three beside `F_t`. "future_only" is `F_{t+n}` with nothing beside it.
+      pair_spans: least and largest number of instants from the first frame of a pair to the second; all such pairs of
+        a clip are trained on, and share the encodings of their frames.
       bottleneck: what the latent has to pass.
       idm_width, idm_depth, idm_heads: the motion Q-former.
       fdm_width, fdm_depth, fdm_heads: the forward dynamics model.
@@ -64,6 +67,7 @@ class MotionConfig:
     num_queries: int = 8
     latent_dim: int = 16
     motion_input: str = "difference"
+    pair_spans: tuple[int, int] = (1, 1)
     bottleneck: BottleneckConfig = BottleneckConfig()
     idm_width: int = 768
     idm_depth: int = 4
@@ -105,6 +109,14 @@ class MotionConfig:
             )
         if self.label_weight and not self.label_size:
             raise ConfigError("model.label_weight needs labels: set data.labels and data.labelled_fraction.")
+        for field in ("flow_weight", "label_weight"):
+            if getattr(self, field) and self.pair_spans != (1, 1):
+                raise ConfigError(f"model.{field} knows neighbouring instants alone: set data.pair_span to 1.")
+
+    @property
+    def spans(self) -> range:
+        """Instants from the first frame of a pair to the second."""
+        return range(self.pair_spans[0], self.pair_spans[1] + 1)
 
     @property
     def needs_network(self) -> bool:
@@ -212,11 +224,11 @@ class Como(nnx.Module):
         """The weighted sum of all terms that are on, each averaged over all pairs of the batch."""
         images = normalize_frames(batch.frames)
         offsets = [] if batch.offset_frames is None else [normalize_frames(batch.offset_frames)]
-        images, pairs = jnp.concatenate([images, *offsets], axis=1), images.shape[1] - 1
-        features = self._features(images)
+        instants, images = images.shape[1], jnp.concatenate([images, *offsets], axis=1)
+        view = View(images, self._features(images))
         current, future, offset = (
-            View(images[:, part], features[:, part])
-            for part in (slice(0, pairs), slice(1, pairs + 1), slice(pairs + 1, None))
+            View(choose(view.images, instants, self.config.spans), choose(view.features, instants, self.config.spans))
+            for choose in (_sources, _targets, _offsets)
         )
         inferred = self._infer(current, future)
         passed = self.bottleneck(inferred, key)
@@ -286,7 +298,9 @@ class Como(nnx.Module):
         """Errors of what linear heads read out of the latent."""
         config, terms, flat = self.config, {}, _flatten(latent)
         if config.gap_weight:
-            gap = jnp.repeat(_need(batch.gap, "gap"), latent.shape[1])
+            instants = batch.frames.shape[1]
+            spans = np.concatenate([np.full(instants - span, span, np.float32) for span in config.spans])
+            gap = _merge(_need(batch.gap, "gap")[:, None] * spans)
             terms["gap"] = losses.mean_squared_error(self.gap_head(flat)[:, 0], jnp.log2(gap))
         if config.label_weight:
             labels = _merge(_need(batch.labels, "label"))
@@ -315,6 +329,21 @@ class Como(nnx.Module):
         return losses.temporal_contrastive(
             _flatten(latent), _flatten(shifted), _flatten(reverse), self.config.tcl_temperature
         )
+
+
+def _sources(x: jax.Array, instants: int, spans: range) -> jax.Array:
+    """Of all pairs the first instant, `[B, P, ...]` out of `[B, K or more, ...]`."""
+    return jnp.concatenate([x[:, : instants - span] for span in spans], axis=1)
+
+
+def _targets(x: jax.Array, instants: int, spans: range) -> jax.Array:
+    """Of all pairs the second instant."""
+    return jnp.concatenate([x[:, span:instants] for span in spans], axis=1)
+
+
+def _offsets(x: jax.Array, instants: int, spans: range) -> jax.Array:
+    """Of all pairs the offset of the second instant; offsets of all instants but the first come after the instants."""
+    return jnp.concatenate([x[:, instants + span - 1 :] for span in spans], axis=1)
 
 
 def _merge(x: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ class ObservationFeatures(NamedTuple):
 
 
 class ConvTower(nnx.Module):
-    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU."""
+    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; float32, for it is small."""
 
     STRIDE = 16
 
@@ -92,18 +92,19 @@ class ConvTower(nnx.Module):
         channels = (3, max(8, width // 4), max(8, width // 2), width, width)
         self.convs = nnx.List(
             [
-                nnx.Conv(inputs, outputs, (3, 3), strides=2, padding="SAME", dtype=dtype, rngs=rngs)
+                nnx.Conv(inputs, outputs, (3, 3), strides=2, padding="SAME", rngs=rngs)
                 for inputs, outputs in zip(channels[:-1], channels[1:], strict=True)
             ]
         )
-        self.norms = nnx.List([LayerNorm(size, dtype=dtype, rngs=rngs) for size in channels[1:]])
+        self.norms = nnx.List([LayerNorm(size, dtype=jnp.float32, rngs=rngs) for size in channels[1:]])
+        self.dtype = dtype
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features `[B, H / 16, W / 16, D]` of normalised images `[B, H, W, 3]`."""
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.silu(norm(keep_batch_split(conv(keep_batch_split(x)))))
-        return x
+        return x.astype(self.dtype)
 
 
 class ObservationEncoder(nnx.Module):

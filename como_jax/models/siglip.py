@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.models.layers import Block, LayerNorm, Linear, patchify
+from como_jax.models.mixed_precision import spread
 from como_jax.models.stack import Stack
 from como_jax.models.vit import VitConfig
 
@@ -37,7 +38,8 @@ class Siglip(nnx.Module):
         """Features `[B, N, D]`, float32, of images `[B, H, W, 3]` that `scale_frames` made."""
         size = self.config.image_size
         chex.assert_shape(images, (None, size, size, 3))
-        x = self.patch_embed(patchify(images, self.config.patch_size)) + self.pos_embed[...].astype(self.dtype)
+        x = self.patch_embed(patchify(images, self.config.patch_size))
+        x = x + spread(self.pos_embed[...], x.shape, x.dtype)
         return self.norm(self.blocks(x))
 
 

@@ -15,10 +15,16 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.models.build import vit_config
+from como_jax.models.build import pairs_of_clip, vit_config
+from como_jax.models.observation import ConvTower
 from como_jax.models.perceptual import LAYOUTS
+from como_jax.models.text import BYTE_VOCABULARY, PUBLIC_TOWERS
+from como_jax.models.text_layers import GATED
 from como_jax.models.vit import VitConfig
 from como_jax.types import FLOW_STRIDE
+
+# Noisy versions of a token that a head which matches flows is trained on, in `como_jax.models.latent_heads`.
+_HEAD_DRAWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +114,8 @@ def vit(config: VitConfig, tokens: int | None = None) -> Work:
 def _como(config: ConfigDict) -> dict[str, float]:
     """CoMo and its variants, of a clip."""
     encoder, model = vit_config(config), config.model
-    pairs = config.data.instants - 1
-    frames = config.data.instants + (pairs if model.tcl_weight else 0)
+    instants, pairs = config.data.instants, pairs_of_clip(config)
+    frames = instants + (instants - 1 if model.tcl_weight else 0)
     extra = 2 * pairs if model.tcl_weight else 0
     if model.motion_input == "rgb_difference":
         frames += pairs + extra
@@ -204,12 +210,13 @@ def _mae(config: ConfigDict) -> dict[str, float]:
 def _observation(config: ConfigDict) -> tuple[dict[str, float], int, int]:
     """Towers of a policy, and tokens of one instant's pictures and state, and of the instruction."""
     data, encoder, width = config.data, config.encoder, config.model.width
-    if encoder.tower == "conv":
-        raise ConfigError("encoder.tower=conv has no FLOP formula; use a vit.")
-    config_of_image = vit_config(config)
     cameras, instants = max(1, len(data.cameras)), data.instants
-    patches, images = config_of_image.grid**2, cameras * instants
-    of_image = vit(config_of_image, patches + (encoder.tower == "vit"))
+    images = cameras * instants
+    if encoder.tower == "conv":
+        patches, of_image = (data.image_size // ConvTower.STRIDE) ** 2, _conv_tower(data.image_size, encoder.width)
+    else:
+        patches = vit_config(config).grid ** 2
+        of_image = vit(vit_config(config), patches + (encoder.tower == "vit"))
     pooled = patches // encoder.pool**2
     project = (entry if encoder.frozen else linear)(pooled, encoder.width, width)
     towers = images * (of_image.forward if encoder.frozen else of_image.trained) + images * project.trained
@@ -218,16 +225,36 @@ def _observation(config: ConfigDict) -> tuple[dict[str, float], int, int]:
     return {"images": towers, "text": text + state}, cameras * pooled + (data.state_size > 0), words
 
 
+def _conv_tower(size: int, width: int) -> Work:
+    """The convolutional tower, of one image; what falls on the padding, a row and a column, is no work."""
+    work = Work()
+    for inputs, outputs in itertools.pairwise((3, max(8, width // 4), max(8, width // 2), width, width)):
+        size //= 2
+        work += (entry if inputs == 3 else linear)((3 * size - 1) ** 2, inputs, outputs)
+    return work
+
+
 def _text(config: ConfigDict) -> tuple[float, int]:
     """FLOPs of the instruction's tower with its projection, and the tokens that it gives."""
     text, width = config.text, config.model.width
+    length, inner = text.max_length, text.num_heads * text.head_size or text.width
+    if text.tower == "tokens":
+        return 0.0, length
     if text.tower == "embedding":
         return entry(1, text.embedding_size, text.width).trained + linear(2, text.width, width).trained, 1
-    if text.tower != "bytes":
-        raise ConfigError(f"text.tower={text.tower} has no FLOP formula; use bytes or embedding.")
-    words = text.max_length // text.pool
-    tower = text.depth * block(text.max_length, text.width) + linear(words + 1, text.width, width)
-    return tower.trained, words
+    if text.tower == "bytes":
+        words, layer = length // text.pool, block(length, text.width)
+    elif text.tower == "clip":
+        words, layer = length, block(length, text.width, text.mlp_width)
+    else:
+        gates = 1 + text.activation.startswith(GATED)
+        words, layer = length, linear(length, text.width, 3 * inner) + linear(length, inner, text.width)
+        layer += attention(length, length, inner) + linear(length, text.width, gates * text.mlp_width)
+        layer += linear(length, text.mlp_width, text.width)
+    tower = text.depth * layer
+    if text.frozen and text.tower in PUBLIC_TOWERS:
+        return tower.forward + entry(words + 1, text.width, width).trained, words
+    return (tower + linear(words + 1, text.width, width)).trained, words
 
 
 def _diffusion_policy(config: ConfigDict) -> dict[str, float]:
@@ -252,6 +279,54 @@ def _autoregressive_policy(config: ConfigDict) -> dict[str, float]:
     return parts | {"trunk": model.depth * block(tokens, model.width).trained}
 
 
+def _latent_vla(config: ConfigDict) -> dict[str, float]:
+    """The vision-language-action model, of an observation with what is written of it."""
+    model, text = config.model, config.text
+    parts, seen, words = _observation(config)
+    outputs: list[tuple[int, int, str]] = []
+    if model.action_size and model.action_head == "bins":
+        outputs.append((config.data.chunk * model.action_size, model.num_bins, "codes"))
+    elif model.action_size:
+        outputs.append((config.data.chunk, model.action_size, model.action_head))
+    if model.codebook_size:
+        outputs.append((model.latent_queries, model.codebook_size, "codes"))
+    elif model.latent_dim:
+        outputs.append((model.latent_queries, model.latent_dim, model.latent_head))
+    tokens = config.data.instants * seen + words + sum(length for length, _, _ in outputs)
+    heads = sum((_output(model, *output) for output in outputs), Work())
+    parts |= {"trunk": model.depth * _decoder_block(model, tokens), "heads": heads.trained}
+    if model.text_weight:
+        predict = linear(words, model.width, text.vocabulary_size or BYTE_VOCABULARY - 1)
+        parts["text"] += predict.passed if text.frozen else predict.trained
+    return parts
+
+
+def _decoder_block(model: ConfigDict, tokens: int) -> float:
+    """A block of the decoder, whose kernels are frozen beside low-rank changes of them."""
+    queries, shared = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    gated = [(model.width, model.mlp_width)] * 2 + [(model.mlp_width, model.width)]
+    kernels = [(model.width, queries), (model.width, shared), (model.width, shared), (queries, model.width), *gated]
+    work, mixing = sum((linear(tokens, *sizes) for sizes in kernels), Work()), attention(tokens, tokens, queries)
+    if not model.lora_rank:
+        return (work + mixing).trained
+    changes = sum((linear(tokens, inputs, model.lora_rank, outputs) for inputs, outputs in kernels), Work())
+    return work.passed + (changes + mixing).trained
+
+
+def _output(model: ConfigDict, length: int, size: int, head: str) -> Work:
+    """Both ends of so many tokens that are written: codes of so many, or vectors of that size."""
+    width, hidden, draws = model.width, model.head_width, length * _HEAD_DRAWS
+    if head == "codes":
+        return linear(length, width, size)
+    embed = entry(length - 1, size, width)
+    if head == "regression":
+        return embed + linear(length, width, size)
+    network = entry(draws, size, hidden) + entry(draws, hidden, hidden) + linear(draws, hidden, size)
+    layer = linear(draws, hidden, 2 * hidden) + linear(draws, hidden, hidden, hidden)
+    network += model.head_depth * layer
+    return embed + linear(length, width, hidden) + network
+
+
 # A new family gets its function here.
 _FORMULAS: dict[str, Callable[[ConfigDict], dict[str, float]]] = {
     "como": _como,
@@ -259,4 +334,5 @@ _FORMULAS: dict[str, Callable[[ConfigDict], dict[str, float]]] = {
     "mae": _mae,
     "diffusion_policy": _diffusion_policy,
     "autoregressive_policy": _autoregressive_policy,
+    "latent_vla": _latent_vla,
 }

@@ -1,11 +1,12 @@
 """Which clips are offered, and which offset frames are drawn."""
 
 import types
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from como_jax.data.clips import ClipConfig, draw_offsets, gap_steps, index_clips
+from como_jax.data.clips import ClipConfig, draw_offsets, gap_steps, index_clips, num_pairs, pair_spans
 from como_jax.errors import ConfigError, DatasetError
 
 
@@ -105,6 +106,30 @@ def test_motion_is_taken_from_the_episode_of_the_clip() -> None:
     assert (index.first.tolist(), index.episode.tolist()) == ([3], [1])
 
 
+@pytest.mark.parametrize(
+    ("span", "fraction", "spans", "pairs"),
+    [(1, 1.0, [1], 7), (1, 0.2, [1], 7), (7, 0.01, range(1, 8), 28), (4, 0.5, [2, 3, 4], 15)],
+)
+def test_pairs_span_the_gaps_that_are_asked_for(span: int, fraction: float, spans: Sequence[int], pairs: int) -> None:
+    found = pair_spans(span, fraction)
+    assert list(found) == list(spans)
+    assert num_pairs(8, found) == pairs
+
+
+def test_instants_divide_the_gap() -> None:
+    source = make_source([9, 14, 20], rates=[5.0, 5.0, 10.0])
+    index = index_clips(source, ClipConfig(0.8, 4, pair_span=3, offset_frames=False))
+    # Gaps of 4 and 8 steps in three whole parts.
+    assert index.gap.tolist() == [1, 1, 2]
+    counts = np.bincount(index.episode)
+    assert counts.tolist() == [9 - 3, 14 - 3, 20 - 6]
+
+
+def test_a_gap_of_fewer_steps_than_its_parts_is_refused() -> None:
+    with pytest.raises(DatasetError, match="0.4 s are fewer control steps than data.pair_span 3, at 5 Hz"):
+        index_clips(make_source([9]), ClipConfig(0.4, 4, pair_span=3))
+
+
 def test_a_dataset_of_short_episodes_is_refused_with_what_is_needed() -> None:
     with pytest.raises(DatasetError, match=r"all 2 episodes are shorter .*the longest has 4 steps, 6 or more"):
         index_clips(make_source([3, 4]), ClipConfig(1.0))
@@ -115,7 +140,10 @@ def test_a_dataset_without_enough_motion_is_refused_with_the_thresholds() -> Non
         index_clips(make_source([9]), ClipConfig(0.4, min_motion=0.5, max_motion=0.9))
 
 
-@pytest.mark.parametrize(("arguments", "field"), [({"gap_seconds": 0.0}, "gap_seconds"), ({"instants": 1}, "instants")])
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [({"gap_seconds": 0.0}, "gap_seconds"), ({"instants": 1}, "instants"), ({"pair_span": 2}, "pair_span")],
+)
 def test_settings_that_make_no_pair_are_refused(arguments: dict, field: str) -> None:
-    with pytest.raises(ConfigError, match=f"data.{field} must be"):
+    with pytest.raises(ConfigError, match=f"data.{field} .*must"):
         ClipConfig(**{"gap_seconds": 0.5, **arguments})

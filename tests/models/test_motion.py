@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +163,26 @@ def two_pairs(make_como: MakeComo, como_params: Params) -> dict[str, Any]:
 
 def test_instants_are_encoded_as_consecutive_pairs(two_pairs: dict[str, Any]) -> None:
     np.testing.assert_allclose(two_pairs["encoded"].reshape(6, 2, 3), two_pairs["forward"], atol=1e-5)
+
+
+def test_pairs_that_share_frames_train_as_pairs_of_their_own(make_como: MakeComo) -> None:
+    options = {"tcl_weight": 0.5, "gap_weight": 1.0}
+    batch = types.fake_frame_pairs(batch=2, instants=4)
+    pairs = [(0, 2), (1, 3), (0, 3)]
+    alone = types.FramePairs(
+        frames=np.concatenate([batch.frames[:, [first, second]] for first, second in pairs]),
+        offset_frames=np.concatenate([batch.offset_frames[:, [second - 1]] for _, second in pairs]),
+        gap=np.concatenate([batch.gap * (second - first) for first, second in pairs]),
+        dataset=np.tile(batch.dataset, len(pairs)),
+        episode=np.tile(batch.episode, len(pairs)),
+    )
+    params = jax.jit(make_como(**options).init)(jax.random.key(0))
+    shared, expected = (
+        jax.jit(lambda params: model.bind(params).loss(batch, jax.random.key(0)))(params)  # noqa: B023
+        for model, batch in ((make_como(pair_spans=(2, 3), **options), batch), (make_como(**options), alone))
+    )
+    assert shared.terms.keys() == {"mse", "tcl", "gap"}
+    chex.assert_trees_all_close((shared.total, shared.terms), (expected.total, expected.terms), rtol=1e-5)
 
 
 def test_mse_compares_predicted_with_future_frames(two_pairs: dict[str, Any]) -> None:

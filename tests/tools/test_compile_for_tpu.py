@@ -58,8 +58,9 @@ def compiled(config: ConfigDict, name: str) -> Compiled:
     ("variant", "topology"), [("smoke", "v5e:2x2"), pytest.param("", "v5e:4x8", marks=pytest.mark.slow)]
 )
 def test_a_train_step_for_a_slice_is_split_as_planned(variant: str, topology: str) -> None:
-    found = compiled(recipe("pretrain_como", variant, mesh__data=1, mesh__fsdp=-1), topology)
+    found = compiled(recipe("pretrain_como", variant, mesh__data=1, mesh__fsdp=-1, train__dtype="bfloat16"), topology)
     check_that_samples_stay(found.module)
+    check_that_sums_are_in_float32(found.module)
     check_that_the_state_is_split(found)
     check_the_report(found)
 
@@ -69,6 +70,13 @@ def check_that_samples_stay(module: Module) -> None:
     exchanged = [shape.dims for item in collectives(module) for shape in item.shapes]
     assert exchanged
     assert not [dims for dims in exchanged if any(size % PER_CHIP == 0 for size in dims)]
+
+
+def check_that_sums_are_in_float32(module: Module) -> None:
+    """What chips add up, which is losses and gradients."""
+    sums = [item for item in collectives(module) if item.kind in ("all-reduce", "reduce-scatter")]
+    assert sums
+    assert not [(item.source, shape) for item in sums for shape in item.shapes if shape.dtype == "bf16"]
 
 
 def check_that_the_state_is_split(found: Compiled) -> None:
@@ -109,7 +117,12 @@ def check_the_report(found: Compiled) -> None:
     "name", ["pretrain_laq", "pretrain_mae", "policy_diffusion", "policy_autoregressive", "policy_vla"]
 )
 def test_other_recipes_keep_their_samples_too(name: str) -> None:
-    check_that_samples_stay(compiled(recipe(name, "smoke", mesh__data=2, mesh__fsdp=2), "v5e:2x2").module)
+    config = recipe(name, "smoke", mesh__data=2, mesh__fsdp=2, train__dtype="bfloat16")
+    module = compiled(config, "v5e:2x2").module
+    check_that_samples_stay(module)
+    # LAQ's position bias is summed before it goes back through the layers that made it, whose products take bfloat16.
+    if name != "pretrain_laq":
+        check_that_sums_are_in_float32(module)
 
 
 @needs_libtpu

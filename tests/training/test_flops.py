@@ -55,6 +55,12 @@ def also(*arguments: Any) -> Any:
     return pytest.param(*arguments, marks=pytest.mark.slow)
 
 
+TEXT = {"text__depth": 1, "text__mlp_width": 1024, "text__vocabulary_size": 99}
+CLIP = {"text__tower": "clip", "text__activation": "quick_gelu", "text__frozen": False, **TEXT}
+T5 = {"text__tower": "t5", "text__activation": "gated-gelu_new", **TEXT, "text__head_size": 48}
+T5 |= {"text__relative_buckets": 32, "text__relative_distance": 128}
+LORA = {"model__lora_rank": 16, "text__frozen": True, "encoder__frozen": True, "model__latent_head": "flow"}
+ALL_PAIRS_OF_THREE = {"data__instants": 3, "data__pair_span": 2, "data__min_gap_fraction": 0.5}
 SHALLOW = {"encoder__depth": 2, "model__idm_depth": 2, "model__fdm_depth": 2}
 
 
@@ -63,11 +69,14 @@ SHALLOW = {"encoder__depth": 2, "model__idm_depth": 2, "model__fdm_depth": 2}
     [
         ("pretrain_como", SHALLOW),
         ("pretrain_mae", {"encoder__depth": 2, "model__decoder_depth": 2}),
-        also("pretrain_como", {**SHALLOW, "model__perceptual_space": "encoder", "data__instants": 3}),
+        also("pretrain_como", {**SHALLOW, "model__perceptual_space": "encoder", **ALL_PAIRS_OF_THREE}),
         also("pretrain_continuous", {**SHALLOW, "encoder__frozen": False, "model__perceptual_weight": 0.0}),
         also("pretrain_laq", {"model__spatial_depth": 1, "model__temporal_depth": 2, "model__decoder_depth": 1}),
         also("policy_diffusion", {"encoder__depth": 2, "model__depth": 2, "text__depth": 1, "model__draws": 3}),
         also("policy_autoregressive", {"encoder__depth": 2, "model__depth": 2, "text__depth": 1}),
+        also("policy_diffusion", {"encoder__tower": "conv", "encoder__pool": 1, "model__depth": 1, **CLIP}),
+        also("policy_vla", {"encoder__depth": 1, "model__depth": 2}),
+        also("policy_vla", {"encoder__depth": 1, "model__depth": 1, "model__text_weight": 0.0, **T5, **LORA}),
     ],
 )
 def test_the_formula_agrees_with_the_count_of_xla(
