@@ -13,6 +13,10 @@ from absl import app, flags
 
 from como_jax.errors import NonFiniteError, UsageError
 
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "Folder that keeps compiled programs for later runs [that of JAX_COMPILATION_CACHE_DIR]."
+)
+
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command: exit status 2 for errors of usage, 1 for a run that failed.
@@ -24,6 +28,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         try:
+            keep_programs(_CACHE.value)
             main(argv[1:])
         except UsageError as error:
             _fail(str(error), status=2)
@@ -31,6 +36,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             _fail(str(error), status=1)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def keep_programs(directory: str | None) -> None:
+    """Has compiled programs kept in a folder and found there again; None leaves it to JAX's own settings."""
+    if directory is not None:
+        # Here, since most commands without anything to compile do not need JAX.
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def no_arguments(arguments: Sequence[str]) -> None:

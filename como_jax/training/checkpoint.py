@@ -32,6 +32,7 @@ FREE_FIELDS = (
     "evaluation.",
     "mesh.",
     "model.label_size",
+    "profile",
     "train.checkpoint_every",
     "train.collapse_steps",
     "train.evaluate_every",

@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from como_jax import hosts
 from como_jax.errors import NonFiniteError
 from como_jax.training.checkpoint import Checkpointer
+from como_jax.training.profiling import StepTrace
 from como_jax.training.train_state import Metrics, TrainState
 from como_jax.training.writers import MetricWriter, NullWriter
 
@@ -33,6 +34,7 @@ class LoopConfig:
       num_steps: updates of the whole run; the learning-rate schedule ends there.
       stop_after: updates after which this process saves and stops, to be resumed later; 0 for `num_steps`.
       log_every, evaluate_every, checkpoint_every: in steps; 0 turns evaluation or checkpoints on the way off.
+      profile: folder that gets a trace of a few steps of the first host; "" for none.
     """
 
     num_steps: int
@@ -40,6 +42,7 @@ class LoopConfig:
     log_every: int = 50
     evaluate_every: int = 0
     checkpoint_every: int = 1000
+    profile: str = ""
 
     @property
     def last_step(self) -> int:
@@ -138,6 +141,7 @@ def fit(
 
     with (
         StopRequest() as stop,
+        StepTrace(config.profile if hosts.is_first() else "") as trace,
         tqdm(total=config.num_steps, initial=step, unit="step", disable=None if hosts.is_first() else True) as bar,
         logging_redirect_tqdm([logging.getLogger("como_jax")]),
     ):
@@ -145,8 +149,10 @@ def fit(
         if missed_evaluation:
             evaluate(state, step)
         while step < config.last_step and not stopping:
-            state, metrics = train_step(state, put_batch(next(batches)))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, put_batch(next(batches)))
             step += 1
+            trace.after_step(metrics)
             stopping = stop.reached(step)
             # Reading the metrics of the step before leaves the device at work on this one.
             if pending is not None:

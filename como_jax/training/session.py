@@ -105,7 +105,14 @@ def train(
 def loop_config(config: ConfigDict) -> LoopConfig:
     """The loop's part of the config."""
     train = config.train
-    return LoopConfig(train.num_steps, train.stop_after, train.log_every, train.evaluate_every, train.checkpoint_every)
+    return LoopConfig(
+        num_steps=train.num_steps,
+        stop_after=train.stop_after,
+        log_every=train.log_every,
+        evaluate_every=train.evaluate_every,
+        checkpoint_every=train.checkpoint_every,
+        profile=config.profile,
+    )
 
 
 def describe(

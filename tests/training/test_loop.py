@@ -89,6 +89,15 @@ def test_a_run_logs_evaluates_and_saves_when_due_and_at_its_end(run: Run) -> Non
     assert run.saved() == 5
 
 
+def test_a_trace_changes_no_numbers(run: Run, tmp_path: Path) -> None:
+    traced = Run(tmp_path / "traced")
+    for each, profile in ((run, ""), (traced, str(tmp_path / "trace"))):
+        each.fit(LoopConfig(num_steps=5, log_every=1, profile=profile), lambda step: 1.0 / step)
+    losses = [[values["train/loss"] for values in each.writer.written.values()] for each in (run, traced)]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+    assert [path.suffix for path in (tmp_path / "trace").glob("plugins/profile/*/*.pb")] == [".pb"]
+
+
 def test_a_stopped_run_goes_on_with_the_next_batch(run: Run) -> None:
     assert run.fit(LoopConfig(num_steps=6, stop_after=2)) == 2
     assert run.saved() == 2
