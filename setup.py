@@ -4,11 +4,46 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EXTRAS = {
+# What a robot needs: como_jax.runtime_torch, with the extra torch, does without JAX.
+ROBOT = ["numpy>=2.0", "opencv-python-headless>=4.10.0.84", "safetensors>=0.4"]
+
+TRAINING = [
+    "absl-py>=2.1",
+    "array_record>=0.6",
+    "av>=18.0",
+    "chex>=0.1.88",
+    "etils[epath]>=1.10",
+    "flax>=0.12",
+    "grain>=0.2.12",
+    "google-crc32c>=1.5",
+    "gymnasium>=1.0",
+    "h5py>=3.11",
+    # tfds imports importlib_resources without requiring it.
+    "importlib_resources>=6.0",
+    "jax>=0.8",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "ml-collections>=1.0",
+    "optax>=0.2.4",
+    "orbax-checkpoint>=0.11.20",
+    "pillow>=10.0",
+    "pyarrow>=15.0",
+    "simplejpeg>=1.8",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.10",
+    "tqdm>=4.66",
+]
+
+ROBOT_EXTRAS = {
+    "torch": ["torch>=2.4"],
+    "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
+}
+
+TRAINING_EXTRAS = {
+    "train": [],
     "beam": ["apache-beam>=2.77"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "torch": ["torch>=2.4"],
     "language": ["sentencepiece>=0.2", "tokenizers>=0.19"],
     # hf-libero itself requires much that is not needed here: pip install --no-deps hf-libero==0.1.4. What is needed of
     # that is here; it asks for mujoco<3.9, and robosuite 1.4.0 works up to 3.11.
@@ -47,34 +82,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["como_jax", "como_jax.*"]),
     package_data={"como_jax.evaluation": ["*.jinja"]},
-    install_requires=[
-        "absl-py>=2.1",
-        "array_record>=0.6",
-        "av>=18.0",
-        "chex>=0.1.88",
-        "etils[epath]>=1.10",
-        "flax>=0.12",
-        "grain>=0.2.12",
-        "google-crc32c>=1.5",
-        "gymnasium>=1.0",
-        "h5py>=3.11",
-        # tfds imports importlib_resources without requiring it.
-        "importlib_resources>=6.0",
-        "jax>=0.8",
-        "jinja2>=3.1",
-        "matplotlib>=3.9",
-        "ml-collections>=1.0",
-        "numpy>=2.0",
-        "opencv-python-headless>=4.10.0.84",
-        "optax>=0.2.4",
-        "orbax-checkpoint>=0.11.20",
-        "pillow>=10.0",
-        "pyarrow>=15.0",
-        "safetensors>=0.4",
-        "simplejpeg>=1.8",
-        "tensorboardX>=2.6",
-        "tensorflow-datasets>=4.9.10",
-        "tqdm>=4.66",
-    ],
-    extras_require=EXTRAS,
+    install_requires=ROBOT,
+    extras_require=ROBOT_EXTRAS | {name: TRAINING + extra for name, extra in TRAINING_EXTRAS.items()},
 )

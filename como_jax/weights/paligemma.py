@@ -19,7 +19,6 @@ from como_jax.models.decoder import DecoderConfig
 from como_jax.models.vit import VitConfig
 from como_jax.weights.tables import (
     CONFIG_NAME,
-    Entry,
     Table,
     Tensors,
     array,
@@ -29,6 +28,7 @@ from como_jax.weights.tables import (
     linear,
     make_parameter,
     norm,
+    patches,
     read_json,
     read_setting,
 )
@@ -144,16 +144,11 @@ def load_paligemma(weights_path: epath.PathLike, params: Mapping[str, Any], *, r
 
 def _images_table(config: VitConfig, width: int, tensors: Tensors) -> Table:
     """Where the parameters of `Siglip`, and of the projector to the decoder's width, are found."""
-    prefix, size = _prefix(tensors, _VISION, _VISION_MARK), config.patch_size
-    patches = f"{prefix}embeddings.patch_embedding"
+    prefix = _prefix(tensors, _VISION, _VISION_MARK)
+    embedding = f"{prefix}embeddings.patch_embedding"
     tower = {
-        # A convolution whose steps are as long as its kernel, over rows, columns and channels.
-        "patch_embed/kernel": Entry(
-            (f"{patches}.weight",),
-            (config.width, 3, size, size),
-            lambda weight: weight.transpose(2, 3, 1, 0).reshape(-1, config.width),
-        ),
-        "patch_embed/bias": array(f"{patches}.bias", config.width),
+        "patch_embed/kernel": patches(f"{embedding}.weight", config.width, config.patch_size),
+        "patch_embed/bias": array(f"{embedding}.bias", config.width),
         "pos_embed": array(f"{prefix}embeddings.position_embedding.weight", config.grid**2, config.width),
         **clip_blocks(f"{prefix}encoder.layers.", config.width, config.num_heads, config.mlp_width),
         **norm("norm", f"{prefix}post_layernorm", config.width),

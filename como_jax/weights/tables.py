@@ -1,4 +1,4 @@
-"""Where parameters are found in files of Hugging Face, and the reading of these files."""
+"""Where parameters are found in files of PyTorch, for reading and for writing, and the reading of these files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etils import epath
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from como_jax.errors import RunError
+from como_jax.errors import ConversionError, RunError
 
 CONFIG_NAME = "config.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -27,26 +27,54 @@ class Entry:
       names: of tensors of the file; where they hold `{layer}`, there is one set for each layer.
       shape: of each tensor.
       make: the parameter, or one layer's part of it, of the tensors in the order of their names.
+      unmake: the inverse of `make`: the tensors of the parameter; None where a format is only read.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[..., np.ndarray]
+    unmake: Callable[[np.ndarray], Sequence[np.ndarray]] | None = None
 
 
 Table = dict[str, Entry]
 """An entry for every parameter, by its path."""
 
+DeepTable = dict[str, tuple[Entry, int]]
+"""A table of a model with several stacks: beside every entry the number of its layers, 1 where it has none."""
+
 
 def array(name: str, *shape: int) -> Entry:
     """A tensor as it is."""
-    return Entry((name,), shape, np.asarray)
+    return Entry((name,), shape, np.asarray, lambda value: [value])
+
+
+def flat(name: str, *shape: int) -> Entry:
+    """An array of some shape, of which the file has all numbers in one row."""
+    size = int(np.prod(shape))
+    return Entry((name,), (size,), lambda row: row.reshape(shape), lambda value: [value.reshape(size)])
+
+
+def patches(name: str, width: int, patch_size: int) -> Entry:
+    """`[p * p * 3, D]` over (row, column, channel), of a convolution whose steps are as long as its kernel."""
+    shape = (width, 3, patch_size, patch_size)
+
+    def make(weight: np.ndarray) -> np.ndarray:
+        return weight.transpose(2, 3, 1, 0).reshape(-1, width)
+
+    def unmake(value: np.ndarray) -> list[np.ndarray]:
+        return [value.reshape(patch_size, patch_size, 3, width).transpose(3, 2, 0, 1)]
+
+    return Entry((name,), shape, make, unmake)
 
 
 def kernel(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Entry:
     """`[*inputs, *outputs]` of the weights of a linear layer, which PyTorch keeps as `[outputs, inputs]`."""
     shape = (int(np.prod(outputs)), int(np.prod(inputs)))
-    return Entry((name,), shape, lambda weight: weight.T.reshape(*inputs, *outputs))
+
+    def make(weight: np.ndarray) -> np.ndarray:
+        return weight.T.reshape(*inputs, *outputs)
+
+    return Entry((name,), shape, make, lambda value: [value.reshape(shape[::-1]).T])
 
 
 def norm(path: str, name: str, width: int) -> Table:
@@ -68,7 +96,10 @@ def qkv_kernel(names: Sequence[str], width: int, heads: tuple[int, int]) -> Entr
     def make(*parts: np.ndarray) -> np.ndarray:
         return np.stack([part.T.reshape(width, *heads) for part in parts], axis=1)
 
-    return Entry(tuple(names), (heads[0] * heads[1], width), make)
+    def unmake(value: np.ndarray) -> list[np.ndarray]:
+        return [part.reshape(width, -1).T for part in np.moveaxis(value, 1, 0)]
+
+    return Entry(tuple(names), (heads[0] * heads[1], width), make, unmake)
 
 
 def qkv_bias(names: Sequence[str], heads: tuple[int, int]) -> Entry:
@@ -77,7 +108,7 @@ def qkv_bias(names: Sequence[str], heads: tuple[int, int]) -> Entry:
     def make(*parts: np.ndarray) -> np.ndarray:
         return np.stack([part.reshape(heads) for part in parts])
 
-    return Entry(tuple(names), (heads[0] * heads[1],), make)
+    return Entry(tuple(names), (heads[0] * heads[1],), make, lambda value: [part.reshape(-1) for part in value])
 
 
 def clip_blocks(layers: str, width: int, num_heads: int, hidden: int) -> Table:
@@ -119,6 +150,52 @@ def make_parameter(entry: Entry, depth: int, tensors: Tensors, dtype: DTypeLike 
     for layer in range(1, depth):
         stacked[layer] = make(layer)
     return stacked
+
+
+def write_parameter(entry: Entry, value: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of a parameter, by name: the inverse of `make_parameter`.
+
+    Raises:
+      ConversionError: the entry belongs to a format that is only read, or the parameter has another shape.
+    """
+    layers = enumerate(value) if _is_stacked(entry) else [(0, value)]
+    return {
+        name.format(layer=layer): tensor
+        for layer, part in layers
+        for name, tensor in zip(entry.names, _unmake(entry, part), strict=True)
+    }
+
+
+def write_tensors(table: DeepTable, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of all parameters, by name.
+
+    Args:
+      table: of the model.
+      params: by their paths.
+
+    Raises:
+      ConversionError: a parameter has no entry, or an entry no parameter, or one of another shape.
+    """
+    for where, names in (("parameters", table.keys() - params.keys()), ("table", params.keys() - table.keys())):
+        if names:
+            raise ConversionError(f"The {where} of the model lack {min(names)}, so that it cannot be written.")
+    tensors: dict[str, np.ndarray] = {}
+    for path, (entry, depth) in table.items():
+        if params[path].shape != entry_shape(entry, depth):
+            raise ConversionError(f"{path} is {params[path].shape} and must be {entry_shape(entry, depth)}.")
+        tensors |= write_parameter(entry, params[path])
+    return tensors
+
+
+def make_parameters(table: DeepTable, tensors: Tensors) -> dict[str, np.ndarray]:
+    """All parameters, by their paths; raises RunError where a tensor is missing or of another shape."""
+    return {path: make_parameter(entry, depth, tensors) for path, (entry, depth) in table.items()}
+
+
+def _unmake(entry: Entry, part: np.ndarray) -> Sequence[np.ndarray]:
+    if entry.unmake is None:
+        raise ConversionError(f"{entry.names[0]} belongs to a format that is only read.")
+    return [np.ascontiguousarray(tensor) for tensor in entry.unmake(part)]
 
 
 def _is_stacked(entry: Entry) -> bool:

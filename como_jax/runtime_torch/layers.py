@@ -1,0 +1,142 @@
+"""Transformer building blocks. Axes: B batch, N tokens, D width.
+
+A linear layer casts what it is given to the dtype of its own weights, which `set_compute_dtype` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Statistics of ImageNet RGB in [0, 1], with which MAE and CoMo normalise pixels.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts all parameters but those of layer norms and of what modules name in `in_float32`, like training."""
+    kept: set[int] = set()
+    for module in model.modules():
+        for name in getattr(module, "in_float32", ()):
+            part = getattr(module, name)
+            kept.update(map(id, part.parameters() if isinstance(part, nn.Module) else [part]))
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in kept:
+                continue
+            if isinstance(module, LayerNorm):
+                module.output_dtype = dtype
+            else:
+                parameter.data = parameter.data.to(dtype)
+
+
+def normalize_frames(frames: Tensor) -> Tensor:
+    """uint8 RGB `[..., 3]` to ImageNet-normalised float32."""
+    mean, std = _statistics(frames.device)
+    return frames.float() * (1.0 / (255.0 * std)) - mean / std
+
+
+def denormalize_frames(frames: Tensor) -> Tensor:
+    """ImageNet-normalised RGB `[..., 3]` to float32 in [0, 1], clipped."""
+    mean, std = _statistics(frames.device)
+    return (frames * std + mean).clamp(0.0, 1.0)
+
+
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """`[B, H, W, C]` to row-major patches `[B, (H/p)(W/p), p * p * C]`, each in (row, column, channel) order."""
+    _, height, width, channels = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = images.reshape(-1, rows, patch_size, columns, patch_size, channels)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, patch_size * patch_size * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: int, size: int) -> Tensor:
+    """Inverse of `patchify`: `[B, N, p * p * C]` to square `[B, size, size, C]`."""
+    grid = size // patch_size
+    x = patches.reshape(-1, grid, grid, patch_size, patch_size, patches.shape[-1] // patch_size**2)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, size, size, x.shape[-1])
+
+
+class Linear(nn.Linear):
+    """A linear layer in the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., inputs]` to `[..., outputs]`."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with the epsilon of ViT and MAE, in float32; only what it gives is of the compute dtype."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+        self.output_dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to the same."""
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        return normed.to(self.output_dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, optionally computed for the first tokens only."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, num_outputs: int | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens."""
+        width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
+        x = x.to(weight.dtype)
+        query = F.linear(x[:, :num_outputs], weight[:width], bias[:width])
+        key, value = F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
+        mixed = F.scaled_dot_product_attention(*(self._split_heads(part) for part in (query, key, value)))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to the same."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; an `mlp_width` of 0 is four times the width."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int = 0):
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, mlp_width or 4 * width)
+
+    def forward(self, x: Tensor, num_outputs: int | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`."""
+        x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs)
+        return x + self.mlp(self.norm2(x))
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """One block after another on tokens `[B, N, D]`."""
+    for block in blocks:
+        x = block(x)
+    return x

@@ -1,0 +1,31 @@
+"""Vision transformer with the names of MAE (arXiv 2111.06377) and timm. Axes: B batch, N patches, D width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from como_jax.runtime_torch.config import EncoderConfig
+from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, patchify, run_blocks
+
+
+class Vit(nn.Module):
+    """Plain ViT encoder with a class token and fixed positions."""
+
+    in_float32 = ("norm",)
+
+    def __init__(self, image_size: int, config: EncoderConfig):
+        super().__init__()
+        self.patch_size, width = config.patch_size, config.width
+        num_patches = (image_size // config.patch_size) ** 2
+        self.patch_embed = Linear(config.patch_size**2 * 3, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))
+        self.blocks = nn.ModuleList(Block(width, config.num_heads, config.mlp_width) for _ in range(config.depth))
+        self.norm = LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `[B, 1 + N, D]`, float32, of normalised images `[B, H, W, 3]`; the class token comes first."""
+        patches = self.patch_embed(patchify(images, self.patch_size))
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
+        return self.norm(run_blocks(self.blocks, torch.cat([cls, patches], dim=1) + self.pos_embed))

@@ -1,0 +1,288 @@
+"""Motion models as `como_jax.runtime_torch` has them: one table for each, used to write them and to read them again.
+
+`describe_motion_model` and `motion_table` are for the export of a run, `read_motion_model` reads what it wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from como_jax.errors import RunError
+from como_jax.models.build import motion_config, vit_config
+from como_jax.models.laq import LaqConfig
+from como_jax.models.laq_layers import NUM_NULL_TOKENS
+from como_jax.models.motion import MotionConfig
+from como_jax.models.quantizers import BottleneckConfig
+from como_jax.models.vit import VitConfig
+from como_jax.weights.tables import (
+    CONFIG_NAME,
+    DeepTable,
+    Entry,
+    Table,
+    Tensors,
+    array,
+    kernel,
+    linear,
+    make_parameters,
+    norm,
+    read_json,
+)
+from como_jax.weights.vit_tables import huggingface_blocks, patch_table, single, stacked, timm_blocks
+
+WEIGHTS_NAME = "model.safetensors"
+
+NOT_EXPORTED = {
+    "perceptual": "network of a loss term",
+    "feature_head": "head of a loss term",
+    "flow_head": "head of a loss term",
+    "gap_head": "head of a loss term",
+    "label_head": "head of a loss term",
+    "bottleneck/usage": "upkeep of the codebook",
+    "bottleneck/share": "upkeep of the codebook",
+    "bottleneck/code_count": "upkeep of the codebook",
+    "bottleneck/code_sum": "upkeep of the codebook",
+}
+"""Parameters that training needs and a robot does not, by prefixes of their paths, and what they are."""
+
+_ENCODER_FIELDS = ("patch_size", "width", "depth", "num_heads", "mlp_width")
+_COMO_FIELDS = (
+    "num_queries",
+    "latent_dim",
+    "motion_input",
+    "idm_width",
+    "idm_depth",
+    "idm_heads",
+    "fdm_width",
+    "fdm_depth",
+    "fdm_heads",
+    "fdm_patch_size",
+    "residual",
+)
+_BOTTLENECK_FIELDS = ("kind", "codebook_size", "fsq_levels")
+_LAQ_FIELDS = tuple(field.name for field in dataclasses.fields(LaqConfig) if field.name != "replace_below")
+
+
+def describe_motion_model(config: ConfigDict) -> dict[str, Any]:
+    """What config.json says of the model of a run: its kind, family and sizes, and how it sees pictures."""
+    data = config.data
+    described = {
+        "kind": "latent_motion",
+        "family": config.family,
+        "image_size": data.image_size,
+        "fit": data.fit,
+        "gap_seconds": float(data.gap_seconds),
+    }
+    if config.family == "laq":
+        return described | {"model": _fields(LaqConfig(**config.model), _LAQ_FIELDS)}
+    vit, motion = vit_config(config), motion_config(config)
+    bottleneck = _fields(motion.bottleneck, _BOTTLENECK_FIELDS)
+    model = _fields(motion, _COMO_FIELDS) | {"bottleneck": bottleneck | {"fsq_levels": list(bottleneck["fsq_levels"])}}
+    return described | {"encoder": _fields(vit, _ENCODER_FIELDS), "model": model}
+
+
+def motion_table(described: Mapping[str, Any]) -> DeepTable:
+    """Where the parameters of a model lie, from what `describe_motion_model` says of it."""
+    model = dict(described["model"])
+    if described["family"] == "laq":
+        return laq_table(LaqConfig(**model))
+    bottleneck = BottleneckConfig(**model.pop("bottleneck"))
+    vit = VitConfig(described["image_size"], **described["encoder"])
+    return como_table(vit, MotionConfig(**model, bottleneck=bottleneck))
+
+
+def read_motion_model(directory: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json says of an exported model, and its parameters, nested by module name, without `NOT_EXPORTED`.
+
+    Raises:
+      RunError: a file is missing or damaged, or they do not fit each other.
+    """
+    path = epath.Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise RunError(f"{path} does not exist; {directory} is no exported model.")
+    described = read_json(path)
+    try:
+        table = motion_table(described)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise RunError(f"{path} describes no motion model of this version: {error}") from error
+    tensors = Tensors(path.parent / WEIGHTS_NAME)
+    params = make_parameters(table, tensors)
+    tensors.check_unread()
+    return described, traverse_util.unflatten_dict(params, sep="/")
+
+
+def como_table(vit: VitConfig, config: MotionConfig) -> DeepTable:
+    """CoMo and its variants."""
+    width, pixels = config.fdm_width, config.fdm_patch_size**2 * 3
+    return {
+        **vit_table(vit),
+        **_bottleneck(config.bottleneck, config.latent_dim),
+        **_inverse_dynamics(vit, config),
+        **single(
+            {
+                **linear("fdm/patch_embed", "fdm.patch_embed", pixels, width),
+                "fdm/pos_embed": array("fdm.pos_embed", 1, (vit.image_size // config.fdm_patch_size) ** 2, width),
+                **linear("fdm/latent_up", "fdm.latent_up", config.latent_dim, width),
+                **linear("fdm/latent_pool", "fdm.latent_pool", config.num_queries * width, width),
+                **norm("fdm/norm", "fdm.norm", width),
+                **linear("fdm/head", "fdm.head", width, pixels),
+            }
+        ),
+        **timm_blocks("fdm/blocks", "fdm.blocks", config.fdm_depth, width, config.fdm_heads, 4 * width),
+    }
+
+
+def vit_table(config: VitConfig, path: str = "encoder") -> DeepTable:
+    """A ViT with names like those of timm; its patches, though, are a linear layer."""
+    name, width = path.replace("/", "."), config.width
+    top = {
+        **linear(f"{path}/patch_embed", f"{name}.patch_embed", config.patch_size**2 * 3, width),
+        **_tokens(path, f"{name}.cls_token", f"{name}.pos_embed", config),
+        **norm(f"{path}/norm", f"{name}.norm", width),
+    }
+    return {**single(top), **timm_blocks(f"{path}/blocks", f"{name}.blocks", *_sizes(config))}
+
+
+def hf_vit_table(config: VitConfig, path: str = "encoder") -> DeepTable:
+    """A ViT as `ViTModel` of transformers has it, without a pooler."""
+    top = {
+        **patch_table(f"{path}/patch_embed", "embeddings.patch_embeddings.projection", config.width, config.patch_size),
+        **_tokens(path, "embeddings.cls_token", "embeddings.position_embeddings", config),
+        **norm(f"{path}/norm", "layernorm", config.width),
+    }
+    return {**single(top), **huggingface_blocks(f"{path}/blocks", "encoder.layer", *_sizes(config))}
+
+
+def _sizes(config: VitConfig) -> tuple[int, int, int, int]:
+    """Depth, width, heads and hidden size of the blocks."""
+    return config.depth, config.width, config.num_heads, config.mlp_width or 4 * config.width
+
+
+def laq_table(config: LaqConfig) -> DeepTable:
+    """LAQ."""
+    width, latent, pixels = config.width, config.latent_dim, config.patch_size**2 * 3
+    top = {
+        **norm("patch_norm", "patch_norm", pixels),
+        **linear("patch_embed", "patch_embed", pixels, width),
+        **norm("embed_norm", "embed_norm", width),
+        **linear("position_bias/fc1", "position_bias.fc1", 2, width),
+        **linear("position_bias/fc2", "position_bias.fc2", width, width),
+        **linear("position_bias/out", "position_bias.out", width, config.num_heads),
+        **norm("spatial_norm", "spatial_norm", width),
+        **norm("temporal_norm", "temporal_norm", width),
+        **linear("latent_in", "latent_in", width, latent),
+        **_pool("pool1", latent),
+        **_pool("pool2", latent),
+        **linear("latent_out", "latent_out", latent, width),
+        **norm("decoder_norm", "decoder_norm", width),
+        **linear("head", "head", width, pixels),
+    }
+    cross = {**norm("cross_norm", "cross_norm", width), **_cosine("cross/attn", "cross_attn", config, NUM_NULL_TOKENS)}
+    return {
+        **single(top),
+        **_bottleneck(BottleneckConfig("nsvq", config.codebook_size), latent),
+        **stacked("spatial", _named(_video_block(config), "spatial.{layer}."), config.spatial_depth),
+        **stacked("temporal", _named(_video_block(config), "temporal.{layer}."), config.temporal_depth),
+        **stacked("decoder", _named({**_video_block(config), **cross}, "decoder.{layer}."), config.decoder_depth),
+    }
+
+
+def _inverse_dynamics(vit: VitConfig, config: MotionConfig) -> DeepTable:
+    width, num_tokens = config.idm_width, vit.grid**2 + 1
+    conditioned = config.motion_input != "future_only"
+    read = 2 * num_tokens + 1 if conditioned else num_tokens
+    latent = config.latent_dim * (2 if config.bottleneck.kind == "kl" else 1)
+    types = ("motion_type", "separator", "condition_type") if conditioned else ("motion_type",)
+    top = {
+        **linear("idm/input_proj", "idm.input_proj", vit.width, width),
+        "idm/queries": array("idm.queries", 1, config.num_queries, width),
+        **{f"idm/{name}": array(f"idm.{name}", 1, 1, width) for name in types},
+        "idm/pos_embed": array("idm.pos_embed", 1, config.num_queries + read, width),
+        **norm("idm/norm", "idm.norm", width),
+        **linear("idm/latent_hidden", "idm.latent_hidden", width, width),
+        **linear("idm/latent_out", "idm.latent_out", width, latent),
+    }
+    blocks = timm_blocks("idm/blocks", "idm.blocks", config.idm_depth, width, config.idm_heads, 4 * width)
+    return {**single(top), **blocks}
+
+
+def _bottleneck(config: BottleneckConfig, latent_dim: int) -> DeepTable:
+    if config.kind in ("none", "kl", "fsq"):
+        return {}
+    return single({"bottleneck/codebook": array("bottleneck.codebook", config.codebook_size, latent_dim)})
+
+
+def _tokens(path: str, cls_token: str, pos_embed: str, config: VitConfig) -> Table:
+    return {
+        f"{path}/cls_token": array(cls_token, 1, 1, config.width),
+        f"{path}/pos_embed": array(pos_embed, 1, config.grid**2 + 1, config.width),
+    }
+
+
+def _video_block(config: LaqConfig) -> Table:
+    """A spatial or temporal block of LAQ."""
+    width = config.width
+    hidden = int(width * 4 * 2 / 3)
+    return {
+        "peg/kernel": _depthwise("peg.conv.weight", width),
+        "peg/bias": array("peg.conv.bias", width),
+        **norm("norm1", "norm1", width),
+        **_cosine("attn", "attn", config),
+        **norm("norm2", "norm2", width),
+        **linear("mlp/fc1", "mlp.fc1", width, 2 * hidden),
+        **linear("mlp/fc2", "mlp.fc2", hidden, width),
+    }
+
+
+def _cosine(path: str, name: str, config: LaqConfig, num_null: int = 0) -> Table:
+    heads, width = (config.num_heads, config.head_size), (config.width,)
+    null = {f"{path}/null_kv": _null_tokens(f"{name}.null_kv", num_null, heads)} if num_null else {}
+    return {
+        f"{path}/q/kernel": kernel(f"{name}.q.weight", width, heads),
+        f"{path}/kv/kernel": kernel(f"{name}.kv.weight", width, (2, *heads)),
+        f"{path}/proj/kernel": kernel(f"{name}.proj.weight", heads, width),
+        f"{path}/q_scale": array(f"{name}.q_scale", config.head_size),
+        f"{path}/k_scale": array(f"{name}.k_scale", config.head_size),
+        **null,
+    }
+
+
+def _null_tokens(name: str, count: int, heads: tuple[int, int]) -> Entry:
+    """`[2, n, H, K]` of keys and values whose heads the file has in one row."""
+    shape = (2, count, heads[0] * heads[1])
+    return Entry((name,), shape, lambda rows: rows.reshape(2, count, *heads), lambda value: [value.reshape(shape)])
+
+
+def _depthwise(name: str, width: int) -> Entry:
+    """`[3, 3, 3, D]` of a depthwise convolution, which PyTorch keeps as `[D, 1, 3, 3, 3]`."""
+
+    def make(weight: np.ndarray) -> np.ndarray:
+        return np.moveaxis(weight[:, 0], 0, -1)
+
+    return Entry((name,), (width, 1, 3, 3, 3), make, lambda value: [np.moveaxis(value, -1, 0)[:, None]])
+
+
+def _pool(path: str, width: int) -> Table:
+    """A convolution `[3, 3, L, L]` that the runtime has as a linear layer over what it covers."""
+    return {
+        f"{path}/kernel": kernel(f"{path}.linear.weight", (3, 3, width), (width,)),
+        f"{path}/bias": array(f"{path}.linear.bias", width),
+    }
+
+
+def _named(table: Table, prefix: str) -> Table:
+    """A table whose tensors' names all start with something more."""
+    return {
+        path: dataclasses.replace(entry, names=tuple(f"{prefix}{name}" for name in entry.names))
+        for path, entry in table.items()
+    }
+
+
+def _fields(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,1 @@
+"""Writes a trained model for robots, in PyTorch's formats; see `__main__`."""
