@@ -87,7 +87,7 @@ class MaeEvaluator:
             masked, filled = mae.reconstruct(frames[:, 1], key)
             return {"loss": loss, "masked": masked, "filled": filled}
 
-        self._analyze = jax.jit(analyze, out_shardings=sharding.replicated(mesh))
+        self._analyze = sharding.jit(analyze, mesh, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
         """Evaluates the first batch of every set, writes and returns `eval_<split>/masked_patch_mse`."""

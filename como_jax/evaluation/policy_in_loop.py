@@ -98,9 +98,9 @@ class PolicyEvaluator:
         # Of each dataset's own training episodes, which is harder to beat than that of all together.
         train = [part for data in sets for part in data.parts if part.source.split == "train"]
         self._priors = {part.source.directory.name: _most_frequent(part) for part in train if part.codes is not None}
-        compiled = functools.partial(jax.jit, static_argnames="now", out_shardings=sharding.replicated(mesh))
-        self._sum_actions = compiled(functools.partial(_sum_actions, model))
-        self._sum_latents = compiled(functools.partial(_sum_latents, model))
+        options = {"static_argnames": "now", "out_shardings": sharding.replicated(mesh)}
+        self._sum_actions = sharding.jit(functools.partial(_sum_actions, model), mesh, **options)
+        self._sum_latents = sharding.jit(functools.partial(_sum_latents, model), mesh, **options)
 
     def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
         """Evaluates, writes and returns `eval_<split>/<metric>` and `success/<task>`.

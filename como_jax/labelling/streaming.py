@@ -89,7 +89,7 @@ class StreamLabeller:
             label = motion.label(jax.lax.with_sharding_constraint(source, rows), embedded)
             return jax.tree.map(lambda x: x[len(frames) :], window), label
 
-        self._step = jax.jit(step, donate_argnums=1, out_shardings=(whole, whole))
+        self._step = sharding.jit(step, mesh, donate_argnums=1, out_shardings=(whole, whole))
         self._embed = lambda params, frames: model.bind(params).embed(frames)
 
     def __call__(self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:

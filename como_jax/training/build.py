@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax.training.optim import OptimConfig, make_optimizer
-from como_jax.training.train_state import Metrics, ModelDef, TrainState, abstract_state, make_train_step
+from como_jax.training.train_state import ModelDef, TrainState, abstract_state, make_train_step
 
 
 class Training(NamedTuple):
-    """Optimiser, the state's shapes and shardings, and the jitted step."""
+    """Optimiser, the state's shapes and shardings, and the jitted step, from state and batch to state and metrics."""
 
     optimizer: optax.GradientTransformation
     abstract: TrainState
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    step: jax.stages.Wrapped
 
 
 def build_training(config: ConfigDict, model: ModelDef, mesh: Mesh) -> Training:

@@ -6,9 +6,10 @@ optimiser moments over `fsdp` and `tensor`.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -125,6 +126,17 @@ def path_name(path: tuple[Any, ...]) -> str:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds everything."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> jax.stages.Wrapped:
+    """`jax.jit` of a function in which `mesh` is in use, so that models keep their batches split over it."""
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return jax.jit(on_mesh, **options)
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -158,7 +158,7 @@ def make_train_step(
     seed: int,
     accumulation: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted update. Randomness depends on seed and step alone, so that a resumed run repeats it.
 
     Args:
@@ -197,13 +197,8 @@ def make_train_step(
             state, metrics = replace_params(state, replaced), metrics | upkeep_metrics
         return state, metrics
 
-    def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        # The mesh in use, over which models keep their batches split.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return update(state, batch)
-
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    return sharding.jit(update, mesh, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 def _accumulate(
