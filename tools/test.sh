@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The compiler of TPUs is not of the dev extra, since where there is no TPU it says so at the start of every command.
-EXTRAS=dev,tpu source tools/install.sh
+EXTRAS=dev,tpu,torch source tools/install.sh
 
 ruff check .
 ruff format --check .
