@@ -31,7 +31,9 @@ def usual_heads(weights: Weights, width: int, wanted: int) -> int:
     """Heads of a width, unless they are given; raises RunError where neither is known."""
     heads = wanted or _HEADS.get(width, width // 64)
     if not heads or width % heads:
-        raise RunError(f"{weights.path}: {width} numbers cannot be split into {heads} heads; set --num_heads.")
+        raise RunError(
+            f"{weights.path}: {width} numbers cannot be split into {heads} heads; set --num_heads or --decoder_heads."
+        )
     return heads
 
 
@@ -59,8 +61,13 @@ def channels_first(name: str, shape: tuple[int, ...], axis: int) -> Entry:
 
 def timm_blocks(path: str, name: str, depth: int, width: int, num_heads: int, hidden: int) -> DeepTable:
     """A stack of blocks as timm and Facebook's MAE name them."""
-    heads, layer = (num_heads, width // num_heads), f"{name}.{{layer}}."
-    block = {
+    return stacked(path, timm_block(f"{name}.{{layer}}.", width, num_heads, hidden), depth)
+
+
+def timm_block(layer: str, width: int, num_heads: int, hidden: int) -> Table:
+    """One block of such a stack; `layer` is how the names of its tensors begin, with `{layer}` for its number."""
+    heads = (num_heads, width // num_heads)
+    return {
         **norm("norm1", f"{layer}norm1", width),
         "attn/qkv/kernel": kernel(f"{layer}attn.qkv.weight", (width,), (3, *heads)),
         "attn/qkv/bias": flat(f"{layer}attn.qkv.bias", 3, *heads),
@@ -70,7 +77,6 @@ def timm_blocks(path: str, name: str, depth: int, width: int, num_heads: int, hi
         **linear("mlp/fc1", f"{layer}mlp.fc1", width, hidden),
         **linear("mlp/fc2", f"{layer}mlp.fc2", hidden, width),
     }
-    return stacked(path, block, depth)
 
 
 def huggingface_blocks(path: str, name: str, depth: int, width: int, num_heads: int, hidden: int) -> DeepTable:
