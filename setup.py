@@ -34,8 +34,11 @@ TRAINING = [
     "tqdm>=4.66",
 ]
 
+SERVING = ["msgpack>=1.0", "prometheus_client>=0.20", "websockets>=14"]
+
 ROBOT_EXTRAS = {
     "torch": ["torch>=2.4"],
+    "serve": ["absl-py>=2.1", "etils[epath]>=1.10", *SERVING],
     "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
 }
 
@@ -61,6 +64,7 @@ TRAINING_EXTRAS = {
     "metaworld": ["metaworld>=3.0", "packaging"],
     "pusht": ["gym-pusht>=0.1.6"],
     "dev": [
+        *SERVING,
         "apache-beam>=2.77",
         "mypy>=1.11",
         "pytest>=8.0",

@@ -1,0 +1,1 @@
+"""Serves a trained policy to robots that speak openpi's protocol."""
