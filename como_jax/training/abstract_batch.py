@@ -62,7 +62,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> FramePairs | PolicyBatch:
       config: of a pretraining recipe, or of a policy after `with_assumed_sizes`.
       mesh: of devices, which need not exist.
     """
-    one = _one_clip(config) if config.family in FAMILIES else random_samples(config, 1)
+    one = random_batch(config, 1)
     split = NamedSharding(mesh, sharding.BATCH_SPEC)
 
     def of_batch(x: Any) -> jax.ShapeDtypeStruct:
@@ -71,10 +71,15 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> FramePairs | PolicyBatch:
     return jax.tree.map(of_batch, one)
 
 
-def _one_clip(config: ConfigDict) -> FramePairs:
+def random_batch(config: ConfigDict, count: int) -> FramePairs | PolicyBatch:
+    """Random numbers in the shapes of a batch: clips or, after `with_assumed_sizes`, samples of a policy."""
+    return _random_clips(config, count) if config.family in FAMILIES else random_samples(config, count)
+
+
+def _random_clips(config: ConfigDict, count: int) -> FramePairs:
     data, model = config.data, config.model
     return fake_frame_pairs(
-        1,
+        count,
         data.instants,
         data.image_size,
         offset=bool(model.get("tcl_weight")),

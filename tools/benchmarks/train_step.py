@@ -31,11 +31,11 @@ from como_jax.files import write_json
 from como_jax.models.build import FAMILIES, build_model, pairs_of_clip
 from como_jax.models.build_policy import build_policy, with_public_sizes
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes, abstract_batch, random_samples, with_assumed_sizes
+from como_jax.training.abstract_batch import DataSizes, abstract_batch, random_batch, with_assumed_sizes
 from como_jax.training.build import Training, build_training
 from como_jax.training.flops import train_flops
 from como_jax.training.train_state import ModelDef, TrainState, create_state
-from como_jax.types import FramePairs, PolicyBatch, fake_frame_pairs
+from como_jax.types import FramePairs, PolicyBatch
 from tools.benchmarks.machine import describe_machine
 from tools.benchmarks.memory import peak_resident_bytes
 
@@ -143,27 +143,14 @@ def prepare(config: ConfigDict) -> Prepared:
     compiled = training.step.lower(training.abstract, abstract_batch(config, mesh)).compile()
     seconds = time.monotonic() - begin
     state = create_state(model, training.optimizer, training.abstract, seed=config.seed)
-    return Prepared(compiled, state, sharding.shard_batch(random_batch(config), mesh), mesh.size, seconds)
+    return Prepared(
+        compiled, state, sharding.shard_batch(random_batch(config, config.data.batch_size), mesh), mesh.size, seconds
+    )
 
 
 def _training(config: ConfigDict, mesh: Mesh) -> tuple[ModelDef, Training]:
     model = (build_model if config.family in FAMILIES else build_policy)(config)
     return model, build_training(config, model, mesh)
-
-
-def random_batch(config: ConfigDict) -> FramePairs | PolicyBatch:
-    """A whole batch for a config with all sizes."""
-    data, model = config.data, config.model
-    if config.family not in FAMILIES:
-        return random_samples(config, data.batch_size)
-    return fake_frame_pairs(
-        data.batch_size,
-        data.instants,
-        data.image_size,
-        offset=bool(model.get("tcl_weight")),
-        flow=bool(model.get("flow_weight")),
-        label_size=model.label_size if model.get("label_weight") else None,
-    )
 
 
 def measure(config: ConfigDict, windows: int, steps: int, warm_up: int) -> Measurement:
