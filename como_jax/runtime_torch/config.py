@@ -146,7 +146,7 @@ def _check(hint: Any, value: Any, where: str) -> Any:
     """The value, if it is of the kind that a field has: a bool, a text, a number that is not negative, or a tuple."""
     if isinstance(hint, types.GenericAlias):
         if isinstance(value, list):
-            return tuple(_check(int, item, where) for item in value)
+            return tuple(_check(typing.get_args(hint)[0], item, where) for item in value)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
             return float(value)
@@ -158,13 +158,13 @@ def _check(hint: Any, value: Any, where: str) -> Any:
 def _check_sizes(config: MotionModelConfig, path: Path) -> None:
     """Raises ModelFileError unless sizes go together and choices are known."""
     model, encoder = config.model, config.encoder
-    _check_choice(config.fit, FITS, f"{path}: fit")
+    check_choice(config.fit, FITS, f"{path}: fit")
     patches = {"model.patch_size": 4 * model.patch_size} if isinstance(model, LaqConfig) else {}
     positive: dict[str, int] = {"image_size": config.image_size}
     if isinstance(model, ComoConfig) and encoder is not None:
         patches = {"encoder.patch_size": encoder.patch_size, "model.fdm_patch_size": model.fdm_patch_size}
-        _check_choice(model.motion_input, MOTION_INPUTS, f"{path}: model.motion_input")
-        _check_choice(model.bottleneck.kind, BOTTLENECKS, f"{path}: model.bottleneck.kind")
+        check_choice(model.motion_input, MOTION_INPUTS, f"{path}: model.motion_input")
+        check_choice(model.bottleneck.kind, BOTTLENECKS, f"{path}: model.bottleneck.kind")
         heads = {"encoder": (encoder.width, encoder.num_heads)}
         heads |= {"model.idm": (model.idm_width, model.idm_heads), "model.fdm": (model.fdm_width, model.fdm_heads)}
         for name, (width, num_heads) in heads.items():
@@ -177,6 +177,7 @@ def _check_sizes(config: MotionModelConfig, path: Path) -> None:
             raise ModelFileError(f"{path}: image_size {config.image_size} does not go with {name}.")
 
 
-def _check_choice(value: str, choices: tuple[str, ...], where: str) -> None:
+def check_choice(value: str, choices: tuple[str, ...], where: str) -> None:
+    """Raises ModelFileError unless the value is one of the choices; `where` is the field that holds it."""
     if value not in choices:
         raise ModelFileError(f"{where} {value!r} must be one of {', '.join(choices)}.")

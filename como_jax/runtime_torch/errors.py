@@ -6,4 +6,8 @@ class ModelFileError(ValueError):
 
 
 class InputError(ValueError):
-    """A call with frames, latents or settings that the model cannot take."""
+    """A call with frames, latents, observations or settings that the model cannot take."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A policy gave an action that is not finite, which no robot may be told."""

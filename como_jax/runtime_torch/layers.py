@@ -94,49 +94,70 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, num_outputs: int | None = None) -> Tensor:
-        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens."""
+    def forward(self, x: Tensor, num_outputs: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens, or to those of the mask.
+
+        A mask is bool, broadcast to `[B, outputs, N]`; every row of it has a True.
+        """
         width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
         x = x.to(weight.dtype)
         query = F.linear(x[:, :num_outputs], weight[:width], bias[:width])
         key, value = F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
-        mixed = F.scaled_dot_product_attention(*(self._split_heads(part) for part in (query, key, value)))
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj(attend(query, key, value, self.num_heads, mask))
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens to a context of the same width."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.proj = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[B, N, D]` to the same; a mask, bool, is broadcast to `[B, N, M]` for a context `[B, M, D]`."""
+        key, value = self.kv(context).chunk(2, dim=-1)
+        return self.proj(attend(self.q(x), key, value, self.num_heads, mask))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention of several heads: `[B, N, D]` over `[B, M, D]` to `[B, N, D]`."""
+    parts = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    mixed = F.scaled_dot_product_attention(*parts, attn_mask=None if mask is None else mask[:, None])
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
-    """Two layers with an exact GELU between them."""
+    """Two layers with a GELU between them, exact or by its tanh approximation."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, *, tanh_gelu: bool = False):
         super().__init__()
         self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+        self.approximate = "tanh" if tanh_gelu else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to the same."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block; an `mlp_width` of 0 is four times the width."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int = 0):
+    def __init__(self, width: int, num_heads: int, mlp_width: int = 0, *, tanh_gelu: bool = False):
         super().__init__()
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, num_heads)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, mlp_width or 4 * width)
+        self.mlp = Mlp(width, mlp_width or 4 * width, tanh_gelu=tanh_gelu)
 
-    def forward(self, x: Tensor, num_outputs: int | None = None) -> Tensor:
-        """`[B, N, D]` to `[B, num_outputs or N, D]`."""
-        x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs)
+    def forward(self, x: Tensor, num_outputs: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; see `Attention`."""
+        x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs, mask)
         return x + self.mlp(self.norm2(x))
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """One block after another on tokens `[B, N, D]`."""
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One block after another on tokens `[B, N, D]`, which attend as a mask says."""
     for block in blocks:
-        x = block(x)
+        x = block(x) if mask is None else block(x, mask=mask)
     return x

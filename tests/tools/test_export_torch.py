@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 
 from como_jax.runtime_torch.latent_motion import LatentMotion  # noqa: E402
 from tools.export_torch import export, graphs  # noqa: E402
-from tools.export_torch.export import export_torch  # noqa: E402
+from tools.export_torch.export import export_torch, write_model  # noqa: E402
 from tools.export_torch.parity import TOLERANCE, refuse_large  # noqa: E402
 
 
@@ -99,3 +99,11 @@ def test_what_cannot_be_exported_is_said_before_anything_is_done(
     monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install onnx onnxscript onnxruntime"):
         export_torch(workdir, tmp_path / "exported", ["onnx"])
+
+
+def test_weights_of_released_code_are_refused(tmp_path: Path) -> None:
+    run = make_run("laq", {})
+    with run.config.unlocked():
+        run.config.released_code = True
+    with pytest.raises(ConversionError, match="holds weights of the released code"):
+        write_model(run, tmp_path)

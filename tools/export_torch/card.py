@@ -92,8 +92,8 @@ def model_card(
         gap=described["gap_seconds"],
         fit=described["fit"],
         files="\n".join(f"- `{name}`: {text}" for name, text in files.items()),
-        origin=_rows({**origin, "versions": versions}),
-        parity=_rows({name: f"{error:.1e}" for name, error in parity.items()}),
+        origin=table_rows({**origin, "versions": versions}),
+        parity=table_rows({name: f"{error:.1e}" for name, error in parity.items()}),
         left_out=_left_out(provenance["left out"]),
     )
 
@@ -107,5 +107,6 @@ def _left_out(paths: Sequence[str]) -> str:
     return "\n".join(parts) or "Nothing."
 
 
-def _rows(content: Mapping[str, Any]) -> str:
+def table_rows(content: Mapping[str, Any]) -> str:
+    """The rows of a table of two columns, in Markdown."""
     return "\n".join(f"| {name} | {value} |" for name, value in content.items())

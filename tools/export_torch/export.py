@@ -1,33 +1,23 @@
-"""The export of a run: weights, further formats and card, all checked, in a folder that appears when it is complete."""
+"""The export of a motion model: weights, further formats and card, in a folder that appears when it is complete."""
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from flax import traverse_util
-from safetensors.numpy import save_file
 
-from como_jax.errors import ConfigError
+from como_jax.errors import ConfigError, ConversionError
 from como_jax.files import write_json, write_text
-from como_jax.labelling.provenance import hash_params
-from como_jax.runtime_torch.config import FORMAT, VERSION
-from como_jax.runtime_torch.files import CONFIG_NAME
 from como_jax.runtime_torch.latent_motion import LatentMotion
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run
-from como_jax.weights.motion import NOT_EXPORTED, WEIGHTS_NAME, describe_motion_model, motion_table
-from como_jax.weights.tables import write_tensors
+from como_jax.weights.motion import NOT_EXPORTED, describe_motion_model, motion_table
 from tools.export_torch import graphs, hf_encoder
 from tools.export_torch.card import model_card
+from tools.export_torch.contents import describe_origin, write_contents
 from tools.export_torch.output import new_folder
 from tools.export_torch.parity import Reference, check_parity, compare
 
@@ -35,8 +25,6 @@ logger = logging.getLogger("como_jax.export_torch")
 
 FORMATS = {"pt2": graphs.write_pt2, "onnx": graphs.write_onnx}
 """What writes a program of `encode` into a folder and gives back a function that runs it."""
-
-_LIBRARIES = ("como_jax", "jax", "flax", "numpy", "safetensors", "torch")
 
 
 def export_torch(workdir: epath.PathLike, out: epath.PathLike, formats: Sequence[str] = ()) -> dict[str, float]:
@@ -80,29 +68,10 @@ def write_model(run: Run, folder: epath.Path) -> tuple[dict[str, Any], list[str]
     Raises:
       ConversionError: a parameter that is neither in the model's table nor known as one that only training needs.
     """
+    if run.config.get("released_code"):
+        raise ConversionError(
+            f"{run.workdir} holds weights of the released code of LAPA, Moto or CoMo, whose computation the PyTorch "
+            "runtime has not; use these weights with that code, or train a model of this project."
+        )
     described = describe_motion_model(run.config)
-    params = traverse_util.flatten_dict(jax.tree.map(np.asarray, run.params), sep="/")
-    left_out = sorted(path for path in params if any(f"{path}/".startswith(f"{name}/") for name in NOT_EXPORTED))
-    tensors = write_tensors(motion_table(described), {p: value for p, value in params.items() if p not in left_out})
-    path = folder / WEIGHTS_NAME
-    save_file(tensors, path, metadata={"format": "pt"})
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    weights = {"file": WEIGHTS_NAME, "sha256": digest}
-    write_json(folder / CONFIG_NAME, {"format": FORMAT, "format_version": VERSION, **described, "weights": weights})
-    return described, left_out
-
-
-def describe_origin(run: Run, parity: dict[str, float], left_out: Sequence[str]) -> dict[str, Any]:
-    """Where an exported model comes from: the content of provenance.json."""
-    return {
-        "run": str(run.workdir),
-        "step": run.step,
-        "parameters": hash_params(run.params),
-        "datasets": run.config.data.mixture,
-        "exported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: metadata.version(name) for name in _LIBRARIES},
-        "largest relative difference to JAX": parity,
-        "left out": list(left_out),
-        "config": json.loads(run.config.to_json_best_effort()),
-    }
+    return described, write_contents(folder, run.params, motion_table(described), described, NOT_EXPORTED)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from etils import epath
 from flax import traverse_util
-from safetensors.numpy import save_file
 
 from como_jax.files import write_json
 from como_jax.models.vit import VitConfig
@@ -19,6 +18,7 @@ from como_jax.runtime_torch.layers import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.training.run import Run
 from como_jax.weights.motion import WEIGHTS_NAME, hf_vit_table
 from como_jax.weights.tables import CONFIG_NAME, write_tensors
+from tools.export_torch.contents import save_tensors
 from tools.export_torch.parity import refuse_large, relative_error
 
 
@@ -32,7 +32,7 @@ def write_encoder(run: Run, described: Mapping[str, Any], folder: epath.Path, mo
     params = traverse_util.flatten_dict({"encoder": run.params["encoder"]}, sep="/")
     tensors = write_tensors(hf_vit_table(vit), {path: np.asarray(value) for path, value in params.items()})
     folder.mkdir()
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS_NAME)
     write_json(folder / CONFIG_NAME, _config(vit))
     write_json(folder / "preprocessor_config.json", _preprocessor(vit))
     if importlib.util.find_spec("transformers") is None:

@@ -97,12 +97,12 @@ def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
     return float(np.max(np.abs(value - reference)) / max(np.max(np.abs(reference)), 1e-12))
 
 
-def refuse_large(found: dict[str, float]) -> None:
+def refuse_large(found: dict[str, float], tolerance: float = TOLERANCE) -> None:
     """Raises ConversionError where a difference is too large, or not a number."""
     for name, error in found.items():
-        if not error < TOLERANCE:
+        if not error < tolerance:
             raise ConversionError(
-                f"{name} differs between PyTorch and JAX by {error:.1e} of the largest value, more than {TOLERANCE:g}, "
+                f"{name} differs between PyTorch and JAX by {error:.1e} of the largest value, more than {tolerance:g}, "
                 "so that nothing was written."
             )
 

@@ -99,7 +99,7 @@ def serve_until_stopped(server: PolicyServer, options: ServerOptions) -> None:
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("model", None, "Directory of a policy's run.", required=True)
+    flags.DEFINE_string("model", None, "Directory of an exported policy or of a policy's run.", required=True)
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine's.")
     flags.DEFINE_integer("port", 8000, "To listen at; 0 for any that is free, which the log then names.")
     flags.DEFINE_string("token", None, "That clients must send as Authorization: Api-Key TOKEN; all can read it in ps.")

@@ -8,8 +8,8 @@ from como_jax.errors import RunError
 from como_jax.serving.policy import ServedPolicy
 from tools.serve.options import PolicyOptions
 
-# Of `como_jax.policies.spec`, which cannot be imported without JAX.
-_RUN_FILE = "policy.json"
+# Of `como_jax.policies.spec`, which cannot be imported without JAX, and of `como_jax.runtime_torch`.
+_RUN_FILE, _EXPORT_FILE = "policy.json", "model.safetensors"
 
 
 def load_policy(directory: epath.PathLike, options: PolicyOptions) -> ServedPolicy:
@@ -25,7 +25,11 @@ def load_policy(directory: epath.PathLike, options: PolicyOptions) -> ServedPoli
         from tools.serve.jax_policy import JaxPolicy
 
         return JaxPolicy.load(path, options)
+    if (path / _EXPORT_FILE).exists():
+        from tools.serve.torch_policy import TorchPolicy
+
+        return TorchPolicy.load(path, options)
     raise RunError(
         f"--model {directory}: no policy there; it must be the directory of a run of experiments.train_policy, which "
-        f"has a {_RUN_FILE}."
+        f"has a {_RUN_FILE}, or one of tools.export_torch, which has a {_EXPORT_FILE}."
     )

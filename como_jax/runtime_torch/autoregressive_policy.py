@@ -1,0 +1,158 @@
+"""A GPT over language, observations, latent motion and action queries (Moto, arXiv 2412.04445).
+
+Axes: B batch, T instants, Q latent tokens of an instant, L latent size of one, H steps of a chunk, A action, N all
+tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from como_jax.runtime_torch.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, with_gripper
+from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, run_blocks
+from como_jax.runtime_torch.noise import Noise
+from como_jax.runtime_torch.observation import Observation, ObservationEncoder, ObservationFeatures
+from como_jax.runtime_torch.policy_config import AutoregressiveConfig, DiffusionConfig, ObservationConfig
+
+# Latents are normalised, so that larger estimates can only come from nearly pure noise.
+_LARGEST_LATENT = 5.0
+_LANGUAGE, _OBSERVATION, _LATENT, _ACTION = range(4)
+
+
+class Motion(NamedTuple):
+    """Latents of all instants, `[B, T, Q, L]` or codes `[B, T, Q]`, and where they are known, bool `[B, T]`."""
+
+    values: Tensor
+    known: Tensor
+
+
+class Outputs(NamedTuple):
+    """What the transformer makes of latent tokens `[B, T, Q + 1, D]` and of action queries `[B, T, H, D]`."""
+
+    latents: Tensor
+    actions: Tensor
+
+
+class AutoregressivePolicy(nn.Module):
+    """See the module's docstring; it has latents only where it generates them before it acts."""
+
+    in_float32 = ("norm", "action_head")
+
+    def __init__(self, observation: ObservationConfig, config: AutoregressiveConfig):
+        super().__init__()
+        self.config, self.instants, width = config, observation.instants, config.width
+        self.observation = ObservationEncoder(observation, width)
+        self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
+        self.norm = LayerNorm(width)
+        self.instant_embed = nn.Parameter(torch.empty(observation.instants, width))
+        self.action_queries = nn.Parameter(torch.empty(config.chunk, width))
+        self.action_head = Linear(width, config.action_size)
+        if config.think:
+            self.latent_start = nn.Parameter(torch.empty(width))
+            self.latent_pos = nn.Parameter(torch.empty(config.latent_queries + 1, width))
+            self.latent_in, self.latent_head = _make_latent_ends(config)
+
+    def sample_actions(self, observation: Observation, noise: Noise) -> Tensor:
+        """Normalised actions, float32 `[B, H, A]`, from now on.
+
+        Of `noise` it takes what the head of latents needs, token after token, where latents are generated.
+        """
+        features = self.observation(observation)
+        motion = self._generate(features, noise) if self.config.think else None
+        actions = self.action_head(self(features, motion).actions[:, -1])
+        return with_gripper(actions, self.config.gripper_dims)
+
+    def forward(self, features: ObservationFeatures, motion: Motion | None) -> Outputs:
+        """Runs the transformer over the whole sequence; action queries read the latents that are known."""
+        config, width = self.config, self.config.width
+        batch, instants, observations = features.tokens.shape[:3]
+        placed = self.instant_embed[:, None]
+        queries = (self.action_queries + placed).expand(batch, -1, -1, -1)
+        latents = queries[:, :, :0] if motion is None else self._latent_tokens(motion) + placed
+        parts = [features.text.tokens, features.tokens, latents, queries]
+        tokens = [part.reshape(batch, -1, width) for part in parts]
+        known = features.mask.new_zeros((batch, instants)) if motion is None else motion.known
+        present = [
+            features.text.mask,
+            features.mask.flatten(1),
+            known.repeat_interleave(latents.shape[2], dim=1),
+            known.new_ones((batch, instants * config.chunk)),
+        ]
+        per_instant = (observations, latents.shape[2], config.chunk)
+        readable = torch.from_numpy(allowed_pairs(instants, features.text.tokens.shape[1], per_instant))
+        own = torch.eye(len(readable), dtype=torch.bool, device=known.device)
+        # A token that is not there is read by none but itself, which keeps every row of the softmax proper.
+        mask = (readable.to(known.device) & torch.cat(present, dim=1)[:, None]) | own
+        x = run_blocks(self.blocks, torch.cat(tokens, dim=1), mask)
+        _, _, *outputs = x.split([part.shape[1] for part in tokens], dim=1)
+        return Outputs(*(self.norm(part).reshape(batch, instants, -1, width) for part in outputs))
+
+    def _latent_tokens(self, motion: Motion) -> Tensor:
+        """`[B, T, Q + 1, D]`: a start token and the latents, so that the output of each predicts the next."""
+        latents = self.latent_in(motion.values)
+        start = self.latent_start.expand_as(latents[:, :, :1])
+        return torch.cat([start, latents], dim=2) + self.latent_pos
+
+    def _generate(self, features: ObservationFeatures, noise: Noise) -> Motion:
+        """Latents of the last instant, token after token; those of earlier ones are unknown."""
+        config, device = self.config, features.tokens.device
+        shape = (len(features.tokens), self.instants, config.latent_queries)
+        if config.codebook_size:
+            values = torch.zeros(shape, dtype=torch.int64, device=device)
+        else:
+            values = torch.zeros((*shape, config.latent_dim), device=device)
+        known = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        known[:, -1] = True
+        for token in range(config.latent_queries):
+            # What is not yet generated stands in the sequence, but no earlier token reads it.
+            output = self(features, Motion(values, known)).latents[:, -1, token]
+            values = values.clone()
+            values[:, -1, token] = self.latent_head.sample(output, noise)
+        return Motion(values, known)
+
+
+def allowed_pairs(instants: int, language: int, per_instant: Sequence[int]) -> np.ndarray:
+    """Who may read whom, bool `[N, N]`, where row i reads column j.
+
+    All language tokens come first, then all observations, all latents and all queries, each instant after instant. All
+    read the language; the tokens of an instant read the observations up to it; latents the latents before them; action
+    queries each other within their instant, and the latents up to it.
+
+    Args:
+      instants: of the history.
+      language: tokens of the instruction.
+      per_instant: observations, latent tokens and action queries of one instant.
+    """
+    groups = [(_LANGUAGE, -1, language)]
+    for kind, count in zip((_OBSERVATION, _LATENT, _ACTION), per_instant, strict=True):
+        groups += [(kind, instant, count) for instant in range(instants)]
+    kinds = np.concatenate([np.full(count, kind) for kind, _, count in groups])
+    times = np.concatenate([np.full(count, time) for _, time, count in groups])
+    slots = np.concatenate([np.arange(count) for _, _, count in groups])
+    reader, earlier, same = kinds[:, None], times[:, None] > times, times[:, None] == times
+    before = earlier | (same & (slots[:, None] >= slots))
+    return (
+        (kinds == _LANGUAGE)
+        | ((kinds == _OBSERVATION) & (earlier | same))
+        | ((reader == _LATENT) & (kinds == _LATENT) & before)
+        | ((reader == _ACTION) & (kinds == _ACTION) & same)
+        | ((reader == _ACTION) & (kinds == _LATENT) & (earlier | same))
+    )
+
+
+def _make_latent_ends(config: AutoregressiveConfig) -> tuple[nn.Module, nn.Module]:
+    """What makes tokens of latents, and the head that predicts latents."""
+    width, latent_dim = config.width, config.latent_dim
+    if config.codebook_size:
+        return CodeEmbedding(config.codebook_size, width), CodeHead(width, config.codebook_size, config.temperature)
+    if config.latent_head == "regression":
+        return Linear(latent_dim, width), RegressionHead(width, latent_dim)
+    steps, sizes = config.diffusion_steps, {"hidden": config.head_width, "depth": config.head_depth}
+    # With all of its noise at every step, DDIM is DDPM (arXiv 2006.11239, algorithm 2).
+    diffusion = DiffusionConfig("ddpm", steps, steps, "epsilon", eta=1.0, clip=_LARGEST_LATENT)
+    return Linear(latent_dim, width), DiffusionHead(width, latent_dim, diffusion, **sizes)

@@ -1,0 +1,106 @@
+"""Instructions as a policy's text tower reads them: numbers of tokens, or embeddings that lie beside the weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from como_jax.runtime_torch.errors import InputError, ModelFileError
+from como_jax.runtime_torch.policy_config import TextConfig
+
+EMBEDDINGS_NAME = "instructions.safetensors"
+"""Of one tensor, `embedding` `[n, E]`, and in its metadata the `instructions`, a list as JSON."""
+
+Reader = Callable[[str], np.ndarray]
+
+
+def make_reader(config: TextConfig, directory: Path) -> Reader:
+    """What makes int32 `[M]`, numbers of tokens plus one and then zeros, or float32 `[E]`, of an instruction.
+
+    The reader raises InputError where an instruction is too long, or has no embedding.
+
+    Raises:
+      ModelFileError: a file of the folder, or a package that reads it, is missing.
+    """
+    if config.tower == "embedding":
+        return _embeddings(directory / EMBEDDINGS_NAME, config.embedding_size)
+    tokenize = _tokenizer(config, directory)
+
+    def read(instruction: str) -> np.ndarray:
+        numbers = tokenize(config.prompt.replace("{}", instruction))
+        if len(numbers) > config.max_length:
+            raise InputError(
+                f"instruction {instruction!r} is {len(numbers)} tokens long with what is put around it, more than the "
+                f"{config.max_length} that the policy reads."
+            )
+        row = np.zeros(config.max_length, np.int32)
+        row[: len(numbers)] = np.asarray(numbers, np.int32) + 1
+        return row
+
+    return read
+
+
+def _tokenizer(config: TextConfig, directory: Path) -> Callable[[str], Sequence[int]]:
+    if not config.tokenizer_file:
+        return lambda text: list(text.encode())
+    # A name alone, so that a model from elsewhere cannot lead out of its folder.
+    path = directory / Path(config.tokenizer_file).name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from error
+    return (_sentencepiece if path.suffix == ".model" else _tokenizer_json)(path, content)
+
+
+def _sentencepiece(path: Path, content: bytes) -> Callable[[str], Sequence[int]]:
+    """Texts that begin with <bos> and end with a newline, as PaliGemma's prompts do."""
+    processor = _import("sentencepiece", path).SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError as error:
+        raise ModelFileError(f"{path} is no .model file of SentencePiece: {error}") from error
+    end = processor.encode("\n")[-1:]
+    return lambda text: [processor.bos_id(), *processor.encode(text), *end]
+
+
+def _tokenizer_json(path: Path, content: bytes) -> Callable[[str], Sequence[int]]:
+    library = _import("tokenizers", path)
+    try:
+        tokenizer = library.Tokenizer.from_str(content.decode())
+    # The library raises nothing more specific.
+    except Exception as error:
+        raise ModelFileError(f"{path} is no tokenizer.json: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return lambda text: tokenizer.encode(text).ids
+
+
+def _import(library: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ModelFileError(f"{path} needs the package {library}: pip install {library}") from error
+
+
+def _embeddings(path: Path, size: int) -> Reader:
+    try:
+        with safe_open(path, framework="np") as file:
+            instructions, table = json.loads(file.metadata()["instructions"]), file.get_tensor("embedding")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+    if table.shape != (len(instructions), size):
+        raise ModelFileError(f"{path}: embedding is {list(table.shape)} and must be {[len(instructions), size]}.")
+    rows = dict(zip(instructions, table.astype(np.float32), strict=True))
+
+    def read(instruction: str) -> np.ndarray:
+        if instruction not in rows:
+            raise InputError(f"instruction {instruction!r} has no embedding among the {len(rows)} of the policy.")
+        return rows[instruction]
+
+    return read

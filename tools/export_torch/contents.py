@@ -1,0 +1,82 @@
+"""What every exported folder holds: weights, config.json, and where they come from."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors.numpy import save_file
+
+from como_jax.files import write_json
+from como_jax.labelling.provenance import hash_params
+from como_jax.runtime_torch.config import FORMAT, VERSION
+from como_jax.runtime_torch.files import CONFIG_NAME
+from como_jax.training.run import Run
+from como_jax.training.train_state import Params
+from como_jax.weights.motion import WEIGHTS_NAME
+from como_jax.weights.tables import DeepTable, write_tensors
+
+_LIBRARIES = ("como_jax", "jax", "flax", "numpy", "safetensors", "torch")
+
+
+def write_contents(
+    folder: epath.Path, params: Params, table: DeepTable, described: Mapping[str, Any], unneeded: Collection[str]
+) -> list[str]:
+    """Writes weights and config.json; returns the paths of parameters that are left out.
+
+    Args:
+      folder: that gets them.
+      params: of the run.
+      table: of the model.
+      described: what config.json says of the model.
+      unneeded: prefixes of the paths of parameters that only training needs.
+
+    Raises:
+      ConversionError: a parameter that is neither in the table nor known as one that only training needs.
+    """
+    flat = flatten_params(params)
+    left_out = sorted(path for path in flat if any(f"{path}/".startswith(f"{name}/") for name in unneeded))
+    tensors = write_tensors(table, {path: value for path, value in flat.items() if path not in left_out})
+    path = folder / WEIGHTS_NAME
+    save_tensors(tensors, path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = {"file": WEIGHTS_NAME, "sha256": digest}
+    write_json(folder / CONFIG_NAME, {"format": FORMAT, "format_version": VERSION, **described, "weights": weights})
+    return left_out
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: epath.Path, **metadata: str) -> None:
+    """A file of safetensors."""
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    # The library lets the owner alone read it.
+    os.chmod(path, 0o644)
+
+
+def flatten_params(params: Params) -> dict[str, np.ndarray]:
+    """Parameters by their paths; modules in lists have numbers there."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(part.key) for part in path): np.asarray(value) for path, value in leaves}
+
+
+def describe_origin(run: Run, parity: Mapping[str, float], left_out: Sequence[str]) -> dict[str, Any]:
+    """Where an exported model comes from: the content of provenance.json."""
+    return {
+        "run": str(run.workdir),
+        "step": run.step,
+        "parameters": hash_params(run.params),
+        "datasets": run.config.data.mixture,
+        "exported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: metadata.version(name) for name in _LIBRARIES},
+        "largest relative difference to JAX": dict(parity),
+        "left out": list(left_out),
+        "config": json.loads(run.config.to_json_best_effort()),
+    }
