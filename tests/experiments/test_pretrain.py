@@ -229,12 +229,14 @@ def test_a_mistyped_flag_is_one_line_and_status_2(tabletop_dataset: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_training_imports_neither_tensorflow_nor_torch(tabletop_dataset: Path, tmp_path: Path):
+def test_training_needs_neither_tensorflow_nor_torch(tabletop_dataset: Path, tmp_path: Path):
     code = (
-        "import sys; from configs import pretrain_como; from experiments.pretrain import pretrain\n"
+        # With None, importing PyTorch fails. Where it is installed, tensorboardX would import it.
+        "import sys; sys.modules['torch'] = None\n"
+        "from configs import pretrain_como; from experiments.pretrain import pretrain\n"
         "config = pretrain_como.get_config('smoke'); config.data.mixture, config.train.stop_after = sys.argv[1], 1\n"
         "pretrain(config, sys.argv[2])\n"
-        "found = {'tensorflow', 'torch'} & set(sys.modules); assert not found, found"
+        "assert 'tensorflow' not in sys.modules"
     )
     arguments = [sys.executable, "-c", code, str(tabletop_dataset), str(tmp_path / "run")]
     subprocess.run(arguments, check=True, cwd=REPOSITORY)
