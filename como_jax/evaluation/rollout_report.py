@@ -82,7 +82,7 @@ def encode_video(frames: Sequence[np.ndarray], rate: float) -> bytes:
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(_MAX_DENOMINATOR))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        # With its macroblock tree x264 does not always make equal files of equal frames (11 of 600, seen with 64 pixels).
+        # With its macroblock tree x264 does not always make equal files of equal frames (11 of 600 at 64 pixels).
         stream.options = {"crf": "18", "preset": "veryfast", "x264-params": "mbtree=0"}
         for frame in frames:
             padding = ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0))
