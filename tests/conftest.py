@@ -3,7 +3,7 @@
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Grain's worker processes read absl flags, which nobody parses under pytest.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def torch_in_one_thread() -> Iterator[None]:
+    """PyTorch computes in one thread, since it shares the cores with JAX; tests are skipped where it is missing."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

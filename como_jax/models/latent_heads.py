@@ -23,7 +23,7 @@ from como_jax.models.layers import LayerNorm, Linear
 Terms = dict[str, jax.Array]
 
 # Noise levels drawn for each token and step, as in MAR (arXiv 2406.11838): the head is cheap beside the transformer.
-_DRAWS = 4
+DRAWS = 4
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -103,11 +103,11 @@ class DiffusionHead(nnx.Module):
 
     def loss(self, features: jax.Array, target: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, Terms]:
         """Mean squared error of what the network says of noisy versions of `target` `[..., L]`."""
-        clean = jnp.repeat(target.reshape(-1, self.latent_dim), _DRAWS, axis=0)
+        clean = jnp.repeat(target.reshape(-1, self.latent_dim), DRAWS, axis=0)
         noised = add_noise(self.diffusion, clean, key)
-        condition = jnp.repeat(self.condition_in(features).reshape(-1, self.hidden), _DRAWS, axis=0)
+        condition = jnp.repeat(self.condition_in(features).reshape(-1, self.hidden), DRAWS, axis=0)
         error = jnp.square(self.estimate(noised.x, noised.time, condition) - noised.target)
-        draws = error.reshape(*target.shape[:-1], _DRAWS, self.latent_dim)
+        draws = error.reshape(*target.shape[:-1], DRAWS, self.latent_dim)
         return _masked_error(jnp.mean(draws, axis=-2), mask), {}
 
     def sample(self, features: jax.Array, keys: jax.Array) -> jax.Array:

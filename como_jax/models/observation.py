@@ -88,8 +88,13 @@ class ConvTower(nnx.Module):
 
     STRIDE = 16
 
+    @staticmethod
+    def channels(width: int) -> tuple[int, ...]:
+        """Of the pictures, and behind each convolution."""
+        return (3, max(8, width // 4), max(8, width // 2), width, width)
+
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        channels = (3, max(8, width // 4), max(8, width // 2), width, width)
+        channels = self.channels(width)
         self.convs = nnx.List(
             [
                 nnx.Conv(inputs, outputs, (3, 3), strides=2, padding="SAME", rngs=rngs)

@@ -16,15 +16,13 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.models.build import pairs_of_clip, vit_config
+from como_jax.models.latent_heads import DRAWS
 from como_jax.models.observation import ConvTower
 from como_jax.models.perceptual import LAYOUTS
 from como_jax.models.text import BYTE_VOCABULARY, PUBLIC_TOWERS
 from como_jax.models.text_layers import GATED
 from como_jax.models.vit import VitConfig
 from como_jax.types import FLOW_STRIDE
-
-# Noisy versions of a token that a head which matches flows is trained on, in `como_jax.models.latent_heads`.
-_HEAD_DRAWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +226,7 @@ def _observation(config: ConfigDict) -> tuple[dict[str, float], int, int]:
 def _conv_tower(size: int, width: int) -> Work:
     """The convolutional tower, of one image; what falls on the padding, a row and a column, is no work."""
     work = Work()
-    for inputs, outputs in itertools.pairwise((3, max(8, width // 4), max(8, width // 2), width, width)):
+    for inputs, outputs in itertools.pairwise(ConvTower.channels(width)):
         size //= 2
         work += (entry if inputs == 3 else linear)((3 * size - 1) ** 2, inputs, outputs)
     return work
@@ -315,7 +313,7 @@ def _decoder_block(model: ConfigDict, tokens: int) -> float:
 
 def _output(model: ConfigDict, length: int, size: int, head: str) -> Work:
     """Both ends of so many tokens that are written: codes of so many, or vectors of that size."""
-    width, hidden, draws = model.width, model.head_width, length * _HEAD_DRAWS
+    width, hidden, draws = model.width, model.head_width, length * DRAWS
     if head == "codes":
         return linear(length, width, size)
     embed = entry(length - 1, size, width)

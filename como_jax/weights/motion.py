@@ -11,32 +11,25 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from flax import traverse_util
 from ml_collections import ConfigDict
 
-from como_jax.errors import RunError
 from como_jax.models.build import motion_config, vit_config
 from como_jax.models.laq import LaqConfig
 from como_jax.models.laq_layers import NUM_NULL_TOKENS
 from como_jax.models.motion import MotionConfig
 from como_jax.models.quantizers import BottleneckConfig
 from como_jax.models.vit import VitConfig
+from como_jax.weights.exported import read_exported
 from como_jax.weights.tables import (
-    CONFIG_NAME,
     DeepTable,
     Entry,
     Table,
-    Tensors,
     array,
     kernel,
     linear,
-    make_parameters,
     norm,
-    read_json,
 )
 from como_jax.weights.vit_tables import huggingface_blocks, patch_table, single, stacked, timm_blocks
-
-WEIGHTS_NAME = "model.safetensors"
 
 NOT_EXPORTED = {
     "perceptual": "network of a loss term",
@@ -103,18 +96,7 @@ def read_motion_model(directory: epath.PathLike) -> tuple[dict[str, Any], dict[s
     Raises:
       RunError: a file is missing or damaged, or they do not fit each other.
     """
-    path = epath.Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise RunError(f"{path} does not exist; {directory} is no exported model.")
-    described = read_json(path)
-    try:
-        table = motion_table(described)
-    except (AttributeError, LookupError, TypeError) as error:
-        raise RunError(f"{path} describes no motion model of this version: {error}") from error
-    tensors = Tensors(path.parent / WEIGHTS_NAME)
-    params = make_parameters(table, tensors)
-    tensors.check_unread()
-    return described, traverse_util.unflatten_dict(params, sep="/")
+    return read_exported(directory, motion_table, "motion model")
 
 
 def como_table(vit: VitConfig, config: MotionConfig) -> DeepTable:

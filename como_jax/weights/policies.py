@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConversionError, RunError
@@ -21,10 +20,10 @@ from como_jax.models.diffusion import DiffusionConfig
 from como_jax.models.diffusion_policy import DiffusionPolicyConfig
 from como_jax.models.latent_vla import VlaConfig
 from como_jax.policies.spec import PolicySpec
-from como_jax.weights.motion import WEIGHTS_NAME
+from como_jax.weights.exported import read_exported
 from como_jax.weights.observation_tables import observation_table
 from como_jax.weights.policy_tables import autoregressive_policy_table, diffusion_policy_table, latent_vla_table
-from como_jax.weights.tables import CONFIG_NAME, DeepTable, Tensors, make_parameters, read_json
+from como_jax.weights.tables import DeepTable
 
 TEXT_TOWERS = ("bytes", "embedding", "tokens")
 """Those that the runtime has."""
@@ -125,18 +124,7 @@ def read_policy(directory: epath.PathLike) -> tuple[dict[str, Any], dict[str, An
     Raises:
       RunError: a file is missing or damaged, or they do not fit each other.
     """
-    path = epath.Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise RunError(f"{path} does not exist; {directory} is no exported policy.")
-    described = read_json(path)
-    try:
-        table = policy_table(described)
-    except (AttributeError, LookupError, TypeError) as error:
-        raise RunError(f"{path} describes no policy of this version: {error}") from error
-    tensors = Tensors(path.parent / WEIGHTS_NAME)
-    params = make_parameters(table, tensors)
-    tensors.check_unread()
-    return described, traverse_util.unflatten_dict(params, sep="/")
+    return read_exported(directory, policy_table, "policy")
 
 
 def _describe_observation(config: ConfigDict) -> dict[str, Any]:

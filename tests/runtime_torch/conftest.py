@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch computes in one thread; tests are skipped where it is missing."""
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def one_thread(torch_in_one_thread: None) -> None:
+    """For all tests here, which are skipped where PyTorch is missing."""
 
 
 @pytest.fixture(scope="session")

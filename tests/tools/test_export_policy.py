@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,14 +25,7 @@ from tools.export_torch.export_policy import export_policy, is_policy  # noqa: E
 from tools.export_torch.policy_graphs import check_formats  # noqa: E402
 from tools.export_torch.policy_parity import CHUNK_TOLERANCE, PolicyReference  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch shares the cores with JAX."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
 
 
 @pytest.fixture(scope="module")

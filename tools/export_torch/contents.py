@@ -21,7 +21,7 @@ from como_jax.runtime_torch.config import FORMAT, VERSION
 from como_jax.runtime_torch.files import CONFIG_NAME
 from como_jax.training.run import Run
 from como_jax.training.train_state import Params
-from como_jax.weights.motion import WEIGHTS_NAME
+from como_jax.weights.exported import WEIGHTS_NAME
 from como_jax.weights.tables import DeepTable, write_tensors
 
 _LIBRARIES = ("como_jax", "jax", "flax", "numpy", "safetensors", "torch")

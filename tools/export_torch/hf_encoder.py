@@ -16,7 +16,8 @@ from como_jax.models.vit import VitConfig
 from como_jax.runtime_torch.latent_motion import LatentMotion
 from como_jax.runtime_torch.layers import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.training.run import Run
-from como_jax.weights.motion import WEIGHTS_NAME, hf_vit_table
+from como_jax.weights.exported import WEIGHTS_NAME
+from como_jax.weights.motion import hf_vit_table
 from como_jax.weights.tables import CONFIG_NAME, write_tensors
 from tools.export_torch.contents import save_tensors
 from tools.export_torch.parity import refuse_large, relative_error
