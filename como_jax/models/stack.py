@@ -33,7 +33,8 @@ class Stack(nnx.Module):
         self.remat = remat
         graphdef = nnx.split(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), depth)
-        params = jax.vmap(lambda key: nnx.split(make_layer(nnx.Rngs(key)))[1])(keys)
+        # One layer after the other: all at once need twice the parameters' memory to make the random numbers in.
+        params = jax.lax.map(lambda key: nnx.split(make_layer(nnx.Rngs(key)))[1], keys)
         self.layers = nnx.merge(graphdef, params)
 
     def __call__(self, x: jax.Array, *context: jax.Array, num_outputs: int | None = None) -> jax.Array:
