@@ -8,6 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -19,7 +20,7 @@ from tools.compile_for_tpu import __main__ as command
 from tools.compile_for_tpu.compiling import CompiledStep, DoesNotFitError, compile_step
 from tools.compile_for_tpu.costs import collectives
 from tools.compile_for_tpu.hlo import Module
-from tools.compile_for_tpu.report import Report, format_report, make_report
+from tools.compile_for_tpu.report import Report, describe_whole, format_report, kept_whole, make_report
 from tools.compile_for_tpu.topology import Topology, TopologyError, open_topology
 
 needs_libtpu = pytest.mark.skipif(
@@ -159,8 +160,22 @@ def test_without_a_compiler_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPat
         open_topology("v5e:2x2")
 
 
+def test_what_the_mesh_leaves_whole_is_named() -> None:
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    shapes = {"uneven": (27, 1150, 4304), "even": (27, 1152, 4304)}
+    state = {
+        name: {"mlp": {"fc1": {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}} for name, shape in shapes.items()
+    }
+    split = jax.tree.map(lambda x, y: x.update(sharding=y), state, sharding.tree_shardings(state, mesh))
+    whole = kept_whole(split)
+    assert whole == {"uneven/mlp/fc1/kernel": 27 * 1150 * 4304 * 4}
+    (line,) = describe_whole(whole, mesh.shape)
+    assert "0.50 GiB" in line and "uneven/mlp/fc1/kernel" in line and "fsdp=8" in line
+    assert not describe_whole(whole, sharding.make_mesh().shape)
+
+
 def fake_report(per_chip: int) -> Report:
-    return Report("v5e:2x2", "TPU v5 lite", {"data": 4}, per_chip, 0.0, None, 0.0, 0.0, (), (), None)
+    return Report("v5e:2x2", "TPU v5 lite", {"data": 4}, per_chip, 0.0, None, {}, 0.0, 0.0, (), (), None)
 
 
 def test_the_search_ends_with_the_report_of_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
+from como_jax.training.sharding import path_name
+from como_jax.training.train_state import TrainState
 from tools.compile_for_tpu.chips import GIB
 from tools.compile_for_tpu.compiling import CompiledStep
 from tools.compile_for_tpu.costs import Collective, collectives, hbm_bytes, matmul_flops
@@ -61,6 +65,7 @@ class Report:
       batch_per_chip: samples.
       compile_seconds: that compiling took.
       memory: of HBM.
+      whole: bytes of the parts of the state that every chip holds whole, by path; the most first.
       flops: of matrix products and convolutions.
       hbm_bytes: read and written.
       exchanges: by kind.
@@ -75,6 +80,7 @@ class Report:
     batch_per_chip: float
     compile_seconds: float
     memory: Memory
+    whole: Mapping[str, int]
     flops: float
     hbm_bytes: float
     exchanges: tuple[Exchange, ...]
@@ -111,6 +117,7 @@ def make_report(step: CompiledStep, topology: Topology) -> Report:
             code=stats.generated_code_size_in_bytes,
             chip=topology.chip.hbm if topology.chip else None,
         ),
+        whole=kept_whole(step.state),
         flops=flops,
         hbm_bytes=traffic,
         exchanges=_by_kind(found),
@@ -130,6 +137,7 @@ def format_report(report: Report) -> str:
         f"HBM a chip: {memory.total / GIB:.2f}{of_chip}: arguments {memory.arguments / GIB:.2f}, temporaries "
         f"{memory.temporaries / GIB:.2f}, output {memory.output / GIB:.2f} of which {memory.alias / GIB:.2f} take the "
         f"place of arguments, program {memory.code / GIB:.2f}",
+        *describe_whole(report.whole, report.mesh),
         f"Work a chip and step: {report.flops / 1e12:.3f} TFLOP in matrix products, {report.hbm_bytes / 1e9:.2f} GB to "
         "and from HBM",
         *(f"Exchange: {item.kind}, {item.count:g} runs, {item.bytes / 1e6:.1f} MB" for item in report.exchanges),
@@ -139,6 +147,26 @@ def format_report(report: Report) -> str:
     if report.largest_batch_per_chip is not None:
         lines.append(f"Largest batch that fits: {report.largest_batch_per_chip} samples a chip")
     return "\n".join(lines)
+
+
+def kept_whole(state: TrainState) -> dict[str, int]:
+    """Bytes of what every chip holds whole, by path; the most first."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    found = {
+        path_name(path): leaf.size * leaf.dtype.itemsize for path, leaf in leaves if leaf.sharding.is_fully_replicated
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def describe_whole(whole: Mapping[str, int], mesh: Mapping[str, int]) -> list[str]:
+    """A line where the mesh splits parameters, and leaves much of them whole."""
+    total, most = sum(whole.values()), next(iter(whole), "")
+    if mesh["fsdp"] * mesh["tensor"] == 1 or total < GIB / 4:
+        return []
+    return [
+        f"Not split: {total / GIB:.2f} GiB of the state, whose sizes are no multiples of fsdp={mesh['fsdp']} or "
+        f"tensor={mesh['tensor']}, most of it {most}; a smaller --config.mesh.fsdp may need less memory"
+    ]
 
 
 def _describe_time(report: Report, chips: int) -> str:
