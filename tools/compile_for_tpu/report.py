@@ -42,7 +42,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """In use at once."""
+        """In use at once, at most: a step that the compiler accepts fits, also where this is more than there is."""
         return self.arguments + self.output - self.alias + self.temporaries + self.code
 
 
@@ -131,6 +131,8 @@ def format_report(report: Report) -> str:
     memory, chips = report.memory, math.prod(report.mesh.values())
     mesh = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items())
     of_chip = f" of {memory.chip / GIB:.0f} GiB ({memory.total / memory.chip:.0%})" if memory.chip else ""
+    if memory.chip and memory.total > memory.chip:
+        of_chip += ", which the compiler makes fit by sharing"
     lines = [
         f"{report.topology}: {chips} x {report.device}, mesh {mesh}, {report.batch_per_chip:g} samples a chip "
         f"({report.batch_per_chip * chips:g} in all), compiled in {report.compile_seconds:.0f} s",
