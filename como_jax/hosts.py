@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +23,8 @@ from jax.sharding import Mesh
 from como_jax.errors import ConfigError, RunError, UsageError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
 _ALONE = "--num_processes=1 runs it alone"
@@ -229,6 +232,21 @@ def in_step(error: type[UsageError] = RunError) -> Iterator[None]:
         raise failure
     if failed:
         raise error(f"host {failed[0]} has failed; it says why.")
+
+
+def together(items: Iterable[T]) -> Iterator[T]:
+    """The items, which are as many on all hosts; if one fails at its next item, so do the others.
+
+    Raises:
+      RunError: another host has failed.
+    """
+    iterator = iter(items)
+    while True:
+        with in_step():
+            found = list(itertools.islice(iterator, 1))
+        if not found:
+            return
+        yield found[0]
 
 
 def _log_errors_alone() -> None:

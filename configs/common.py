@@ -128,6 +128,7 @@ def training(config: ConfigDict) -> None:
     config.train.accumulation = 1  # Microbatches of one update.
     config.train.dtype = "bfloat16"  # Of compute; parameters and reductions are float32.
     config.train.remat = "none"  # none, dots or full.
+    config.train.attention = "xla"  # xla, or cudnn: fused kernels of a GPU, in bfloat16 and for the train step alone.
     config.train.log_every = 50
     config.train.evaluate_every = 5000
     config.train.checkpoint_every = 5000

@@ -60,18 +60,18 @@ def evaluate(
     mesh = sharding.make_mesh()
     run = load_run(workdir, mesh)
     out = epath.Path(out or run.workdir / "report")
-    with hosts.in_step():
-        make_folder(out)
     notes: list[str] = []
     if action_classes is not None and labelled is None:
         raise ConfigError("--action_classes says which instructions of --labelled are one action; pass both.")
     domains = None
-    if labelled is not None:
-        domains = compare_labelled(labelled, action_classes, hash_params(run.params), notes)
-    runner = TransitionRunner(run.model, mesh, batch_size, with_ssim=True)
-    results = []
-    for splits in open_splits(run.config, data, notes):
-        item, fitting = choose_splits(splits, probe, notes)
+    # Before all compute together, where a host that waits for one that has failed cannot be told.
+    with hosts.in_step():
+        make_folder(out)
+        if labelled is not None:
+            domains = compare_labelled(labelled, action_classes, hash_params(run.params), notes)
+        chosen = [choose_splits(splits, probe, notes) for splits in open_splits(run.config, data, notes)]
+    runner, results = TransitionRunner(run.model, mesh, batch_size, with_ssim=True), []
+    for item, fitting in chosen:
         logger.info("Evaluating on %s (%s)", item.name, item.split)
         num_clips = -(-num_transitions // 2)
         found = runner(run.params, item, num_clips, num_pictures)

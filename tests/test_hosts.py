@@ -112,3 +112,11 @@ def test_a_part_that_fails_raises_its_own_error() -> None:
     with hosts.in_step():
         pass
     assert hosts.which(True) == [0] and hosts.which(False) == []
+
+
+def test_items_are_taken_one_by_one_until_one_fails() -> None:
+    taken = hosts.together(6 // number for number in (1, 2, 0))
+    assert [next(taken), next(taken)] == [6, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(taken)
+    assert list(hosts.together([])) == []

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
@@ -175,7 +176,7 @@ class TransitionRunner:
         num_clips = min(num_clips, len(item.index))
         shown = set(np.linspace(0, num_clips - 1, num_pictures).astype(int))
         first = 0
-        for batch, count in set_batches(item, num_clips, self._batch_size, self._rows):
+        for batch, count in hosts.together(set_batches(item, num_clips, self._batch_size, self._rows)):
             batch = {key: batch[key] for key in ("frames", "episode", "action") if key in batch}
             found = jax.tree.map(np.asarray, self._analyze(params, sharding.shard_batch(batch, self._mesh)))
             predicted, frames = found.pop("predicted"), found.pop("frames")

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.models.attention import FusableAttention, attend
 from como_jax.models.mixed_precision import project
 
 # Statistics of ImageNet RGB in [0, 1], with which MAE and CoMo normalise pixels.
@@ -93,18 +94,17 @@ class Linear(nnx.Linear):
         return project(x.astype(self.dtype), self.kernel[...], self.bias[...])
 
 
-class Attention(nnx.Module):
+class Attention(FusableAttention):
     """Multi-head self-attention, optionally computed for the first tokens only."""
 
     def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         if width % num_heads:
             raise ConfigError(f"width {width} must be divisible by num_heads {num_heads}.")
-        head_size = width // num_heads
-        self.dtype = dtype
+        self.dtype, self.head_size = dtype, width // num_heads
         # The head axis is one of its own, so that tensor parallelism can split it.
-        self.qkv = nnx.LinearGeneral(width, (3, num_heads, head_size), kernel_init=xavier_uniform, rngs=rngs)
+        self.qkv = nnx.LinearGeneral(width, (3, num_heads, self.head_size), kernel_init=xavier_uniform, rngs=rngs)
         self.proj = nnx.LinearGeneral(
-            (num_heads, head_size), width, axis=(-2, -1), kernel_init=xavier_uniform, rngs=rngs
+            (num_heads, self.head_size), width, axis=(-2, -1), kernel_init=xavier_uniform, rngs=rngs
         )
 
     def __call__(self, x: jax.Array, num_outputs: int | None = None, mask: jax.Array | None = None) -> jax.Array:
@@ -116,23 +116,23 @@ class Attention(nnx.Module):
           mask: bool, broadcast to `[B, outputs, N]`; a row without any True attends to all alike.
         """
         x = x.astype(self.dtype)
-        query = self._heads(x[:, :num_outputs], 0)
-        mixed = attend(query, self._heads(x, 1), self._heads(x, 2), mask)
+        query, key, value = self._heads(x[:, :num_outputs], 0), self._heads(x, 1), self._heads(x, 2)
+        mixed = attend(query, key, value, mask, implementation=self.implementation)
         return project(mixed, self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
 
     def _heads(self, x: jax.Array, part: int) -> jax.Array:
-        """Query (0), key (1) or value (2) `[B, H, N, K]` of tokens `[B, N, D]`."""
-        return _heads_first(project(x, self.qkv.kernel[...][:, part], self.qkv.bias[...][part]))
+        """Query (0), key (1) or value (2) `[B, N, H, K]` of tokens `[B, N, D]`."""
+        return project(x, self.qkv.kernel[...][:, part], self.qkv.bias[...][part])
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(FusableAttention):
     """Multi-head attention from tokens to a context of any width."""
 
     def __init__(self, width: int, context_width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         if width % num_heads:
             raise ConfigError(f"width {width} must be divisible by num_heads {num_heads}.")
-        heads = (num_heads, width // num_heads)
-        self.dtype = dtype
+        self.dtype, self.head_size = dtype, width // num_heads
+        heads = (num_heads, self.head_size)
         self.q = nnx.LinearGeneral(width, heads, kernel_init=xavier_uniform, rngs=rngs)
         self.kv = nnx.LinearGeneral(context_width, (2, *heads), kernel_init=xavier_uniform, rngs=rngs)
         self.proj = nnx.LinearGeneral(heads, width, axis=(-2, -1), kernel_init=xavier_uniform, rngs=rngs)
@@ -140,28 +140,10 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """`[B, N, D]` to `[B, N, D]`; `mask`, bool, is broadcast to `[B, N, M]` for a context `[B, M, C]`."""
         x, context = x.astype(self.dtype), context.astype(self.dtype)
-        query = _heads_first(project(x, self.q.kernel[...], self.q.bias[...]))
-        key, value = (
-            _heads_first(project(context, self.kv.kernel[...][:, part], self.kv.bias[...][part])) for part in (0, 1)
-        )
-        return project(attend(query, key, value, mask), self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Scaled dot-product attention: `[B, H, Q, K]` over `[B, H, N, K]` to `[B, Q, H, K]`, softmax in float32.
-
-    A bool mask is broadcast to `[B, Q, N]`.
-    """
-    logits = jnp.einsum("bhqk,bhnk->bhqn", query * query.shape[-1] ** -0.5, key).astype(jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits).astype(query.dtype)
-    return jnp.einsum("bhqn,bhnk->bqhk", weights, value)
-
-
-def _heads_first(x: jax.Array) -> jax.Array:
-    """`[B, N, H, K]` to `[B, H, N, K]`."""
-    return jnp.moveaxis(x, 2, 1)
+        query = project(x, self.q.kernel[...], self.q.bias[...])
+        key, value = (project(context, self.kv.kernel[...][:, part], self.kv.bias[...][part]) for part in (0, 1))
+        mixed = attend(query, key, value, mask, implementation=self.implementation)
+        return project(mixed, self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
 
 
 class Mlp(nnx.Module):

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from como_jax.training.attention import choose_attention
 from como_jax.training.optim import OptimConfig, make_optimizer
 from como_jax.training.train_state import ModelDef, TrainState, abstract_state, make_train_step
 
@@ -22,7 +23,12 @@ class Training(NamedTuple):
 
 
 def build_training(config: ConfigDict, model: ModelDef, mesh: Mesh) -> Training:
-    """The training that a pretraining config describes."""
+    """The training that a config describes.
+
+    Raises:
+      ConfigError: `config.train.attention` does not fit model and devices.
+    """
+    model = choose_attention(config, model, mesh)
     optim = OptimConfig(**config.optim)
     optimizer = make_optimizer(optim, config.train.num_steps)
     abstract = abstract_state(model, optimizer, mesh, use_ema=optim.ema_decay > 0)

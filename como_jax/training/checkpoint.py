@@ -33,6 +33,7 @@ FREE_FIELDS = (
     "mesh.",
     "model.label_size",
     "profile",
+    "train.attention",
     "train.checkpoint_every",
     "train.collapse_steps",
     "train.evaluate_every",

@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from como_jax import hosts
 from como_jax.errors import RunError
 from como_jax.models.build import FAMILIES, build_model
 from como_jax.training import sharding
@@ -59,7 +60,9 @@ def open_run(
       RunError: no run, one of another family, or one whose checkpoint does not fit its config.
     """
     workdir = epath.Path(workdir)
-    config = read_config(workdir)
+    # Only some hosts may see it.
+    with hosts.in_step():
+        config = read_config(workdir)
     family = config.get("family")
     if family not in families:
         raise RunError(

@@ -2,6 +2,7 @@
 
     python -m tools.benchmarks.train_step --config configs/pretrain_como.py:tiny
     python -m tools.benchmarks.train_step --config configs/pretrain_como.py --search_batch --peak_tflops 790
+    python -m tools.benchmarks.train_step --config configs/pretrain_como.py --config.train.attention=cudnn
 
 The device is kept busy: it is waited for at the end of a window of several steps, not after each. One batch, on the
 device from the start, serves all steps. Model FLOPs are those of `como_jax.training.flops`; beside them stands XLA's
@@ -238,7 +239,8 @@ def xla_flops(config: ConfigDict) -> float:
     rematerialisation.
     """
     config = config.copy_and_resolve_references()
-    config.train.update({"remat": "none", "accumulation": 1})
+    # XLA knows no FLOPs of the kernels of cuDNN.
+    config.train.update({"remat": "none", "accumulation": 1, "attention": "xla"})
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
 
     def flops(batch_size: int) -> float:
@@ -268,7 +270,8 @@ def describe_shapes(config: ConfigDict) -> str:
     frozen = "" if not encoder else f", encoder {'frozen' if encoder.get('frozen') else 'trained'}"
     return (
         f"{config.family}: {data.instants} pictures of {data.image_size} px an element, {config.train.dtype}, remat "
-        f"{config.train.remat}, accumulation {config.train.accumulation}{frozen}, mesh {config.mesh.to_dict()}"
+        f"{config.train.remat}, attention by {config.train.attention}, accumulation {config.train.accumulation}"
+        f"{frozen}, mesh {config.mesh.to_dict()}"
     )
 
 
