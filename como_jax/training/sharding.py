@@ -25,11 +25,11 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # The first pattern that ends the path wins. Axes name the trailing dimensions, so that stacked layers, with one
 # more leading axis, need no entry of their own.
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"attn/qkv/kernel", ("embed", None, "heads", None)),
-    (r"attn/qkv/bias", (None, "heads", None)),
-    (r"attn/[qkv]/kernel", ("embed", "heads", None)),
-    (r"attn/kv/kernel", ("embed", None, "heads", None)),
-    (r"attn/proj/kernel", ("heads", None, "embed")),
+    (r"(cross_)?attn/qkv/kernel", ("embed", None, "heads", None)),
+    (r"(cross_)?attn/qkv/bias", (None, "heads", None)),
+    (r"(cross_)?attn/[qkv]/kernel", ("embed", "heads", None)),
+    (r"(cross_)?attn/kv/kernel", ("embed", None, "heads", None)),
+    (r"(cross_)?attn/proj/kernel", ("heads", None, "embed")),
     (r"mlp/(fc1|gate|up)/kernel", ("embed", "mlp")),
     (r"mlp/fc1/bias", ("mlp",)),
     (r"mlp/(fc2|down)/kernel", ("mlp", "embed")),

@@ -78,6 +78,7 @@ def test_the_sharding_of_the_state_stays_as_planned_while_training(train: Callab
     [
         ("encoder/blocks/layers/attn/qkv/kernel", (2, 16, 3, 2, 8), (None, "fsdp", None, "tensor", None)),
         ("encoder/blocks/layers/attn/proj/kernel", (2, 2, 8, 16), (None, "tensor", None, "fsdp")),
+        ("blocks/layers/cross_attn/q/kernel", (2, 16, 2, 8), (None, "fsdp", "tensor", None)),
         ("encoder/blocks/layers/mlp/fc2/kernel", (2, 64, 16), (None, "tensor", "fsdp")),
         ("idm/latent_out/kernel", (16, 3), ("fsdp", None)),
         ("idm/input_proj/kernel", (15, 16), (None, None)),  # 15 does not divide.
