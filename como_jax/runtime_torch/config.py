@@ -126,7 +126,10 @@ def parse_motion_model(content: Mapping[str, Any], path: Path) -> MotionModelCon
 
 
 def parse_section(kind: type[T], content: Any, path: Path, prefix: str = "") -> T:
-    """A dataclass of a JSON object with just its fields; raises ModelFileError, naming the field."""
+    """A dataclass of a JSON object with just its fields; raises ModelFileError, naming the field.
+
+    Fields that have a default may be left out.
+    """
     if not isinstance(content, dict):
         raise ModelFileError(f"{path} has no section {prefix.rstrip('.')!r}.")
     hints = typing.get_type_hints(kind)
@@ -137,7 +140,8 @@ def parse_section(kind: type[T], content: Any, path: Path, prefix: str = "") -> 
     for name, hint in hints.items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             values[name] = parse_section(hint, content.get(name), path, f"{prefix}{name}.")
-        else:
+        # A default is an attribute of the class.
+        elif name in content or not hasattr(kind, name):
             values[name] = _check(hint, content.get(name), f"{path}: {prefix}{name}")
     return kind(**values)
 

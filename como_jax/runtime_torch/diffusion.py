@@ -6,10 +6,11 @@ axes of a sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from como_jax.runtime_torch.noise import Noise
@@ -27,36 +28,36 @@ def denoise(config: DiffusionConfig, network: Network, x: Tensor, noise: Noise) 
       x: where to start.
       noise: that `eta` adds at every step, if it is not 0.
     """
-    # Levels of the noise, from all of it down to none.
-    times = np.linspace(1.0, 0.0, config.sample_steps + 1, dtype=np.float32)
+    # Levels of the noise, from all of it down to none. As tensors: torch.compile computes otherwise than NumPy does.
+    times = torch.linspace(1.0, 0.0, config.sample_steps + 1, dtype=torch.float64).float()
     if config.kind == "flow":
-        for now, after in zip(times[:-1], times[1:], strict=True):
-            x = _flow_step(config, x, network(x, _times(x, now)), float(now), float(after))
+        for step, told in enumerate(_told(times, x)):
+            x = _flow_step(config, x, network(x, told), times[step], times[step + 1])
         return x
-    levels = np.rint(times * config.train_steps).astype(int)
+    levels = (times * config.train_steps).round().long()
     kept = alpha_bars(config.train_steps)[levels]
-    for step in range(config.sample_steps):
-        said = network(x, _times(x, levels[step] / config.train_steps))
-        x = _ddim_step(config, x, said, kept[step], kept[step + 1], noise)
+    for step, told in enumerate(_told(levels / config.train_steps, x)):
+        x = _ddim_step(config, x, network(x, told), kept[step], kept[step + 1], noise)
     return x
 
 
-def alpha_bars(num_steps: int) -> np.ndarray:
+def _told(times: Tensor, x: Tensor) -> Tensor:
+    """All times but the last, as a network is told them, `[steps, B]`."""
+    return times[:-1].to(x.device)[:, None].expand(-1, len(x))
+
+
+def alpha_bars(num_steps: int) -> Tensor:
     """Shares of the signal's variance `[num_steps + 1]` that the cosine schedule keeps (arXiv 2102.09672, equation 17).
 
     The first is 1, the data; no step loses more than 0.999 of what is left.
     """
-    angle = (np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2
-    curve = np.cos(angle) ** 2
-    betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
-    return np.concatenate([[1.0], np.cumprod(1 - betas)]).astype(np.float32)
+    times = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    curve = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    return F.pad(torch.cumprod(1 - betas, dim=0), (1, 0), value=1.0).float()
 
 
-def _times(x: Tensor, time: float) -> Tensor:
-    return torch.full((len(x),), float(time), device=x.device)
-
-
-def _flow_step(config: DiffusionConfig, x: Tensor, velocity: Tensor, now: float, after: float) -> Tensor:
+def _flow_step(config: DiffusionConfig, x: Tensor, velocity: Tensor, now: Tensor, after: Tensor) -> Tensor:
     """Euler's step along the flow, whose velocity is noise less data."""
     if not config.clip:
         return x + (after - now) * velocity
@@ -66,14 +67,14 @@ def _flow_step(config: DiffusionConfig, x: Tensor, velocity: Tensor, now: float,
 
 
 def _ddim_step(
-    config: DiffusionConfig, x: Tensor, said: Tensor, kept: np.float32, kept_after: np.float32, noise: Noise
+    config: DiffusionConfig, x: Tensor, said: Tensor, kept: Tensor, kept_after: Tensor, noise: Noise
 ) -> Tensor:
     """One step of DDIM (arXiv 2010.02502, equations 12 and 16); the shares are float32, as in training."""
-    signal, spread = float(np.sqrt(kept)), float(np.sqrt(1 - kept))
+    signal, spread = kept.sqrt(), (1 - kept).sqrt()
     sample = (x - spread * said) / signal if config.prediction == "epsilon" else said
     if config.clip:
         sample = sample.clamp(-config.clip, config.clip)
-    sigma = config.eta * np.sqrt((1 - kept_after) / (1 - kept) * (1 - kept / kept_after))
-    direction = float(np.sqrt(np.maximum(1 - kept_after - sigma**2, 0.0)))
-    x = float(np.sqrt(kept_after)) * sample + direction * ((x - signal * sample) / spread)
-    return x + float(sigma) * noise.normal(*x.shape).to(x.device) if config.eta else x
+    sigma = config.eta * ((1 - kept_after) / (1 - kept) * (1 - kept / kept_after)).sqrt()
+    direction = (1 - kept_after - sigma**2).clamp(min=0.0).sqrt()
+    x = kept_after.sqrt() * sample + direction * ((x - signal * sample) / spread)
+    return x + sigma * noise.normal(*x.shape).to(x.device) if config.eta else x

@@ -19,6 +19,9 @@ EMBEDDINGS_NAME = "instructions.safetensors"
 
 Reader = Callable[[str], np.ndarray]
 
+# The tokens that the tokenizer.json of a tower puts first and last.
+_ENDS = {"clip": ("<|startoftext|>", "<|endoftext|>"), "t5": (None, "</s>")}
+
 
 def make_reader(config: TextConfig, directory: Path) -> Reader:
     """What makes int32 `[M]`, numbers of tokens plus one and then zeros, or float32 `[E]`, of an instruction.
@@ -55,7 +58,9 @@ def _tokenizer(config: TextConfig, directory: Path) -> Callable[[str], Sequence[
         content = path.read_bytes()
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from error
-    return (_sentencepiece if path.suffix == ".model" else _tokenizer_json)(path, content)
+    if config.tower == "tokens" and path.suffix == ".model":
+        return _sentencepiece(path, content)
+    return _tokenizer_json(path, content, config)
 
 
 def _sentencepiece(path: Path, content: bytes) -> Callable[[str], Sequence[int]]:
@@ -69,7 +74,7 @@ def _sentencepiece(path: Path, content: bytes) -> Callable[[str], Sequence[int]]
     return lambda text: [processor.bos_id(), *processor.encode(text), *end]
 
 
-def _tokenizer_json(path: Path, content: bytes) -> Callable[[str], Sequence[int]]:
+def _tokenizer_json(path: Path, content: bytes, config: TextConfig) -> Callable[[str], Sequence[int]]:
     library = _import("tokenizers", path)
     try:
         tokenizer = library.Tokenizer.from_str(content.decode())
@@ -78,7 +83,24 @@ def _tokenizer_json(path: Path, content: bytes) -> Callable[[str], Sequence[int]
         raise ModelFileError(f"{path} is no tokenizer.json: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if config.tower in _ENDS:
+        _check_kind(tokenizer, path, config)
     return lambda text: tokenizer.encode(text).ids
+
+
+def _check_kind(tokenizer: Any, path: Path, config: TextConfig) -> None:
+    """Raises ModelFileError unless a tokenizer is of the tower's kind and size."""
+    tokens = tokenizer.encode("").tokens or [""]
+    for token, expected, place in zip((tokens[0], tokens[-1]), _ENDS[config.tower], ("first", "last"), strict=True):
+        if expected not in (None, token):
+            raise ModelFileError(
+                f"{path} does not put {expected} {place}, as that of {config.tower} does; copy the model again."
+            )
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= config.vocabulary_size:
+        raise ModelFileError(
+            f"{path} has a token {largest}, and the policy knows {config.vocabulary_size}; copy the model again."
+        )
 
 
 def _import(library: str, path: Path) -> Any:

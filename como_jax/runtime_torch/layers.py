@@ -73,10 +73,10 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with the epsilon of ViT and MAE, in float32; only what it gives is of the compute dtype."""
+    """Layer norm in float32, with the epsilon of ViT and MAE; only what it gives is of the compute dtype."""
 
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-6)
+    def __init__(self, width: int, epsilon: float = 1e-6):
+        super().__init__(width, eps=epsilon)
         self.output_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:

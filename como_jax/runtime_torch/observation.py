@@ -5,14 +5,17 @@ Axes: B batch, T instants, C cameras, N tokens of one instant, M tokens of the i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from como_jax.runtime_torch.clip_text import ClipTextTower
 from como_jax.runtime_torch.image_towers import ConvTower, Siglip
 from como_jax.runtime_torch.layers import Linear, normalize_frames
-from como_jax.runtime_torch.policy_config import ObservationConfig
+from como_jax.runtime_torch.policy_config import ObservationConfig, TextConfig
+from como_jax.runtime_torch.t5 import T5Tower
 from como_jax.runtime_torch.text import ByteTransformer, EmbeddingTower, TextFeatures, TokenTable
 from como_jax.runtime_torch.vit import Vit
 
@@ -63,7 +66,7 @@ class ObservationEncoder(nn.Module):
         if text.tower == "tokens":
             self.text: nn.Module = TokenTable(text, width)
         else:
-            self.text = ByteTransformer(text) if text.tower == "bytes" else EmbeddingTower(text)
+            self.text = _TEXT_TOWERS[text.tower](text)
             self.text_proj = Linear(text.width, width)
         if config.state_size:
             self.state_proj = Linear(config.state_size, width)
@@ -96,6 +99,14 @@ class ObservationEncoder(nn.Module):
         if self.config.text.tower == "tokens":
             return found
         return TextFeatures(self.text_proj(found.tokens), found.mask, self.text_proj(found.pooled))
+
+
+_TEXT_TOWERS: dict[str, Callable[[TextConfig], nn.Module]] = {
+    "bytes": ByteTransformer,
+    "clip": ClipTextTower,
+    "t5": T5Tower,
+    "embedding": EmbeddingTower,
+}
 
 
 def _make_image_tower(config: ObservationConfig) -> nn.Module:

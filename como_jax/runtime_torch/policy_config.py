@@ -10,13 +10,19 @@ from typing import Any
 from como_jax.runtime_torch.config import FITS, EncoderConfig, check_choice, parse_section
 from como_jax.runtime_torch.errors import ModelFileError
 from como_jax.runtime_torch.normalization import Normalizer, read_normalizer
+from como_jax.runtime_torch.text_layers import ACTIVATIONS, GATED
 
 IMAGE_TOWERS = ("vit", "siglip", "conv")
-TEXT_TOWERS = ("bytes", "embedding", "tokens")
+TEXT_TOWERS = ("bytes", "clip", "t5", "embedding", "tokens")
 DIFFUSIONS = ("ddpm", "flow")
 SAYS = ("epsilon", "sample")
 LATENT_HEADS = ("regression", "diffusion")
 ACTION_HEADS = ("bins", "regression", "flow")
+# What CLIP and T5 need beside what all towers have.
+_PUBLIC_SIZES = {
+    "clip": ("norm_epsilon", "positions"),
+    "t5": ("norm_epsilon", "num_heads", "head_size", "relative_distance"),
+}
 CONV_STRIDE = 16
 """Pixels along one side for each feature of the convolutional tower."""
 
@@ -28,6 +34,9 @@ class TextConfig:
     Attributes:
       prompt: what an instruction is put into, at {}.
       tokenizer_file: of the folder; empty for bytes.
+      mlp_width, activation, norm_epsilon: of CLIP and T5.
+      positions: of CLIP.
+      head_size, relative_buckets, relative_distance: of T5.
     """
 
     tower: str
@@ -40,6 +49,13 @@ class TextConfig:
     embedding_size: int
     prompt: str
     tokenizer_file: str
+    mlp_width: int = 0
+    activation: str = ""
+    norm_epsilon: float = 0.0
+    positions: int = 0
+    head_size: int = 0
+    relative_buckets: int = 0
+    relative_distance: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +251,7 @@ def _check_sizes(config: PolicyConfig, path: Path) -> None:
     observation, text = config.observation, config.observation.text
     check_choice(config.interface.fit, FITS, f"{path}: interface.fit")
     check_choice(observation.image_tower, IMAGE_TOWERS, f"{path}: observation.image_tower")
-    check_choice(text.tower, TEXT_TOWERS, f"{path}: observation.text.tower")
-    if text.prompt.count("{}") != 1:
-        raise ModelFileError(f"{path}: observation.text.prompt {text.prompt!r} must have {{}} once.")
+    _check_text(text, path)
     if len(config.interface.cameras) != observation.cameras:
         raise ModelFileError(f"{path}: interface.cameras must be {observation.cameras} names.")
     positive = {"observation.instants": observation.instants, "interface.stride": config.interface.stride}
@@ -259,6 +273,29 @@ def _check_sizes(config: PolicyConfig, path: Path) -> None:
             raise ModelFileError(f"{path}: robots.{name} has more numbers in an action than model.action_size.")
         if robot.state is not None and robot.state.size > observation.state_size:
             raise ModelFileError(f"{path}: robots.{name} has more numbers in a state than observation.state_size.")
+
+
+def _check_text(text: TextConfig, path: Path) -> None:
+    """Raises ModelFileError unless the tower is known and has what it needs."""
+    where = f"{path}: observation.text"
+    check_choice(text.tower, TEXT_TOWERS, f"{where}.tower")
+    if text.prompt.count("{}") != 1:
+        raise ModelFileError(f"{where}.prompt {text.prompt!r} must have {{}} once.")
+    if text.tower not in _PUBLIC_SIZES:
+        return
+    for name in ("tokenizer_file", "width", "depth", "vocabulary_size", "mlp_width", *_PUBLIC_SIZES[text.tower]):
+        if not getattr(text, name):
+            raise ModelFileError(f"{where}.{name} is missing, which the tower {text.tower} needs.")
+    gates = ("", GATED) if text.tower == "t5" else ("",)
+    check_choice(text.activation, tuple(gate + name for gate in gates for name in ACTIVATIONS), f"{where}.activation")
+    if text.tower == "clip" and text.positions < text.max_length:
+        raise ModelFileError(f"{where}.positions {text.positions} must be at least max_length, {text.max_length}.")
+    # A quarter of them are for one distance each, on either side.
+    if text.tower == "t5" and not 1 <= text.relative_buckets // 4 < text.relative_distance:
+        raise ModelFileError(
+            f"{where}.relative_buckets {text.relative_buckets} must be at least 4, and a quarter of them less than "
+            f"relative_distance, {text.relative_distance}."
+        )
 
 
 def _check_model(model: ModelConfig, path: Path) -> None:
@@ -284,7 +321,7 @@ def _attention(config: PolicyConfig) -> Iterator[tuple[str, int, int]]:
     observation, text, model = config.observation, config.observation.text, config.model
     if observation.image_tower != "conv":
         yield "observation.encoder", observation.encoder.width, observation.encoder.num_heads
-    if text.tower == "bytes":
+    if text.tower in ("bytes", "clip"):
         yield "observation.text", text.width, text.num_heads
     if isinstance(model, VlaConfig):
         # Groups of heads share keys and values, and the halves of a head are rotated together.

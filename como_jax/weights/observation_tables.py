@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from como_jax.models.text import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS
+from como_jax.models.text import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS, PUBLIC_TOWERS, TextConfig
 from como_jax.models.vit import VitConfig
 from como_jax.weights.motion import vit_table
 from como_jax.weights.tables import DeepTable, Entry, Table, array, linear, norm
-from como_jax.weights.vit_tables import single, timm_blocks
+from como_jax.weights.text_tables import T5_TOKENS, clip_table, t5_table
+from como_jax.weights.vit_tables import part, single, timm_blocks
 
 _CONV_STRIDE = 16
 
@@ -79,6 +81,14 @@ def _convolution(name: str, inputs: int, outputs: int) -> Entry:
     )
 
 
+def _public_text_table(described: Mapping[str, Any], path: str) -> DeepTable:
+    """A tower as transformers names its parts."""
+    fields = {field.name for field in dataclasses.fields(TextConfig)}
+    config = TextConfig(**{name: value for name, value in described.items() if name in fields})
+    table = clip_table(config, "") if config.tower == "clip" else t5_table(config, T5_TOKENS[0])
+    return part(path, table, config.depth)
+
+
 def _text_table(config: Mapping[str, Any], model_width: int) -> DeepTable:
     path, name, width = "observation/text", "observation.text", config["width"]
     if config["tower"] == "tokens":
@@ -86,6 +96,8 @@ def _text_table(config: Mapping[str, Any], model_width: int) -> DeepTable:
         return single({f"{path}/table": array(f"{name}.table", rows, model_width)})
     if config["tower"] == "embedding":
         return single(linear(f"{path}/proj", f"{name}.proj", config["embedding_size"], width))
+    if config["tower"] in PUBLIC_TOWERS:
+        return _public_text_table(config, path)
     top = {
         f"{path}/token_embed": array(f"{name}.token_embed", BYTE_VOCABULARY, width),
         f"{path}/ngram_embed": array(f"{name}.ngram_embed", len(NGRAMS), NGRAM_ROWS, width),

@@ -25,9 +25,6 @@ from como_jax.weights.observation_tables import observation_table
 from como_jax.weights.policy_tables import autoregressive_policy_table, diffusion_policy_table, latent_vla_table
 from como_jax.weights.tables import DeepTable
 
-TEXT_TOWERS = ("bytes", "embedding", "tokens")
-"""Those that the runtime has."""
-
 _ENCODER_FIELDS = ("patch_size", "width", "depth", "num_heads", "mlp_width")
 _AUTOREGRESSIVE_FIELDS = (
     "width",
@@ -57,6 +54,10 @@ _VLA_FIELDS = (
     "temperature",
 )
 _TEXT_FIELDS = ("tower", "max_length", "width", "depth", "num_heads", "pool", "vocabulary_size", "embedding_size")
+_PUBLIC_TEXT_FIELDS = {
+    "clip": ("mlp_width", "activation", "norm_epsilon", "positions"),
+    "t5": ("mlp_width", "activation", "norm_epsilon", "head_size", "relative_buckets", "relative_distance"),
+}
 
 
 def describe_policy(config: ConfigDict, spec: PolicySpec) -> dict[str, Any]:
@@ -67,17 +68,12 @@ def describe_policy(config: ConfigDict, spec: PolicySpec) -> dict[str, Any]:
       spec: of the same, from its policy.json.
 
     Raises:
-      ConversionError: a family or a tower that the runtime does not have.
+      ConversionError: a family that the runtime does not have.
       RunError: the policy was trained on latent motion alone.
     """
     if config.family not in _DESCRIBERS:
         raise ConversionError(
             f"Policies of family {config.family!r} cannot be exported yet; those that can: {', '.join(_DESCRIBERS)}."
-        )
-    if config.text.tower not in TEXT_TOWERS:
-        raise ConversionError(
-            f"Policies with text.tower={config.text.tower} cannot be exported yet; those that can have "
-            f"{', '.join(TEXT_TOWERS)}."
         )
     if not spec.scales:
         raise RunError(
@@ -128,7 +124,7 @@ def read_policy(directory: epath.PathLike) -> tuple[dict[str, Any], dict[str, An
 
 
 def _describe_observation(config: ConfigDict) -> dict[str, Any]:
-    observation, text = observation_config(config), text_config(config)
+    observation = observation_config(config)
     return {
         "image_tower": observation.image_tower,
         "image_size": observation.vit.image_size,
@@ -137,12 +133,23 @@ def _describe_observation(config: ConfigDict) -> dict[str, Any]:
         "cameras": observation.cameras,
         "instants": observation.instants,
         "state_size": observation.state_size,
+        "text": _describe_text(config),
+    }
+
+
+def _describe_text(config: ConfigDict) -> dict[str, Any]:
+    text = text_config(config)
+    described = _fields(text, (*_TEXT_FIELDS, *_PUBLIC_TEXT_FIELDS.get(text.tower, ())))
+    # What 0 stands for is said.
+    if text.tower == "clip":
+        described["positions"] = text.positions or text.max_length
+    if text.tower == "t5":
+        described["head_size"] = text.head_size or text.width // text.num_heads
+    tokenizer_file = config.text.tokenizer_file
+    return described | {
         # Runs of before there were prompts have none in their config.
-        "text": _fields(text, _TEXT_FIELDS)
-        | {
-            "prompt": config.text.get("prompt", "{}"),
-            "tokenizer_file": epath.Path(config.text.tokenizer_file).name if config.text.tokenizer_file else "",
-        },
+        "prompt": config.text.get("prompt", "{}"),
+        "tokenizer_file": epath.Path(tokenizer_file).name if tokenizer_file else "",
     }
 
 

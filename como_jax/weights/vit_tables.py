@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -99,6 +100,15 @@ def huggingface_blocks(path: str, name: str, depth: int, width: int, num_heads: 
 def stacked(path: str, block: Table, depth: int) -> DeepTable:
     """The table of a `Stack` at some path, of that of one layer."""
     return {f"{path}/layers/{name}": (entry, depth) for name, entry in block.items()}
+
+
+def part(path: str, table: Table, depth: int) -> DeepTable:
+    """The table of a part of a model at some path of it; names of tensors begin with the same path."""
+    prefix = path.replace("/", ".")
+    return {
+        f"{path}/{inner}": (dataclasses.replace(entry, names=tuple(f"{prefix}.{name}" for name in entry.names)), depth)
+        for inner, entry in table.items()
+    }
 
 
 def single(table: Table) -> DeepTable:

@@ -33,36 +33,14 @@ from como_jax.models.observation import make_text_tower
 from como_jax.models.text import TextConfig
 from como_jax.weights.text import load_text_tower, text_config_of
 from como_jax.weights.text_tables import t5_table
+from tests.data.tokenizer_files import WORDS, write_tokenizer
 from tools.embed_instructions import embed_instructions
-
-WORDS = ("push", "the", "red", "blue", "cube")
-ENDS = {"clip": ("<|startoftext|>", "<|endoftext|>"), "t5": ("</s>",)}
 
 
 @pytest.fixture
 def make_tokenizer_file(tmp_path: Path) -> Any:
-    """Writes a tokenizer.json of a few words, with the special tokens of CLIP or T5."""
-    tokenizers = pytest.importorskip("tokenizers")
-
-    def make(kind: str) -> Path:
-        *_, end = ends = ENDS[kind]
-        # Token 0 is a word, as in CLIP.
-        vocabulary = {word: number for number, word in enumerate((*WORDS, "<unk>", *ends))}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        tokenizer.add_special_tokens(list(ends))
-        single = f"{ends[0]} $A {end}" if kind == "clip" else f"$A {end}"
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=single, special_tokens=[(token, vocabulary[token]) for token in ends]
-        )
-        # What a published file may ask for, and would do harm here.
-        tokenizer.enable_padding(length=20, pad_token=end, pad_id=vocabulary[end])
-        tokenizer.enable_truncation(4)
-        path = tmp_path / f"tokenizer_{kind}.json"
-        tokenizer.save(str(path))
-        return path
-
-    return make
+    """See `write_tokenizer`."""
+    return lambda kind: write_tokenizer(tmp_path / f"tokenizer_{kind}.json", kind)
 
 
 @pytest.fixture

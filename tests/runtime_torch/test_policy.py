@@ -13,26 +13,23 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from etils import epath
 
-from como_jax.data.language import write_embeddings
 from como_jax.envs.base import Sight
 from como_jax.errors import ConversionError, RunError
 from como_jax.policies.controller import ControlConfig, Controller
-from como_jax.policies.spec import PolicySpec
-from como_jax.training.run import Run
-from como_jax.weights.policies import describe_policy, not_exported, read_policy
+from como_jax.weights.policies import describe_policy
 from tests.runtime_torch.small_policies import ACTION_SIZE, STATE_SIZE, make_policy
 
 torch = pytest.importorskip("torch")
 
 from como_jax.runtime_torch import policy as policy_module  # noqa: E402
+from como_jax.runtime_torch.diffusion import denoise  # noqa: E402
 from como_jax.runtime_torch.errors import InputError, ModelFileError, NonFiniteError  # noqa: E402
 from como_jax.runtime_torch.noise import DrawnNoise, GivenNoise  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
+from como_jax.runtime_torch.policy_config import DiffusionConfig  # noqa: E402
 from como_jax.runtime_torch.session import Scene  # noqa: E402
-from tools.export_torch.contents import flatten_params  # noqa: E402
-from tools.export_torch.export_policy import write_policy  # noqa: E402
+from tests.runtime_torch.stored_policies import EMBEDDINGS, TEXTS, store  # noqa: E402
 from tools.export_torch.policy_noise import draw_noise  # noqa: E402
 from tools.export_torch.policy_parity import SEEDS, PolicyReference, check_policy, check_scales  # noqa: E402
 
@@ -49,7 +46,6 @@ GUIDED_FLOW = {
 LATENTS = {"model.latent_queries": 2, "model.latent_dim": 3}
 THINKING = {**LATENTS, "model.think": True, "model.gripper_dim": 2}
 DIFFUSED = {"model.latent_head": "diffusion", "model.diffusion_steps": 3}
-EMBEDDINGS = {"text.tower": "embedding", "text.embedding_size": 5}
 CODED = {"model.codebook_size": 5, "model.temperature": 1.0}
 TOKENS = {"text.tower": "tokens", "text.max_length": 16, "data.state_size": 0}
 BINS = {
@@ -73,7 +69,6 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "latents that no action reads": ("autoregressive", LATENTS),
     "flow": ("vla", FLOW),
 }
-TEXTS = ("push", "go up")
 
 
 class Exported(NamedTuple):
@@ -81,25 +76,6 @@ class Exported(NamedTuple):
 
     folder: Path
     reference: PolicyReference
-
-
-def store(family: str, changes: dict[str, Any], folder: Path) -> tuple[Run, PolicySpec]:
-    """Writes a small policy, and asserts that it is read back as it was."""
-    run, spec = make_policy(family, changes)
-    run = run._replace(workdir=epath.Path(folder) / "run")
-    if run.config.text.tower == "embedding":
-        run.workdir.mkdir()
-        write_embeddings(run.workdir, {text: np.full(5, len(text), np.float32) for text in TEXTS})
-    described = describe_policy(run.config, spec)
-    write_policy(run, described, epath.Path(folder))
-    params = flatten_params(run.params)
-    kept = {path: value for path, value in params.items() if path.split("/")[0] not in not_exported(described)}
-    read_description, nested = read_policy(folder)
-    read = flatten_params(nested)
-    assert read.keys() == kept.keys()
-    assert all(np.array_equal(read[path], value) for path, value in kept.items())
-    assert read_description.items() >= json.loads(json.dumps(described)).items()
-    return run, spec
 
 
 def export(family: str, changes: dict[str, Any], folder: Path) -> Exported:
@@ -210,6 +186,18 @@ def test_the_network_compiles_to_one_graph(guided: Exported) -> None:
         torch.testing.assert_close(compiled, policy.module.evaluate(*arguments))
 
 
+@pytest.mark.parametrize("kind", ("ddpm", "flow"))
+def test_denoising_compiles_to_one_graph_that_rounds_alike(kind: str) -> None:
+    config = DiffusionConfig(kind, 100, 3, "epsilon", eta=0.0, clip=1.0)
+
+    def sample(x: torch.Tensor) -> torch.Tensor:
+        return denoise(config, lambda x, time: x * time[:, None], x, GivenNoise(()))
+
+    with torch.inference_mode():
+        x = torch.linspace(-2, 2, 6).reshape(2, 3)
+        assert torch.equal(torch.compile(sample, fullgraph=True, backend="eager")(x), sample(x))
+
+
 BAD: dict[str, tuple[str, Any]] = {
     "observation.images must hold the pictures of top, wrist": ("images", None),
     "observation.images.wrist is missing; there are top": ("images", {"top": np.zeros((9, 9, 3), np.uint8)}),
@@ -267,12 +255,12 @@ def test_settings_and_files_that_do_not_fit_are_refused(guided: Exported, tmp_pa
             Policy.from_pretrained(tmp_path)
 
 
-def test_what_the_runtime_lacks_is_refused_before_anything_is_written() -> None:
+def test_what_cannot_act_is_refused_before_anything_is_written() -> None:
     run, spec = make_policy("diffusion")
-    run.config.text.tower = "clip"
-    with pytest.raises(ConversionError, match="text.tower=clip cannot be exported yet; those that can have bytes"):
+    run.config.family = "como"
+    with pytest.raises(ConversionError, match="family 'como' cannot be exported"):
         describe_policy(run.config, spec)
-    run.config.text.tower = "bytes"
+    run.config.family = "diffusion_policy"
     with pytest.raises(RunError, match="trained on latent motion alone"):
         describe_policy(run.config, dataclasses.replace(spec, scales={}))
 

@@ -15,11 +15,13 @@ import pytest
 from como_jax.errors import ConfigError, ConversionError, OutputError
 from como_jax.policies.spec import PolicySpec
 from como_jax.weights.policies import policy_table
+from tests.data.tokenizer_files import write_tokenizer
 from tests.runtime_torch.small_policies import make_policy
 
 torch = pytest.importorskip("torch")
 
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
+from tests.runtime_torch.stored_policies import CLIP  # noqa: E402
 from tools.export_torch import export_policy as module  # noqa: E402
 from tools.export_torch.export_policy import export_policy, is_policy  # noqa: E402
 from tools.export_torch.policy_graphs import check_formats  # noqa: E402
@@ -30,14 +32,17 @@ pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a diffusion policy with one checkpoint, of step 7, that has a moving average."""
+    """The run of a diffusion policy that reads CLIP, with one checkpoint, of step 7, that has a moving average."""
     folder = tmp_path_factory.mktemp("run")
-    run, spec = make_policy("diffusion", {"text.depth": 1})
+    tokenizer = write_tokenizer(folder / "tokenizer.json", "clip")
+    run, spec = make_policy("diffusion", {**CLIP, "text.depth": 1, "text.tokenizer_file": str(tokenizer)})
     (folder / "config.json").write_text(run.config.to_json_best_effort())
     spec.save(folder)
-    newest = jax.tree.map(jnp.zeros_like, run.params)
+    trained = jax.tree.map(jnp.asarray, run.params)
+    frozen = {"observation": {"text": trained["observation"].pop("text")}}
+    newest = jax.tree.map(jnp.zeros_like, trained)
     with ocp.StandardCheckpointer() as checkpointer:
-        state = {"params": newest, "ema": run.params, "frozen": {}}
+        state = {"params": newest, "ema": trained, "frozen": frozen}
         checkpointer.save(folder / "checkpoints" / "7" / "state", state)
     return folder
 
