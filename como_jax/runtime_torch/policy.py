@@ -74,6 +74,7 @@ class Policy:
         execute: int = 0,
         ensemble: float | None = None,
         seed: int | None = None,
+        compile: bool = False,
     ) -> Policy:
         """Loads what `python -m tools.export_torch` wrote.
 
@@ -85,6 +86,7 @@ class Policy:
           execute: steps after which the next chunk is asked for; 0 for half a chunk.
           ensemble: see `chunks.ControlConfig`.
           seed: of the noise that policies sample from; None for another one each time.
+          compile: whether `torch.compile` makes programs of the network, at the first chunks.
 
         Raises:
           ModelFileError: a file is missing or damaged, or of an unknown version.
@@ -98,6 +100,8 @@ class Policy:
         control = ControlConfig(execute, ensemble).resolve(config.model.chunk)
         module = load_module(lambda: build_policy_module(config), directory, content)
         set_compute_dtype(module, dtype)
+        if compile:
+            compile_module(module)
         read = make_reader(config.observation.text, Path(directory))
         return cls(module.to(device), config, read, name, control, seed)
 
@@ -193,6 +197,17 @@ def build_policy_module(config: PolicyConfig) -> Module:
     if isinstance(model, AutoregressiveConfig):
         return AutoregressivePolicy(observation, model)
     return LatentVla(observation, model)
+
+
+def compile_module(module: Module) -> None:
+    """Makes programs of the parts that do the work; what repeats them stays as it is, since it would be unrolled."""
+    module.observation.compile()
+    if isinstance(module, DiffusionPolicy):
+        module.evaluate = torch.compile(module.evaluate)  # type: ignore[method-assign]
+    elif isinstance(module, AutoregressivePolicy):
+        module.compile()
+    else:
+        module.decoder.compile()
 
 
 def _choose_robot(robots: Mapping[str, Robot], name: str) -> str:

@@ -186,6 +186,25 @@ def test_the_network_compiles_to_one_graph(guided: Exported) -> None:
         torch.testing.assert_close(compiled, policy.module.evaluate(*arguments))
 
 
+@pytest.mark.parametrize("variant", ("denoising", "thinking in codes", "flow"))
+def test_a_compiled_policy_acts_as_it_is(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(*STORED[variant], tmp_path)
+    programs: list[Any] = []
+
+    def compile_eagerly(call: Any) -> Any:
+        programs.append(call)
+        return real_compile(call, backend="eager")
+
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    actions = []
+    for compiled in (False, True):
+        policy = Policy.from_pretrained(tmp_path, robot="arm", execute=1, seed=0, compile=compiled)
+        actions.append([policy.act(observation(), TEXTS[0]) for _ in range(2)])
+    np.testing.assert_allclose(*actions, rtol=1e-5, atol=1e-6)
+    assert len(programs) == 2
+
+
 @pytest.mark.parametrize("kind", ("ddpm", "flow"))
 def test_denoising_compiles_to_one_graph_that_rounds_alike(kind: str) -> None:
     config = DiffusionConfig(kind, 100, 3, "epsilon", eta=0.0, clip=1.0)
