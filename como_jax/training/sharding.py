@@ -51,13 +51,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     sizes = _fill([data, fsdp, tensor], len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
     # Only devices of several slices say which is theirs.
-    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
-    if slices < 2:
-        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     if sizes[0] % slices:
         raise MeshError(f"mesh {_shape_text(sizes)}: data must be a multiple of the {slices} slices.")
-    of_slice = (sizes[0] // slices, *sizes[1:])
-    placed = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices)
+    # Otherwise a torus of 16 x 16 chips takes no axes but of 1, 16 and 256.
+    options = {"allow_split_physical_axes": True}
+    if slices < 2:
+        placed = mesh_utils.create_device_mesh(sizes, devices, **options)
+    else:
+        of_slice = (sizes[0] // slices, *sizes[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices, **options)
     return Mesh(placed, MESH_AXES, axis_types=types)
 
 

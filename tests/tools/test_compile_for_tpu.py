@@ -137,6 +137,16 @@ def test_several_slices_share_the_data_axis_alone() -> None:
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
+@pytest.mark.parametrize("sizes", [(-1, 64, 1), (-1, 8, 2), (1, -1, 4)])
+def test_axes_of_a_mesh_need_not_be_those_of_the_torus(name: str, sizes: tuple[int, int, int]) -> None:
+    devices = open_topology(name).devices
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    assert all(found == size for found, size in zip(mesh.devices.shape, sizes, strict=True) if size != -1)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+
+
+@needs_libtpu
 def test_a_chip_of_two_cores_is_one_device() -> None:
     v4, v5p = open_topology("v4:2x2x2"), open_topology("v5p:2x2x2")
     assert [len(topology.devices) for topology in (v4, v5p)] == [8, 8]
