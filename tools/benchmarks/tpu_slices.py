@@ -43,7 +43,7 @@ class Model(NamedTuple):
     Attributes:
       title: for the table.
       recipe: of `configs`.
-      batch_per_chip: samples by generation of chips, about the half of what fits.
+      batch_per_chip: samples by generation of chips, which fit.
       fsdp: chips at most that parameters are split over.
     """
 
@@ -62,7 +62,7 @@ SLICES = (
 )
 MODELS = {
     "como": Model("CoMo, ViT-L", "pretrain_como.py", {"v5e": 16, "v5p": 64, "v6e": 32}),
-    "laq": Model("LAQ", "pretrain_laq.py", {"v5e": 8, "v5p": 64, "v6e": 32}),
+    "laq": Model("LAQ", "pretrain_laq.py", {"v5e": 16, "v5p": 64, "v6e": 32}),
     "dit": Model("DiT policy", "policy_diffusion.py", {"v5e": 32, "v5p": 128, "v6e": 64}),
     # The image tower's width, 1152, is a multiple of 64 and not of 128.
     "vla": Model("VLA, 3 B", "policy_vla.py:paligemma", {"v5e": 8, "v5p": 64, "v6e": 16}, fsdp=64),
