@@ -64,7 +64,7 @@ MODELS = {
     "como": Model("CoMo, ViT-L", "pretrain_como.py", {"v5e": 16, "v5p": 64, "v6e": 32}),
     "laq": Model("LAQ", "pretrain_laq.py", {"v5e": 16, "v5p": 64, "v6e": 32}),
     "dit": Model("DiT policy", "policy_diffusion.py", {"v5e": 32, "v5p": 128, "v6e": 64}),
-    # The image tower's width, 1152, is a multiple of 64 and not of 128.
+    # The image tower's width, 1152, is no multiple of 256, over which it would stay whole.
     "vla": Model("VLA, 3 B", "policy_vla.py:paligemma", {"v5e": 8, "v5p": 64, "v6e": 16}, fsdp=64),
 }
 
