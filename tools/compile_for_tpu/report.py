@@ -132,7 +132,7 @@ def format_report(report: Report) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items())
     of_chip = f" of {memory.chip / GIB:.0f} GiB ({memory.total / memory.chip:.0%})" if memory.chip else ""
     if memory.chip and memory.total > memory.chip:
-        of_chip += ", which the compiler makes fit by sharing"
+        of_chip += ", which the compiler accepts all the same"
     lines = [
         f"{report.topology}: {chips} x {report.device}, mesh {mesh}, {report.batch_per_chip:g} samples a chip "
         f"({report.batch_per_chip * chips:g} in all), compiled in {report.compile_seconds:.0f} s",
