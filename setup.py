@@ -86,7 +86,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["como_jax", "como_jax.*"]),
-    package_data={"como_jax.evaluation": ["*.jinja"]},
+    package_data={"como_jax": ["**/*.jinja", "**/*.toml"]},
     install_requires=ROBOT,
     extras_require=ROBOT_EXTRAS | {name: TRAINING + extra for name, extra in TRAINING_EXTRAS.items()},
 )

@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def motion_model() -> ConfigDict:
-    """The paper's motion model; `MotionConfig` in como_jax/models/motion.py says what each field means."""
+    """The paper's motion model; `MotionConfig` in como_jax/motion/como.py says what each field means."""
     model = ConfigDict()
     model.num_queries = 8
     model.latent_dim = 16

@@ -21,10 +21,10 @@ from como_jax import cli, hosts
 from como_jax.data.mixture import parse_mixture
 from como_jax.data.schema import SPLITS
 from como_jax.errors import ConfigError, DatasetError, RunError
-from como_jax.evaluation.labelled_domains import compare_labelled, write_matrix
-from como_jax.evaluation.probes import ProbeError
+from como_jax.evaluation.latents.labelled_domains import compare_labelled, write_matrix
+from como_jax.evaluation.latents.probes import ProbeError
+from como_jax.evaluation.latents.transitions import EvaluationSet, TransitionRunner, measure, summarize
 from como_jax.evaluation.report import Report, describe_measurements, transfer_strips, write_report
-from como_jax.evaluation.transitions import EvaluationSet, TransitionRunner, measure, summarize
 from como_jax.files import write_text
 from como_jax.labelling.provenance import hash_params
 from como_jax.training import sharding

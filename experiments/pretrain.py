@@ -20,8 +20,8 @@ from como_jax.data import pipeline
 from como_jax.data.build import TrainingData, build_training_data
 from como_jax.data.mixture import mixture_text, parse_mixture
 from como_jax.errors import ConfigError
-from como_jax.evaluation.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
-from como_jax.models.build import build_model, pairs_of_clip
+from como_jax.evaluation.latents.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
+from como_jax.motion.build import build_model, pairs_of_clip
 from como_jax.training import session, sharding
 from como_jax.training.pretrained import check_perceptual_file, load_pretrained
 from como_jax.training.train_state import ModelDef, TrainState

@@ -25,13 +25,13 @@ from etils import epath
 from como_jax import cli
 from como_jax.envs.build import EnvironmentOptions, environment_names
 from como_jax.errors import RunError
-from como_jax.evaluation.rollout_checks import parse_settings
-from como_jax.evaluation.rollout_report import RolloutRecorder, table_markdown
-from como_jax.evaluation.rollouts import Recording, RolloutOptions, picture_size, roll_out
-from como_jax.evaluation.success import EpisodeResult, RolloutSummary
+from como_jax.evaluation.rollouts.checks import parse_settings
+from como_jax.evaluation.rollouts.policy_runner import load_policy
+from como_jax.evaluation.rollouts.report import RolloutRecorder, table_markdown
+from como_jax.evaluation.rollouts.rollout import Recording, RolloutOptions, picture_size, roll_out
+from como_jax.evaluation.rollouts.sampling import FIELDS as SAMPLING_FIELDS
+from como_jax.evaluation.rollouts.success import EpisodeResult, RolloutSummary
 from como_jax.policies.controller import ControlConfig
-from como_jax.policies.runner import load_policy
-from como_jax.policies.sampling import FIELDS as SAMPLING_FIELDS
 from como_jax.training import sharding
 
 logger = logging.getLogger("como_jax.rollout")

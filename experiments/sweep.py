@@ -30,8 +30,8 @@ from etils import epath
 from como_jax import cli
 from como_jax.data.mixture import mixture_text
 from como_jax.errors import ConfigError, NonFiniteError, RunError, UsageError
-from como_jax.evaluation.sweep_cells import Cell, expand_recipes, make_cells, parse_swept
-from como_jax.evaluation.sweep_report import LATENT_DIM, CellResult, Status, read_result, write_report
+from como_jax.evaluation.sweeps.cells import Cell, expand_recipes, make_cells, parse_swept
+from como_jax.evaluation.sweeps.report import LATENT_DIM, CellResult, Status, read_result, write_report
 from como_jax.processes import run_commands
 from experiments.pretrain import DATA, pretrain
 

@@ -21,9 +21,9 @@ from como_jax.data.language import EMBEDDINGS_NAME, InstructionEmbeddings, write
 from como_jax.data.mixture import mixture_text
 from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, policy_train_batches, with_sizes
 from como_jax.data.policy_reader import to_policy_batch
-from como_jax.evaluation.policy_in_loop import PolicyEvaluationConfig, PolicyEvaluator
-from como_jax.models.build_policy import build_policy, with_public_sizes
-from como_jax.policies.runner import PolicyRunner
+from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
+from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
+from como_jax.policies.build import build_policy, with_public_sizes
 from como_jax.training import session, sharding
 from como_jax.training.pretrained import load_policy_parts
 from como_jax.training.train_state import ModelDef, TrainState

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from como_jax import cli
 from como_jax.errors import UsageError
-from como_jax.models.build import FAMILIES
+from como_jax.motion.build import FAMILIES
 from como_jax.weights import converted, mae, moto
 from como_jax.weights.checkpoints import Weights, read_weights
 from como_jax.weights.importing import Accounts, Foreign, Format, Options, import_parameters

@@ -30,7 +30,7 @@ from absl import flags
 
 from como_jax import cli
 from como_jax.errors import ConfigError, RunError
-from como_jax.evaluation.success import wilson_interval
+from como_jax.evaluation.rollouts.success import wilson_interval
 from como_jax.files import write_text
 from como_jax.processes import run_commands
 

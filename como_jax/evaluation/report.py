@@ -15,12 +15,12 @@ from etils import epath
 
 from como_jax.errors import NoClipsError
 from como_jax.evaluation import figures
-from como_jax.evaluation.domains import TransferMatrix, transfer_figure
-from como_jax.evaluation.latents import cosine_similarity_matrix, principal_components
-from como_jax.evaluation.reconstruction import comparison_grid
-from como_jax.evaluation.similarity import past_future_similarities
-from como_jax.evaluation.transfer import transfer_motion
-from como_jax.evaluation.transitions import DatasetResult, EvaluationSet, set_batches
+from como_jax.evaluation.latents.domains import TransferMatrix, transfer_figure
+from como_jax.evaluation.latents.reconstruction import comparison_grid
+from como_jax.evaluation.latents.similarity import past_future_similarities
+from como_jax.evaluation.latents.spread import cosine_similarity_matrix, principal_components
+from como_jax.evaluation.latents.transfer import transfer_motion
+from como_jax.evaluation.latents.transitions import DatasetResult, EvaluationSet, set_batches
 from como_jax.files import write_text
 from como_jax.training.train_state import ModelDef, Params
 

@@ -17,10 +17,10 @@ from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart, parse_mixture
 from como_jax.data.pipeline import read_clips
 from como_jax.errors import DatasetError, NoClipsError
-from como_jax.evaluation.drift import Drift, compare
-from como_jax.evaluation.drift_figure import drift_figure
-from como_jax.evaluation.latent_statistics import LatentStatistics, LatentSums
-from como_jax.evaluation.similarity import past_future_similarity
+from como_jax.evaluation.latents.drift import Drift, compare
+from como_jax.evaluation.latents.drift_figure import drift_figure
+from como_jax.evaluation.latents.similarity import past_future_similarity
+from como_jax.evaluation.latents.statistics import LatentStatistics, LatentSums
 from como_jax.files import write_atomic, write_text
 from como_jax.labelling.shards import LabelShard, read_labels
 from como_jax.labelling.streaming import READ_ERRORS

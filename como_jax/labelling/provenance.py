@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from como_jax.labelling.shards import LabelShard
-from como_jax.models.build import codebook_size
+from como_jax.motion.build import codebook_size
 from como_jax.training.run import Run
 from como_jax.training.train_state import Params
 

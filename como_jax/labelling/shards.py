@@ -13,7 +13,7 @@ from etils import epath
 
 from como_jax.data import schema
 from como_jax.errors import DatasetError
-from como_jax.evaluation.latent_statistics import LatentSums
+from como_jax.evaluation.latents.statistics import LatentSums
 from como_jax.files import write_atomic
 from como_jax.labelling.streaming import StepLabels
 

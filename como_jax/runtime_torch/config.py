@@ -43,7 +43,7 @@ class BottleneckConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComoConfig:
-    """Sizes of CoMo and what its inverse dynamics model sees; the fields of `como_jax.models.motion.MotionConfig`."""
+    """Sizes of CoMo and what its inverse dynamics model sees; the fields of `como_jax.motion.como.MotionConfig`."""
 
     num_queries: int
     latent_dim: int
@@ -61,7 +61,7 @@ class ComoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LaqConfig:
-    """Sizes of LAQ; the fields of `como_jax.models.laq.LaqConfig`."""
+    """Sizes of LAQ; the fields of `como_jax.motion.laq.LaqConfig`."""
 
     patch_size: int
     width: int

@@ -29,7 +29,7 @@ CONV_STRIDE = 16
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The tower that reads instructions; fields as of `como_jax.models.text.TextConfig`.
+    """The tower that reads instructions; fields as of `como_jax.nn.text.TextConfig`.
 
     Attributes:
       prompt: what an instruction is put into, at {}.
@@ -60,7 +60,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObservationConfig:
-    """How observations become tokens; fields as of `como_jax.models.observation.ObservationConfig`."""
+    """How observations become tokens; fields as of `como_jax.policies.observation.ObservationConfig`."""
 
     image_tower: str
     image_size: int
@@ -79,7 +79,7 @@ class ObservationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """How samples are made; fields of `como_jax.models.diffusion.DiffusionConfig`."""
+    """How samples are made; fields of `como_jax.policies.diffusion.DiffusionConfig`."""
 
     kind: str
     train_steps: int
@@ -91,7 +91,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionPolicyConfig:
-    """Sizes; fields of `como_jax.models.diffusion_policy.DiffusionPolicyConfig`."""
+    """Sizes; fields of `como_jax.policies.diffusion_policy.DiffusionPolicyConfig`."""
 
     width: int
     depth: int
@@ -104,7 +104,7 @@ class DiffusionPolicyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveConfig:
-    """Sizes and sampling; fields of `como_jax.models.autoregressive_policy.AutoregressiveConfig`.
+    """Sizes and sampling; fields of `como_jax.policies.autoregressive.AutoregressiveConfig`.
 
     Attributes:
       gripper_dims: of the action those that only open or close a gripper.
@@ -130,7 +130,7 @@ class AutoregressiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes; fields of `como_jax.models.decoder.DecoderConfig`."""
+    """Sizes; fields of `como_jax.nn.decoder.DecoderConfig`."""
 
     width: int
     depth: int
@@ -146,7 +146,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VlaConfig:
-    """Sizes and sampling; fields of `como_jax.models.latent_vla.VlaConfig`, and `gripper_dims` as above."""
+    """Sizes and sampling; fields of `como_jax.policies.vla.VlaConfig`, and `gripper_dims` as above."""
 
     decoder: DecoderConfig
     chunk: int

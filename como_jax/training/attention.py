@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.models.attention import CUDNN_HEAD_SIZES, IMPLEMENTATIONS, FusableAttention
+from como_jax.nn.attention import CUDNN_HEAD_SIZES, IMPLEMENTATIONS, FusableAttention
 from como_jax.training.train_state import ModelDef
 
 logger = logging.getLogger(__name__)

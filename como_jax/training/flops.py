@@ -15,13 +15,13 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.models.build import pairs_of_clip, vit_config
-from como_jax.models.latent_heads import DRAWS
-from como_jax.models.observation import ConvTower
-from como_jax.models.perceptual import LAYOUTS
-from como_jax.models.text import BYTE_VOCABULARY, PUBLIC_TOWERS
-from como_jax.models.text_layers import GATED
-from como_jax.models.vit import VitConfig
+from como_jax.motion.build import pairs_of_clip, vit_config
+from como_jax.motion.perceptual import LAYOUTS
+from como_jax.nn.text import BYTE_VOCABULARY, PUBLIC_TOWERS
+from como_jax.nn.text_layers import GATED
+from como_jax.nn.vit import VitConfig
+from como_jax.policies.latent_heads import DRAWS
+from como_jax.policies.observation import ConvTower
 from como_jax.types import FLOW_STRIDE
 
 

@@ -7,8 +7,8 @@ import logging
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.models.perceptual import load_perceptual
-from como_jax.models.text import PUBLIC_TOWERS
+from como_jax.motion.perceptual import load_perceptual
+from como_jax.nn.text import PUBLIC_TOWERS
 from como_jax.training.checkpoint import load_matching_params, load_params
 from como_jax.training.train_state import Params, TrainState, merge_params, replace_params
 from como_jax.weights.paligemma import load_paligemma

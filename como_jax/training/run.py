@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from como_jax import hosts
 from como_jax.errors import RunError
-from como_jax.models.build import FAMILIES, build_model
+from como_jax.motion.build import FAMILIES, build_model
 from como_jax.training import sharding
 from como_jax.training.checkpoint import load_newest
 from como_jax.training.train_state import ModelDef, Params

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from como_jax.errors import RunError
-from como_jax.models.layers import sincos_position_embedding
+from como_jax.nn.layers import sincos_position_embedding
 from como_jax.weights.checkpoints import Weights
 from como_jax.weights.importing import Foreign, Options, Skip
 from como_jax.weights.tables import DeepTable, array, linear, norm, read_setting

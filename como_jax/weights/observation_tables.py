@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from como_jax.models.text import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS, PUBLIC_TOWERS, TextConfig
-from como_jax.models.vit import VitConfig
+from como_jax.nn.text import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS, PUBLIC_TOWERS, TextConfig
+from como_jax.nn.vit import VitConfig
 from como_jax.weights.motion import vit_table
 from como_jax.weights.tables import DeepTable, Entry, Table, array, linear, norm
 from como_jax.weights.text_tables import T5_TOKENS, clip_table, t5_table

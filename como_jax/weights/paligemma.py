@@ -15,8 +15,8 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import RunError
-from como_jax.models.decoder import DecoderConfig
-from como_jax.models.vit import VitConfig
+from como_jax.nn.decoder import DecoderConfig
+from como_jax.nn.vit import VitConfig
 from como_jax.weights.tables import (
     CONFIG_NAME,
     Table,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from como_jax.models.autoregressive_policy import AutoregressiveConfig
-from como_jax.models.decoder import DecoderConfig
-from como_jax.models.diffusion_policy import DiffusionPolicyConfig
-from como_jax.models.latent_vla import VlaConfig
+from como_jax.nn.decoder import DecoderConfig
+from como_jax.policies.autoregressive import AutoregressiveConfig
+from como_jax.policies.diffusion_policy import DiffusionPolicyConfig
+from como_jax.policies.vla import VlaConfig
 from como_jax.weights.tables import DeepTable, Table, array, flat, kernel, linear, norm
 from como_jax.weights.vit_tables import single, stacked, timm_block, timm_blocks
 
@@ -116,7 +116,7 @@ def _embedding(path: str, width: int, size: int, codes: int) -> Table:
 
 
 def _head(path: str, kind: str, width: int, size: int, *, hidden: int, depth: int) -> Table:
-    """A head of `como_jax.models.latent_heads` that gives `size` numbers."""
+    """A head of `como_jax.policies.latent_heads` that gives `size` numbers."""
     name = path.replace("/", ".")
     if kind not in ("diffusion", "flow"):
         return linear(f"{path}/out", f"{name}.out", width, size)

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import OutputError, RunError
 from como_jax.files import write_json
-from como_jax.models.build import FAMILIES, build_model, vit_config
-from como_jax.models.siglip import Siglip
-from como_jax.models.vit import Vit, VitConfig
+from como_jax.motion.build import FAMILIES, build_model, vit_config
+from como_jax.nn.siglip import Siglip
+from como_jax.nn.vit import Vit, VitConfig
 from como_jax.training.checkpoint import claim_workdir, load_params
 from como_jax.training.run import read_config
 from como_jax.weights.importing import Flat

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from como_jax.errors import RunError
-from como_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
+from como_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.weights.checkpoints import Weights
 from como_jax.weights.importing import Flat, Foreign, Options, Skip
 from como_jax.weights.tables import array, norm

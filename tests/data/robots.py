@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from como_jax.convert import builder as base
+from como_jax.convert import images
+from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode, Step
 from como_jax.labelling.shards import latent_statistics, list_shards
-from tests.labels.conftest import Row, change_tables
-from tools.datasets import builder as base
-from tools.datasets import images
-from tools.datasets.sources import Source
+from tests.export.conftest import Row, change_tables
 
 GAP = 2
 """Steps at the end of an episode that have no label."""

@@ -12,7 +12,7 @@ import pytest
 from como_jax.data.policy_build import PolicyData, open_policy_data
 from como_jax.errors import DatasetError
 from tests.data.robots import add_labels, make_robot
-from tests.labels.conftest import Row, change_tables
+from tests.export.conftest import Row, change_tables
 from tests.policies.smoke_policies import smoke
 
 

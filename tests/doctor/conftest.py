@@ -16,12 +16,12 @@ import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
 
-from tools.doctor.checks import run_checks
-from tools.doctor.diagnosis import Diagnosis, examine
-from tools.doctor.findings import Finding
-from tools.doctor.recording import PROBES, Recording
-from tools.doctor.sources import open_view
-from tools.doctor.survey import Survey, Thresholds
+from como_jax.doctor.checks import run_checks
+from como_jax.doctor.diagnosis import Diagnosis, examine
+from como_jax.doctor.findings import Finding
+from como_jax.doctor.recording import PROBES, Recording
+from como_jax.doctor.sources import open_view
+from como_jax.doctor.survey import Survey, Thresholds
 
 # The writers of small LeRobot datasets lie with the tests of the builders.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "datasets"))

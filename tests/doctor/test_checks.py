@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from tools.doctor.findings import Severity, name_dimensions, name_some
-from tools.doctor.recording import PROBES
-from tools.doctor.survey import RowSample, Survey, Thresholds
+from como_jax.doctor.findings import Severity, name_dimensions, name_some
+from como_jax.doctor.recording import PROBES
+from como_jax.doctor.survey import RowSample, Survey, Thresholds
 
 NUM = 6
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import av
 import pytest
 
-from tools.doctor.findings import Severity
+from como_jax.doctor.findings import Severity
 
 
 @pytest.fixture

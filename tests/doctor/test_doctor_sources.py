@@ -8,13 +8,13 @@ import shutil
 import pytest
 from lerobot_files import edit_info, rows, v2_paths, write_table, write_v2, write_v3
 
+from como_jax.convert.sources import Source
 from como_jax.data.sources import EpisodeSource
+from como_jax.doctor.findings import Severity
+from como_jax.doctor.sources import open_view
+from como_jax.doctor.sources.base import spread, spread_records
+from como_jax.doctor.sources.video_files import VideoHeader, check_decoder
 from como_jax.errors import DatasetError
-from tools.datasets.sources import Source
-from tools.doctor.findings import Severity
-from tools.doctor.sources import open_view
-from tools.doctor.sources.base import spread, spread_records
-from tools.doctor.sources.video_files import VideoHeader, check_decoder
 
 
 def by_name(diagnosis):

@@ -84,7 +84,7 @@ def test_the_expert_solves_the_tabletop_through_the_interface(task: str) -> None
 
 
 def test_workers_need_not_wait_for_jax_or_tensorflow() -> None:
-    modules = ", ".join(["como_jax.evaluation.rollout_workers", *FAMILIES.values()])
+    modules = ", ".join(["como_jax.evaluation.rollouts.workers", *FAMILIES.values()])
     heavy = "{'jax', 'flax', 'tensorflow', 'tensorflow_datasets'}"
     command = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+from como_jax.convert.libero import builder, language
 from como_jax.envs.build import EnvironmentOptions, environment_names, make_environment
 from como_jax.envs.libero import benchmark
 from como_jax.errors import ConfigError
-from tools.datasets.libero import builder, language
 
 HAS_LIBERO = all(importlib.util.find_spec(name) for name in ("robosuite", "libero"))
 needs_libero = pytest.mark.skipif(not HAS_LIBERO, reason=f"LIBERO is not installed ({benchmark.INSTALL})")

@@ -11,10 +11,10 @@ import pytest
 from etils import epath
 from scipy.spatial.transform import Rotation
 
+from como_jax.convert.libero import builder, demonstrations
 from como_jax.envs.build import EnvironmentOptions, make_environment
 from como_jax.envs.libero import arm, own_tasks
 from como_jax.errors import ConfigError
-from tools.datasets.libero import builder, demonstrations
 
 HAS_ROBOSUITE = importlib.util.find_spec("robosuite") is not None
 needs_robosuite = pytest.mark.skipif(not HAS_ROBOSUITE, reason="robosuite is not installed (extra libero)")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from como_jax.errors import DatasetError
-from como_jax.evaluation.domains import segment_means, transfer_figure, transfer_matrix
+from como_jax.evaluation.latents.domains import segment_means, transfer_figure, transfer_matrix
 
 SIZE, STEPS, LENGTH = 12, 4, 18
 TASKS = ("push", "lift", "turn", "close")

@@ -7,11 +7,11 @@ import pytest
 from scipy import linalg
 from sklearn.covariance import OAS
 
-from como_jax.evaluation import latent_statistics
-from como_jax.evaluation.drift import FAR, LIKE, SHIFTED, UNKNOWN, compare
-from como_jax.evaluation.drift_figure import components, drift_figure
-from como_jax.evaluation.latent_statistics import DriftError, LatentStatistics, LatentSums
-from como_jax.evaluation.latents import effective_rank, principal_components
+from como_jax.evaluation.latents import statistics as latent_statistics
+from como_jax.evaluation.latents.drift import FAR, LIKE, SHIFTED, UNKNOWN, compare
+from como_jax.evaluation.latents.drift_figure import components, drift_figure
+from como_jax.evaluation.latents.spread import effective_rank, principal_components
+from como_jax.evaluation.latents.statistics import DriftError, LatentStatistics, LatentSums
 
 SIZE = 6
 MIX = np.random.default_rng(7).normal(size=(SIZE, SIZE))

@@ -9,12 +9,12 @@ import pytest
 from como_jax.data.clips import gap_steps
 from como_jax.data.mixture import MixtureEntry
 from como_jax.data.transforms import decode_jpeg
-from como_jax.evaluation.in_loop import EvaluationConfig, MaeEvaluator, MotionEvaluator
-from como_jax.evaluation.latents import effective_rank
-from como_jax.evaluation.probes import linear_probe
-from como_jax.evaluation.transitions import EvaluationSet
-from como_jax.models.mae import Mae, MaeConfig
-from como_jax.models.vit import VitConfig
+from como_jax.evaluation.latents.in_loop import EvaluationConfig, MaeEvaluator, MotionEvaluator
+from como_jax.evaluation.latents.probes import linear_probe
+from como_jax.evaluation.latents.spread import effective_rank
+from como_jax.evaluation.latents.transitions import EvaluationSet
+from como_jax.motion.mae import Mae, MaeConfig
+from como_jax.nn.vit import VitConfig
 from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef
 

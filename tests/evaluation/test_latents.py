@@ -6,7 +6,7 @@ from scipy import stats
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
-from como_jax.evaluation.latents import cosine_similarity_matrix, effective_rank, principal_components
+from como_jax.evaluation.latents.spread import cosine_similarity_matrix, effective_rank, principal_components
 
 
 @pytest.fixture

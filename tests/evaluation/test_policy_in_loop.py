@@ -15,18 +15,18 @@ import pytest
 from como_jax.data.chunks import PolicyPart
 from como_jax.data.policy_build import PolicyData, open_policy_data
 from como_jax.errors import ConfigError
-from como_jax.evaluation import policy_in_loop
-from como_jax.evaluation.policy_in_loop import PolicyEvaluationConfig, PolicyEvaluator
-from como_jax.evaluation.rollouts import RolloutOptions
-from como_jax.evaluation.success import EpisodeResult
-from como_jax.models.latent_heads import masked_mean
+from como_jax.evaluation.rollouts import in_loop as policy_in_loop
+from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
+from como_jax.evaluation.rollouts.rollout import RolloutOptions
+from como_jax.evaluation.rollouts.success import EpisodeResult
+from como_jax.policies.latent_heads import masked_mean
 from como_jax.policies.spec import PolicySpec
 from como_jax.training import sharding
 from como_jax.training.writers import NullWriter
 from como_jax.types import LossOutput, Observation, PolicyBatch
 from tests.data.robots import add_labels, make_robot
 from tests.evaluation.rollout_fakes import TABLETOP_POLICY
-from tests.labels.conftest import Row, change_tables
+from tests.export.conftest import Row, change_tables
 from tests.policies.smoke_policies import PolicyRun, copy_dataset, read_metrics, smoke
 
 

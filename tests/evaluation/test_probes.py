@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn import linear_model, metrics, preprocessing
 
-from como_jax.evaluation import probes
-from como_jax.evaluation.probes import ProbeError, linear_probe, linear_probe_accuracy
+from como_jax.evaluation.latents import probes
+from como_jax.evaluation.latents.probes import ProbeError, linear_probe, linear_probe_accuracy
 from como_jax.training import sharding
 
 EPISODE = np.repeat(np.arange(10), 10)

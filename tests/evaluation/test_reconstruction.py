@@ -6,7 +6,7 @@ import pytest
 from scipy import ndimage
 
 from como_jax.errors import UsageError
-from como_jax.evaluation.reconstruction import comparison_grid, error_map, psnr, ssim
+from como_jax.evaluation.latents.reconstruction import comparison_grid, error_map, psnr, ssim
 
 
 @pytest.mark.parametrize(("mse", "expected"), [(1.0, 0.0), (0.01, 20.0), (np.array([0.0, 0.002]), 30.0), (0.0, 100.0)])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from como_jax.evaluation.rollout_report import RolloutRecorder, encode_video, table_markdown
-from como_jax.evaluation.rollouts import Recording
-from como_jax.evaluation.success import EpisodeResult, summarize
+from como_jax.evaluation.rollouts.report import RolloutRecorder, encode_video, table_markdown
+from como_jax.evaluation.rollouts.rollout import Recording
+from como_jax.evaluation.rollouts.success import EpisodeResult, summarize
 
 RESULTS = [
     EpisodeResult("sim:a", 0, 100, "push, please", 4, success=True),

@@ -18,15 +18,15 @@ import pytest
 from como_jax.envs.base import EnvironmentSpec
 from como_jax.envs.build import EnvironmentOptions
 from como_jax.errors import ConfigError, NonFiniteError
-from como_jax.evaluation.rollout_checks import check_compatible
-from como_jax.evaluation.rollouts import (
+from como_jax.evaluation.rollouts.checks import check_compatible
+from como_jax.evaluation.rollouts.rollout import (
     RolloutOptions,
     check_rollouts,
     environment_seed,
     picture_size,
     roll_out,
 )
-from como_jax.evaluation.success import summarize
+from como_jax.evaluation.rollouts.success import summarize
 from como_jax.policies.controller import ControlConfig
 from como_jax.policies.spec import PolicySpec
 from tests.evaluation.rollout_fakes import LINE_POLICY, MAX_STEPS, TABLETOP_POLICY, FakeRunner, Line, always_exit
@@ -208,7 +208,7 @@ def test_the_tabletop_rolls_out_from_end_to_end():
 
 
 def test_workers_need_no_jax():
-    modules = "como_jax.evaluation.rollout_workers, como_jax.envs.tabletop.adapter"
+    modules = "como_jax.evaluation.rollouts.workers, como_jax.envs.tabletop.adapter"
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics.pairwise import paired_cosine_distances
 
-from como_jax.evaluation.similarity import (
+from como_jax.evaluation.latents.similarity import (
     past_future_similarities,
     past_future_similarity,
     past_future_similarity_by_token,

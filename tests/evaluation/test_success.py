@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from como_jax.evaluation.success import EpisodeResult, summarize, wilson_interval
+from como_jax.evaluation.rollouts.success import EpisodeResult, summarize, wilson_interval
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 5), (1, 20), (7, 20), (19, 20), (5, 5), (480, 1000)])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from como_jax.errors import ConfigError
-from como_jax.evaluation.sweep_cells import expand_recipes, load_recipe, make_cells, parse_swept
+from como_jax.evaluation.sweeps.cells import expand_recipes, load_recipe, make_cells, parse_swept
 
 RECIPE = '''
 """A recipe."""

@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from como_jax.evaluation.sweep_cells import Cell
-from como_jax.evaluation.sweep_report import (
+from como_jax.evaluation.sweeps.cells import Cell
+from como_jax.evaluation.sweeps.report import (
     CellResult,
     Status,
     group_settings,

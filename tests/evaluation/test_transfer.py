@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from como_jax.evaluation.transfer import transfer_motion
+from como_jax.evaluation.latents.transfer import transfer_motion
 
 
 class Brightness:

@@ -10,9 +10,9 @@ import pytest
 
 from como_jax.data.mixture import MixtureEntry
 from como_jax.errors import DatasetError, RunError
-from como_jax.evaluation.probes import ProbeError
-from como_jax.evaluation.reconstruction import ssim
-from como_jax.evaluation.transitions import (
+from como_jax.evaluation.latents.probes import ProbeError
+from como_jax.evaluation.latents.reconstruction import ssim
+from como_jax.evaluation.latents.transitions import (
     DatasetResult,
     EvaluationSet,
     TransitionRunner,

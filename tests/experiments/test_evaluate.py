@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data import schema
 from como_jax.errors import ConfigError, DatasetError, RunError
-from como_jax.evaluation.probes import ProbeError
+from como_jax.evaluation.latents.probes import ProbeError
 from configs import pretrain_como, pretrain_mae
 from experiments.evaluate import evaluate
 from experiments.extract_labels import extract_labels
 from experiments.pretrain import pretrain
 from tests.conftest import REPOSITORY
-from tools.datasets.catalog import BUILDERS, make_settings
 
 SIZES = {"num_transitions": 20, "batch_size": 8, "num_pictures": 2}
 

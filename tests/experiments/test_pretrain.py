@@ -14,8 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.errors import ConfigError, DatasetError, MeshError, RunError
-from como_jax.models.perceptual import load_perceptual
+from como_jax.motion.perceptual import load_perceptual
 from configs import (
     pretrain_como,
     pretrain_discrete,
@@ -28,8 +29,7 @@ from configs import (
 )
 from experiments.pretrain import pretrain
 from tests.conftest import REPOSITORY
-from tests.models.test_perceptual import save, torchvision_weights
-from tools.datasets.catalog import BUILDERS, make_settings
+from tests.motion.test_perceptual import save, torchvision_weights
 
 RECIPES = {
     "como": pretrain_como,
@@ -246,7 +246,7 @@ def test_the_package_imports_fast_and_starts_no_backend():
     code = (
         "import time; start = time.monotonic(); import como_jax; seconds = time.monotonic() - start\n"
         "import sys; assert 'jax' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
-        "import como_jax.models.motion, como_jax.data.pipeline\n"
+        "import como_jax.motion.como, como_jax.data.pipeline\n"
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

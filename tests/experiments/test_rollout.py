@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from como_jax.errors import ConfigError, RunError
-from como_jax.evaluation import rollouts
-from como_jax.evaluation.rollout_checks import parse_settings
-from como_jax.evaluation.rollouts import RolloutOptions
+from como_jax.evaluation.rollouts import rollout as rollouts
+from como_jax.evaluation.rollouts.checks import parse_settings
+from como_jax.evaluation.rollouts.rollout import RolloutOptions
 from como_jax.policies.controller import ControlConfig
 from experiments import rollout as command
 from experiments.rollout import rollout

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from como_jax.evaluation.sweep_cells import Cell, make_cells
-from como_jax.evaluation.sweep_report import Status
+from como_jax.evaluation.sweeps.cells import Cell, make_cells
+from como_jax.evaluation.sweeps.report import Status
 from experiments import sweep as sweep_module
 from experiments.sweep import sweep
 from tests.conftest import REPOSITORY

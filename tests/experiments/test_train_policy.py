@@ -19,8 +19,8 @@ from como_jax.data.policy_build import open_policy_data, policy_train_batches, w
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, RunError, UsageError
-from como_jax.models.build_policy import build_policy
-from como_jax.policies.runner import load_policy
+from como_jax.evaluation.rollouts.policy_runner import load_policy
+from como_jax.policies.build import build_policy
 from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.training import sharding
 from como_jax.training.build import build_training

@@ -14,13 +14,13 @@ from etils import epath
 from como_jax.data.mixture import MixtureEntry
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
-from como_jax.evaluation.drift import FAR, LIKE, SHIFTED, UNKNOWN, Drift
-from como_jax.evaluation.latent_statistics import LatentStatistics
+from como_jax.evaluation.latents.drift import FAR, LIKE, SHIFTED, UNKNOWN, Drift
+from como_jax.evaluation.latents.statistics import LatentStatistics
 from como_jax.labelling import gauge
 from como_jax.labelling.shards import LabelShard, list_shards
 from como_jax.training.run import Run
+from tests.export.conftest import change_tables
 from tests.labelling.conftest import GAP_SECONDS, label
-from tests.labels.conftest import change_tables
 
 SIZE = 4
 

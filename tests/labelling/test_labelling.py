@@ -22,8 +22,8 @@ from como_jax.errors import DatasetError, OutputError
 from como_jax.labelling import labelling, shards
 from como_jax.staging import Staging
 from como_jax.training.run import Run
+from tests.export.conftest import change_tables
 from tests.labelling.conftest import label
-from tests.labels.conftest import change_tables
 
 
 class Stop(Exception):

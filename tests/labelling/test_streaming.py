@@ -14,7 +14,7 @@ from como_jax.data.clips import ClipConfig, gap_steps
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
 from como_jax.labelling.streaming import StreamLabeller, single_frames, steps_back
-from como_jax.models.quantizers import BottleneckConfig
+from como_jax.motion.bottlenecks import BottleneckConfig
 from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef
 

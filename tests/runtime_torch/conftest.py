@@ -15,8 +15,8 @@ def one_thread(torch_in_one_thread: None) -> None:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights and config.json of a small CoMo with codes; not to be changed."""
+    from como_jax.export.pytorch.export import write_model
     from tests.runtime_torch.small_runs import make_run
-    from tools.export_torch.export import write_model
 
     folder = tmp_path_factory.mktemp("exported")
     write_model(make_run("como", {"model.bottleneck.kind": "vq", "model.bottleneck.codebook_size": 11}), folder)

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from como_jax.data.normalization import AffineNormalizer, UniformNormalizer
-from como_jax.models.build_policy import build_policy
+from como_jax.policies.build import build_policy
 from como_jax.policies.spec import PolicySpec, Scales
 from como_jax.training import sharding
 from como_jax.training.run import Run

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from como_jax.models.build import build_model
+from como_jax.motion.build import build_model
 from como_jax.training import sharding
 from como_jax.training.run import Run
 

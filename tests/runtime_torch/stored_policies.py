@@ -10,13 +10,13 @@ import numpy as np
 from etils import epath
 
 from como_jax.data.language import write_embeddings
+from como_jax.export.pytorch.contents import flatten_params
+from como_jax.export.pytorch.export_policy import write_policy
 from como_jax.policies.spec import PolicySpec
 from como_jax.training.run import Run
 from como_jax.weights.policies import describe_policy, not_exported, read_policy
 from tests.data.tokenizer_files import ENDS, write_tokenizer
 from tests.runtime_torch.small_policies import make_policy
-from tools.export_torch.contents import flatten_params
-from tools.export_torch.export_policy import write_policy
 
 TEXTS = ("push", "go up")
 EMBEDDINGS = {"text.tower": "embedding", "text.embedding_size": 5}

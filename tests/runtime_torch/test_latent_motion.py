@@ -15,16 +15,16 @@ from tests.runtime_torch.small_runs import make_run
 
 torch = pytest.importorskip("torch")
 
+from como_jax.export.pytorch.export import write_model  # noqa: E402
+from como_jax.export.pytorch.parity import TOLERANCE, Reference, check_parity, relative_error  # noqa: E402
 from como_jax.runtime_torch.errors import InputError  # noqa: E402
 from como_jax.runtime_torch.latent_motion import LatentMotion  # noqa: E402
-from tools.export_torch.export import write_model  # noqa: E402
-from tools.export_torch.parity import TOLERANCE, Reference, check_parity, relative_error  # noqa: E402
 
 RGB = {"model.motion_input": "rgb_difference", "model.bottleneck.kind": "kl", "model.residual": False}
 GAP = {"model.gap_weight": 1.0, "data.min_gap_fraction": 0.5}
 FUTURE = {"model.motion_input": "future_only", "data.fit": "stretch"}
 GRID = {"model.bottleneck.kind": "fsq", "model.bottleneck.fsq_levels": (4, 5, 3), "model.latent_dim": 3}
-# The plain model is that of tests/tools/test_export_torch.py.
+# The plain model is that of tests/export/test_export_torch.py.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rgb difference, gaussian, head": ("como", RGB | GAP),
     "future only, grid": ("como", FUTURE | GRID),

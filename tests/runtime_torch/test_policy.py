@@ -22,6 +22,8 @@ from tests.runtime_torch.small_policies import ACTION_SIZE, STATE_SIZE, make_pol
 
 torch = pytest.importorskip("torch")
 
+from como_jax.export.pytorch.policy_noise import draw_noise  # noqa: E402
+from como_jax.export.pytorch.policy_parity import SEEDS, PolicyReference, check_policy, check_scales  # noqa: E402
 from como_jax.runtime_torch import policy as policy_module  # noqa: E402
 from como_jax.runtime_torch.diffusion import denoise  # noqa: E402
 from como_jax.runtime_torch.errors import InputError, ModelFileError, NonFiniteError  # noqa: E402
@@ -30,8 +32,6 @@ from como_jax.runtime_torch.policy import Policy  # noqa: E402
 from como_jax.runtime_torch.policy_config import DiffusionConfig  # noqa: E402
 from como_jax.runtime_torch.session import Scene  # noqa: E402
 from tests.runtime_torch.stored_policies import EMBEDDINGS, TEXTS, store  # noqa: E402
-from tools.export_torch.policy_noise import draw_noise  # noqa: E402
-from tools.export_torch.policy_parity import SEEDS, PolicyReference, check_policy, check_scales  # noqa: E402
 
 GUIDED_FLOW = {
     "model.diffusion.kind": "flow",

@@ -19,6 +19,7 @@ from tests.data.tokenizer_files import write_tokenizer
 
 torch = pytest.importorskip("torch")
 
+from como_jax.export.pytorch.parity import relative_error  # noqa: E402
 from como_jax.runtime_torch.errors import InputError, ModelFileError  # noqa: E402
 from como_jax.runtime_torch.instructions import make_reader  # noqa: E402
 from como_jax.runtime_torch.noise import GivenNoise  # noqa: E402
@@ -27,7 +28,6 @@ from como_jax.runtime_torch.policy_config import TextConfig, parse_policy  # noq
 from como_jax.runtime_torch.session import Scene  # noqa: E402
 from como_jax.training.run import Run  # noqa: E402
 from tests.runtime_torch.stored_policies import CLIP, T5, store  # noqa: E402
-from tools.export_torch.parity import relative_error  # noqa: E402
 
 # Without anything that is drawn.
 THINKING = {"model.think": True, "model.latent_queries": 2, "model.latent_dim": 3}

@@ -14,13 +14,13 @@ from como_jax.errors import ConfigError, RunError
 from como_jax.policies.controller import ControlConfig, Controller
 from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.serving.client import PolicyClient
+from como_jax.serving.jax_policy import JaxPolicy
+from como_jax.serving.loading import load_policy
+from como_jax.serving.options import PolicyOptions
 from como_jax.serving.protocol import RequestError
 from tests.policies.smoke_policies import PolicyRun
 from tests.serving.serving_fakes import serving
 from tools.serve.client import play
-from tools.serve.jax_policy import JaxPolicy
-from tools.serve.loading import load_policy
-from tools.serve.options import PolicyOptions
 
 SPEC = PolicySpec(
     cameras=("top",),

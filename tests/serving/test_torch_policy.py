@@ -14,11 +14,11 @@ from tests.serving.serving_fakes import serving
 
 torch = pytest.importorskip("torch")
 
+from como_jax.export.pytorch.export_policy import write_policy  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
+from como_jax.serving.loading import load_policy  # noqa: E402
+from como_jax.serving.options import PolicyOptions  # noqa: E402
 from como_jax.weights.policies import describe_policy  # noqa: E402
-from tools.export_torch.export_policy import write_policy  # noqa: E402
-from tools.serve.loading import load_policy  # noqa: E402
-from tools.serve.options import PolicyOptions  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
 

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh
 
 from como_jax import types
-from como_jax.models.laq import Laq, LaqConfig
-from como_jax.models.quantizers import BottleneckConfig
+from como_jax.motion.bottlenecks import BottleneckConfig
+from como_jax.motion.laq import Laq, LaqConfig
 from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef, TrainState, abstract_state, create_state, make_train_step
 

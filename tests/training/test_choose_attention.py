@@ -15,10 +15,10 @@ from jax._src.cudnn import fused_attention_stablehlo
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.models import layers
-from como_jax.models.attention import FusableAttention
-from como_jax.models.build import FAMILIES, build_model
-from como_jax.models.build_policy import build_policy
+from como_jax.motion.build import FAMILIES, build_model
+from como_jax.nn import layers
+from como_jax.nn.attention import FusableAttention
+from como_jax.policies.build import build_policy
 from como_jax.training import sharding
 from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
 from como_jax.training.attention import choose_attention, with_cudnn

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from como_jax.data.build import build_training_data
-from como_jax.models.build import build_model
+from como_jax.motion.build import build_model
 from como_jax.training import sharding
 from como_jax.training.build import build_training
 from como_jax.training.checkpoint import Checkpointer

@@ -28,8 +28,8 @@ from como_jax.data.build import build_training_data
 from como_jax.data.pipeline import to_frame_pairs
 from como_jax.data.policy_build import open_policy_data, policy_train_batches, with_sizes
 from como_jax.data.policy_reader import to_policy_batch
-from como_jax.models.build import build_model
-from como_jax.models.build_policy import build_policy
+from como_jax.motion.build import build_model
+from como_jax.policies.build import build_policy
 from como_jax.training import session, sharding
 from como_jax.training.train_state import TrainState, abstract_state, make_train_step
 from como_jax.types import FramePairs, PolicyBatch

@@ -12,7 +12,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from como_jax.errors import RunError
-from como_jax.models.perceptual import LAYOUTS, load_perceptual
+from como_jax.motion.perceptual import LAYOUTS, load_perceptual
 from como_jax.weights.checkpoints import Weights
 from como_jax.weights.converted import lpips, torchvision
 from como_jax.weights.importing import Options, import_parameters

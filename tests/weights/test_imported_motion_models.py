@@ -12,8 +12,8 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import ConfigError, RunError
-from como_jax.models.build import build_model
-from como_jax.models.layers import normalize_frames
+from como_jax.motion.build import build_model
+from como_jax.nn.layers import normalize_frames
 from como_jax.weights.checkpoints import Weights
 from como_jax.weights.importing import Flat, Foreign, Format, Options, import_parameters
 from como_jax.weights.laq_openx import laq_openx

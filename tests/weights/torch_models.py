@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from como_jax.models.layers import sincos_position_embedding
+from como_jax.nn.layers import sincos_position_embedding
 
 Tensors = dict[str, torch.Tensor]
 

@@ -26,17 +26,17 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
+from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data.clips import ClipConfig, gap_steps
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError
 from como_jax.labelling.streaming import StreamLabeller, read_frames, single_frames, steps_back
-from como_jax.models.build import build_model
+from como_jax.motion.build import build_model
 from como_jax.training import sharding
 from como_jax.training.train_state import ModelDef, Params
 from tools.benchmarks.machine import describe_machine
-from tools.datasets.catalog import BUILDERS, make_settings
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/pretrain_como.py:base", "Recipe, as for experiments.pretrain; float32 here, whatever it says."

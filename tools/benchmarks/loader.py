@@ -23,6 +23,7 @@ import simplejpeg
 from absl import flags
 
 from como_jax import cli
+from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data.clips import ClipConfig
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
@@ -33,7 +34,6 @@ from como_jax.errors import ConfigError
 from tools.benchmarks import tfdata
 from tools.benchmarks.machine import describe_machine
 from tools.benchmarks.seeking import OpenCvVideos, PyAvVideos, write_videos
-from tools.datasets.catalog import BUILDERS, make_settings
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of videos; without it the embedded environment.")
 _STORED_SIZE = flags.DEFINE_integer("stored_size", 224, "Shorter side of the stored pictures.")

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from como_jax import cli
 from como_jax.errors import RunError
 from como_jax.files import write_text
-from como_jax.models.build import pairs_of_clip
+from como_jax.motion.build import pairs_of_clip
 from como_jax.processes import run_commands
 from como_jax.training.flops import train_flops
 from configs import ablation, pretrain_como

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
-from como_jax.models.build_policy import build_policy, with_public_sizes
+from como_jax.policies.build import build_policy, with_public_sizes
 from como_jax.training import sharding
 from como_jax.training.abstract_batch import DataSizes, random_samples, with_assumed_sizes
 from como_jax.training.build import build_training

@@ -24,9 +24,9 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.data.mixture import parse_mixture
 from como_jax.errors import ConfigError, DatasetError, UsageError
-from como_jax.evaluation.transitions import EvaluationSet
-from como_jax.models import mixed_precision
-from como_jax.models.build import build_model
+from como_jax.evaluation.latents.transitions import EvaluationSet
+from como_jax.motion.build import build_model
+from como_jax.nn import mixed_precision
 from como_jax.training import sharding
 from como_jax.training.run import load_run
 from como_jax.training.train_state import ModelDef, Params

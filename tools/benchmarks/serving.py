@@ -24,12 +24,12 @@ from absl import flags
 from como_jax import cli
 from como_jax.errors import RunError
 from como_jax.serving.client import PolicyClient
+from como_jax.serving.loading import load_policy
 from como_jax.serving.observations import ObservationReader
+from como_jax.serving.options import PolicyOptions
 from como_jax.serving.policy import PolicyInputs, ServedPolicy
 from como_jax.serving.server import PolicyServer, ServerOptions
 from tools.benchmarks.machine import describe_machine
-from tools.serve.loading import load_policy
-from tools.serve.options import PolicyOptions
 
 _SHARES = (0.5, 0.95, 0.99)
 _START_TIMEOUT = 600.0

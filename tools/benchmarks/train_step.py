@@ -29,8 +29,8 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.errors import UsageError
 from como_jax.files import write_json
-from como_jax.models.build import FAMILIES, build_model, pairs_of_clip
-from como_jax.models.build_policy import build_policy, with_public_sizes
+from como_jax.motion.build import FAMILIES, build_model, pairs_of_clip
+from como_jax.policies.build import build_policy, with_public_sizes
 from como_jax.training import sharding
 from como_jax.training.abstract_batch import DataSizes, abstract_batch, random_batch, with_assumed_sizes
 from como_jax.training.build import Training, build_training

@@ -7,7 +7,7 @@ r"""Converts a source of episodes to a dataset in the schema of `como_jax.data.s
     python -m tools.datasets.build tabletop --out datasets/tabletop --episodes 200
 
 --out itself becomes the TFDS directory; `statistics.json` and `conversion_report.json` lie in it. The same command
-goes on with a conversion that was stopped or killed. tools/datasets/README.md has the rest.
+goes on with a conversion that was stopped or killed. como_jax/convert/README.md has the rest.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 from absl import flags
 
 from como_jax import cli
+from como_jax.convert.catalog import BUILDERS, make_settings
+from como_jax.convert.report import REPORT_NAME
+from como_jax.convert.runners import BEAM_RUNNERS, Runner, run_in_processes, run_on_beam, usable_cores
 from como_jax.errors import ConversionError
-from tools.datasets.catalog import BUILDERS, make_settings
-from tools.datasets.report import REPORT_NAME
-from tools.datasets.runners import BEAM_RUNNERS, Runner, run_in_processes, run_on_beam, usable_cores
 
 _MAX_LISTED = 5
 # What shells give for a command that Ctrl-C ended.

@@ -3,7 +3,7 @@ r"""Writes a labelled dataset in the format of another project, with its labels 
     python -m tools.labels.export rlds --data datasets/bridge_labelled --out datasets/bridge_rlds
     python -m tools.labels.export lerobot --data datasets/pusht_labelled --out datasets/pusht_lerobot
 
---out appears when it is complete. tools/labels/README.md says what is in it.
+--out appears when it is complete. como_jax/export/labels/README.md says what is in it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tqdm import tqdm
 from como_jax import cli
 from como_jax.data.label_info import LABELS_NAME
 from como_jax.errors import ConversionError, UsageError
-from tools.labels.dataset import LabelledDataset
-from tools.labels.lerobot import write_lerobot
-from tools.labels.output import new_folder
-from tools.labels.rlds import write_rlds
+from como_jax.export.labels.dataset import LabelledDataset
+from como_jax.export.labels.lerobot import write_lerobot
+from como_jax.export.labels.output import new_folder
+from como_jax.export.labels.rlds import write_rlds
 
 WRITERS: dict[str, Callable[[LabelledDataset, epath.Path, Callable[[], object]], None]] = {
     "rlds": write_rlds,

@@ -25,8 +25,8 @@ from absl import flags
 
 from como_jax import cli
 from como_jax.errors import ConfigError
-from tools.serve.loading import load_policy
-from tools.serve.options import PolicyOptions
+from como_jax.serving.loading import load_policy
+from como_jax.serving.options import PolicyOptions
 
 try:
     from como_jax.serving.observations import ObservationReader

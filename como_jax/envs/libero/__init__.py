@@ -1,6 +1,6 @@
 """LIBERO's tasks and robosuite's own, which share the arm, its controller and the actions.
 
-Both show what a dataset of `tools.datasets.libero` holds: cameras of the same names, pictures turned the same way,
+Both show what a dataset of `como_jax.convert.libero` holds: cameras of the same names, pictures turned the same way,
 the same states. Settings (`--env_setting`) have to be those that the policy's dataset was converted with:
 
 - `orientation`: rotate180 (the default), flip or stored, see the builder.

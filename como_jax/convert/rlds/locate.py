@@ -1,0 +1,105 @@
+"""Finds the directory of an RLDS dataset from a folder, a bucket or a TFDS name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from como_jax.convert.rlds.entries import nearest
+from como_jax.errors import ConversionError
+
+_INFO = "dataset_info.json"
+_DEPTHS = (f"*/{_INFO}", f"*/*/{_INFO}")
+_NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
+_VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
+_MAX_LISTED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where a dataset lies.
+
+    Attributes:
+      directory: holds `dataset_info.json`.
+      note: what was chosen without being asked for, or ''.
+      is_named: it was given by its TFDS name.
+    """
+
+    directory: epath.Path
+    note: str = ""
+    is_named: bool = False
+
+
+def locate(source: str, data_dir: str = "") -> Location:
+    """The dataset that a source names.
+
+    Args:
+      source: a TFDS directory, a folder that holds one up to two levels down, or a TFDS name with or without
+        config and version: `NAME`, `NAME:1.0.0`, `NAME/CONFIG:1.0.0`.
+      data_dir: where named datasets lie; '' for where TFDS keeps them.
+
+    Raises:
+      ConversionError: there is none, or more than one to choose from, or the file system cannot be reached.
+    """
+    folder = epath.Path(source).expanduser()
+    try:
+        if folder.is_dir():
+            return _in_folder(folder)
+        match = _NAME.fullmatch(source)
+        if match is None:
+            raise ConversionError(f"source folder {source} does not exist")
+        found = _named(source, match, epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
+        return dataclasses.replace(found, is_named=True)
+    except (OSError, ImportError, ValueError) as error:
+        # Backends of remote file systems are optional, and say in their own words what is missing.
+        raise ConversionError(f"source {source} cannot be reached: {error}") from error
+
+
+def find_dataset(folder: epath.Path) -> epath.Path:
+    """The TFDS directory in a folder, of several versions the newest.
+
+    Raises:
+      ConversionError: there is none, or more than one to choose from.
+    """
+    return _in_folder(folder).directory
+
+
+def _named(source: str, match: re.Match[str], data_dir: epath.Path) -> Location:
+    name, config, version = match["name"], match["config"], match["version"]
+    if not data_dir.is_dir():
+        raise ConversionError(
+            f"source {source} is no folder, and there is no {data_dir} to look for a dataset of this name; "
+            "--data_dir names another place"
+        )
+    folder = data_dir / name
+    if not folder.is_dir():
+        known = sorted(path.name for path in data_dir.iterdir() if path.is_dir())
+        raise ConversionError(
+            f"source {source} is neither a folder nor a dataset in {data_dir}{nearest(name, known[:_MAX_LISTED])}"
+        )
+    folder = folder / config if config else folder
+    if version is None:
+        return _in_folder(folder)
+    if not (folder / version / _INFO).exists():
+        known = sorted(path.parent.name for path in folder.glob(f"*/{_INFO}"))
+        raise ConversionError(f"{folder} has no version {version}; there are {', '.join(known) or 'none'}")
+    return Location(folder / version)
+
+
+def _in_folder(folder: epath.Path) -> Location:
+    if (folder / _INFO).exists():
+        return Location(folder)
+    found = sorted({path.parent for pattern in _DEPTHS for path in folder.glob(pattern)})
+    if not found:
+        raise ConversionError(f"source folder {folder} holds no RLDS dataset (no {_INFO})")
+    if len(found) == 1:
+        return Location(found[0])
+    are_versions = all(_VERSION.fullmatch(path.name) for path in found)
+    if not are_versions or len({path.parent for path in found}) > 1:
+        raise ConversionError(f"choose one of the datasets in {folder}: {', '.join(map(str, found))}")
+    found.sort(key=lambda path: tfds.core.Version(path.name))
+    versions = ", ".join(path.name for path in found)
+    return Location(found[-1], f"took version {found[-1].name} of {found[-1].parent}, the newest of {versions}")

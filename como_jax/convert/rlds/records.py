@@ -1,0 +1,122 @@
+"""Raw records of TFRecord and ArrayRecord files, with the damaged ones named."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import itertools
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+import google_crc32c
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
+
+from como_jax.convert.builder import LeftOut, SourceError
+
+# A TFRecord: length, masked CRC32C of the length, data, masked CRC32C of the data (TensorFlow's record_writer.h).
+_LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
+_HEADER_BYTES = _LENGTH.size + _CHECKSUM.size
+_MASK = 0xA282EAD8
+_GZIP = b"\x1f\x8b\x08"
+
+
+def read_records(path: epath.PathLike, start: int, stop: int, to_end: bool = False) -> Iterator[bytes | LeftOut]:
+    """Yields the records of one file from `start` on, and what was left out in place of a damaged one.
+
+    Args:
+      path: a TFRecord file, compressed or not, or an ArrayRecord file.
+      start: number of records to pass over.
+      stop: the record after the last one, as the dataset announces it.
+      to_end: read what lies behind `stop` too.
+
+    Raises:
+      SourceError: the file is missing, ends before `stop`, or cannot be read on.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise SourceError("the file is missing")
+    if stop and not path.stat().length:
+        raise SourceError(f"the file is empty instead of holding {stop} records")
+    read = _read_array_records if "array_record" in path.name else _read_tfrecords
+    yield from read(path, start, stop, to_end)
+
+
+def _read_tfrecords(path: epath.Path, start: int, stop: int, to_end: bool) -> Iterator[bytes | LeftOut]:
+    with path.open("rb") as file:
+        stream = gzip.GzipFile(fileobj=file) if _is_compressed(file) else file
+        for index in itertools.count() if to_end else range(stop):
+            try:
+                record = _read_tfrecord(stream, index, checked=index >= start)
+            except (OSError, EOFError, ValueError, zlib.error) as error:
+                raise SourceError(f"cannot be read from record {index} on, of {stop}: {error}") from error
+            if record is None:
+                if index < stop:
+                    raise SourceError(f"ends after {index} of {stop} records")
+                return
+            if index >= start:
+                yield record
+
+
+def _read_tfrecord(stream: IO[bytes], index: int, checked: bool) -> bytes | LeftOut | None:
+    """The next record, or None at the end of the file.
+
+    Raises:
+      ValueError: the record after this one cannot be found.
+    """
+    header = stream.read(_HEADER_BYTES)
+    if not header:
+        return None
+    if len(header) < _HEADER_BYTES:
+        raise ValueError("the file breaks off")
+    # Before anything is read: a damaged length would ask for more memory than there is.
+    if not _is_intact(header[: _LENGTH.size], header[_LENGTH.size :]):
+        raise ValueError("the length of the record is damaged")
+    (length,) = _LENGTH.unpack(header[: _LENGTH.size])
+    data, checksum = stream.read(length), stream.read(_CHECKSUM.size)
+    if len(data) < length or len(checksum) < _CHECKSUM.size:
+        raise ValueError("the file breaks off")
+    if checked and not _is_intact(data, checksum):
+        return LeftOut(f"record {index}: its checksum is wrong, the data are damaged")
+    return data
+
+
+def _is_intact(data: bytes, checksum: bytes) -> bool:
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + _MASK) & 0xFFFFFFFF == _CHECKSUM.unpack(checksum)[0]
+
+
+def _is_compressed(file: IO[bytes]) -> bool:
+    """Whether a file is GZIP; the length of a plain record may look like it, but then its checksum is right."""
+    header = file.read(_HEADER_BYTES)
+    file.seek(0)
+    is_plain = len(header) == _HEADER_BYTES and _is_intact(header[: _LENGTH.size], header[_LENGTH.size :])
+    return header.startswith(_GZIP) and not is_plain
+
+
+def _read_array_records(path: epath.Path, start: int, stop: int, to_end: bool) -> Iterator[bytes | LeftOut]:
+    reader = ArrayRecordReader(str(path))
+    try:
+        # A file without its last block opens like any other, with no records in it.
+        count = reader.num_records()
+        if stop and not count:
+            raise SourceError(f"is damaged: none of its {stop} records can be found")
+        for index in range(start, count if to_end else min(stop, count)):
+            yield _read_array_record(reader, index)
+    finally:
+        # Raises once more what was wrong with the file.
+        with contextlib.suppress(ValueError, RuntimeError):
+            reader.close()
+    if count < stop:
+        raise SourceError(f"ends after {count} of {stop} records")
+
+
+def _read_array_record(reader: ArrayRecordReader, index: int) -> bytes | LeftOut:
+    try:
+        return reader.read([index])[0]
+    except (ValueError, RuntimeError, IndexError):
+        # Messages of the reader may hold the damaged bytes.
+        return LeftOut(f"record {index}: the data are damaged")

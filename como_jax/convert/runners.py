@@ -1,0 +1,258 @@
+"""Ways to write the shards of a conversion: in this process, in several, or on Apache Beam.
+
+All call the same code of the builder, and what they write is the same byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
+
+import cv2
+
+from como_jax.convert.progress import Progress
+from como_jax.convert.report import SourceOutcome
+from como_jax.convert.shards import ShardNotes
+from como_jax.convert.sources import Shard
+from como_jax.errors import ConversionError
+
+if TYPE_CHECKING:
+    from como_jax.convert.builder import EpisodeBuilder
+
+BEAM_RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
+_POLL_SECONDS = 1.0
+
+Runner = Callable[["EpisodeBuilder", Sequence[Shard], Progress], None]
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_here(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress) -> None:
+    """Writes one shard after the other, in this process."""
+    for shard in shards:
+        builder.write_shard(shard, progress.add)
+
+
+def run_in_processes(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress, count: int) -> None:
+    """Writes shards in several processes, each of which makes the builder anew and gets one shard after the other.
+
+    The processes end with this one, however that ends.
+
+    Raises:
+      ConversionError: a process was killed.
+      Exception: what went wrong in a process.
+    """
+    if count < 1:
+        raise ConversionError(f"processes must be 1 or more, got {count}")
+    if count == 1 or len(shards) < 2:
+        run_here(builder, shards, progress)
+        return
+    waiting = iter(shards)
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_Worker(builder)) for _ in range(min(count, len(shards)))]
+        busy = {worker.connection: worker for worker in workers if worker.start_next(waiting)}
+        while busy:
+            for connection in wait(list(busy)):
+                worker = busy[connection]
+                if (outcome := worker.receive()) is not None:
+                    progress.add(outcome)
+                elif not worker.start_next(waiting):
+                    del busy[connection]
+
+
+def run_on_beam(
+    builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress, runner: str, options: Sequence[str]
+) -> None:
+    """Writes shards as a Beam pipeline.
+
+    Args:
+      builder: whose staging folder all workers have to reach by the same path.
+      shards: to write.
+      progress: follows the shards as they appear in the staging folder.
+      runner: one of `BEAM_RUNNERS`.
+      options: of the pipeline, as `--name=value`.
+
+    Raises:
+      ConversionError: Beam is not installed.
+    """
+    if not shards:
+        return
+    try:
+        beam = importlib.import_module("apache_beam")
+        pipeline_options = importlib.import_module("apache_beam.options.pipeline_options")
+    except ImportError as error:
+        raise ConversionError(
+            f"--beam_runner needs Apache Beam ({error}); install it with: pip install 'como_jax[beam]'"
+        ) from error
+    # Beam would take the arguments of this command for its own otherwise.
+    flags = pipeline_options.PipelineOptions(flags=list(options))
+    with _follow(builder, shards, progress), beam.Pipeline(runner=runner, options=flags) as pipeline:
+        for index, shard in enumerate(shards):
+            builder.shard_writer().write_with_beam(
+                functools.partial(builder.shard_examples, shard), builder.records_path(shard), index, pipeline
+            )
+
+
+class _Worker:
+    """One process that writes shards, at the other end of a pipe.
+
+    The process gets shards, and answers with the outcome of every source, None when a shard is finished, or the
+    error that stopped it.
+    """
+
+    def __init__(self, builder: EpisodeBuilder):
+        context = multiprocessing.get_context("spawn")
+        self.connection, self._far_end = context.Pipe()
+        self._process: BaseProcess = context.Process(target=_work, args=(builder, self._far_end), daemon=True)
+        self._shard: Shard | None = None
+        self._num_done = 0
+
+    def __enter__(self) -> _Worker:
+        with _interrupts_held_back():
+            self._process.start()
+        # Were this end kept open, nobody would notice that the process is gone.
+        self._far_end.close()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.join()
+        self.connection.close()
+
+    def start_next(self, shards: Iterator[Shard]) -> bool:
+        """Hands over the next shard; returns whether there was one."""
+        self._shard, self._num_done = next(shards, None), 0
+        if self._shard is not None:
+            with self._checked():
+                self.connection.send(self._shard)
+        return self._shard is not None
+
+    def receive(self) -> SourceOutcome | None:
+        """The outcome of the next source, or None when the shard is finished."""
+        with self._checked():
+            message = self.connection.recv()
+        if isinstance(message, BaseException):
+            raise message
+        self._num_done += 1
+        return message
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise ConversionError(self._obituary()) from None
+
+    def _obituary(self) -> str:
+        assert self._shard is not None
+        sources, status = self._shard.sources, self._process.exitcode or 0
+        source = f"{sources[self._num_done].name}" if self._num_done < len(sources) else f"shard {self._shard.name}"
+        if status == -signal.SIGKILL:
+            return (
+                f"a process was killed while it converted {source}, probably because memory ran out; "
+                "try fewer --processes"
+            )
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return f"a process ended {how} while it converted {source}"
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Keeps Ctrl-C, which in a terminal goes to all processes of a command, from a process that is being started.
+
+    It inherits the blocked signal, and this process, which says how all of them end, interrupts itself afterwards:
+    another of its threads may get the signal, and a half-started process would end with a traceback.
+    """
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # It would be started with the first process, and unblock the signal on the way.
+    resource_tracker.ensure_running()
+    pressed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _work(builder: EpisodeBuilder, connection: Connection) -> None:
+    """What a worker process does until there is nobody to hand it shards."""
+    # One thread for each of the processes that share the cores.
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Nobody hears of it when the conversion is gone.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            shard = connection.recv()
+            try:
+                builder.write_shard(shard, connection.send)
+            except BaseException as error:
+                connection.send(_sendable(error))
+                return
+            connection.send(None)
+
+
+def _end_with_parent() -> None:
+    """Leaves no process behind that writes on when the conversion was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """An error, with its traceback in a note, as one that can be rebuilt in another process."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        copy = multiprocessing.reduction.ForkingPickler.loads(multiprocessing.reduction.ForkingPickler.dumps(error))
+    except Exception:
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.add_note(f"in a worker process:\n{trace}")
+    return copy
+
+
+@contextlib.contextmanager
+def _follow(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress) -> Iterator[None]:
+    """Counts shards as they appear in the staging folder, wherever they were written."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        unseen = list(shards)
+        while unseen:
+            stopped = stop.wait(_POLL_SECONDS)
+            finished = {shard.name: notes for shard in unseen if (notes := ShardNotes.read(builder.staging, shard))}
+            for notes in finished.values():
+                for outcome in notes.outcomes:
+                    progress.add(outcome)
+            unseen = [shard for shard in unseen if shard.name not in finished]
+            if stopped:
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

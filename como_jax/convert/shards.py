@@ -1,0 +1,136 @@
+"""Writing one shard: its records by TFDS, its episode table, and the notes that mark it as finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import file_adapters, writer
+
+from como_jax.convert.record_files import StableSerializer, disk_errors
+from como_jax.convert.report import SourceOutcome
+from como_jax.convert.sources import Shard, Source
+from como_jax.data import schema
+from como_jax.data.schema import Episode
+from como_jax.files import write_atomic
+from como_jax.staging import Staging, is_local
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardNotes:
+    """What a finished shard tells the rest of the conversion.
+
+    Attributes:
+      num_records: steps in it.
+      num_bytes: size of its file of records.
+      outcomes: of its sources.
+    """
+
+    num_records: int
+    num_bytes: int
+    outcomes: list[SourceOutcome]
+
+    @classmethod
+    def read(cls, staging: Staging, shard: Shard) -> ShardNotes | None:
+        """The notes of a shard, or None when it is not finished."""
+        notes = staging.read_notes(shard.name)
+        if notes is None:
+            return None
+        return cls(**{**notes, "outcomes": [SourceOutcome(**outcome) for outcome in notes["outcomes"]]})
+
+
+def table_name(shard: Shard) -> str:
+    """File name of a shard's episode table."""
+    return schema.episode_table_name(shard.split, shard.index, shard.count)
+
+
+EpisodesOf = Callable[[Source, SourceOutcome], Iterator[Episode]]
+OnSource = Callable[[SourceOutcome], None]
+
+
+class ShardExamples:
+    """The step records of one shard, in order, made while they are taken; holds one episode at a time.
+
+    Attributes:
+      shard: the shard.
+      rows: of the episode table, of the episodes that were taken so far.
+      outcomes: of the sources that were taken so far.
+    """
+
+    def __init__(self, shard: Shard, episodes: EpisodesOf, on_source: OnSource):
+        """Prepares a pass over a shard.
+
+        Args:
+          shard: the shard.
+          episodes: gives the episodes of a source that can be used, and notes in the outcome what the others lack.
+          on_source: is told when a source is done.
+        """
+        self.shard = shard
+        self.rows: list[dict[str, Any]] = []
+        self.outcomes: list[SourceOutcome] = []
+        self._episodes = episodes
+        self._on_source = on_source
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields keys and records; a second pass would be another object."""
+        for source in self.shard.sources:
+            outcome = SourceOutcome(source.name)
+            for episode in self._episodes(source, outcome):
+                for index, example in enumerate(schema.step_examples(episode)):
+                    yield f"{episode.episode_id}/{index}", example
+                    # TFDS keeps every example of a shard to count them in the end.
+                    example.clear()
+                self.rows.append(schema.episode_row(episode))
+                outcome.episodes += 1
+            self.outcomes.append(outcome)
+            self._on_source(outcome)
+
+
+class ShardWriter(writer.ShardWriter):
+    """TFDS's writer of one shard, which also completes the shard; on Beam too, where TFDS calls `write`."""
+
+    def __init__(self, features: tfds.features.FeaturesDict, staging: Staging):
+        """Prepares writing into a staging folder."""
+        serializer = StableSerializer(features.get_serialized_info())
+        super().__init__(features, serializer, _AtomicExampleWriter(file_adapters.FileFormat.ARRAY_RECORD))
+        self._staging = staging
+
+    def write(self, examples: ShardExamples, path: epath.Path) -> int:
+        """Writes records, episode table and notes, the notes last; returns the number of records."""
+        num_records = super().write(examples, path)
+        schema.write_episode_table(self._staging.dataset / table_name(examples.shard), examples.rows)
+        notes = ShardNotes(num_records, path.stat().length, examples.outcomes)
+        files = [path.name, table_name(examples.shard)]
+        self._staging.write_notes(examples.shard.name, files, dataclasses.asdict(notes))
+        return num_records
+
+
+class _AtomicExampleWriter(writer.ExampleWriter):
+    """Writes a file of records under a temporary name, and renames it."""
+
+    def write(self, path: epath.PathLike, examples: Iterable[Any]) -> None:
+        path = epath.Path(path)
+        if is_local(path):
+            partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+            try:
+                self._write(partial, examples)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        else:
+            # ArrayRecord writes to file systems only, and an object of a bucket appears when it is complete.
+            with tempfile.TemporaryDirectory() as folder:
+                records = epath.Path(folder) / path.name
+                self._write(records, examples)
+                with records.open("rb") as file:
+                    write_atomic(path, lambda target: shutil.copyfileobj(file, target))
+
+    def _write(self, path: epath.Path, examples: Iterable[Any]) -> None:
+        with disk_errors(path):
+            super().write(path, examples)

@@ -1,0 +1,185 @@
+"""Datasets that a conversion has made."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+import tensorflow_datasets as tfds
+from etils import epath
+
+from como_jax.convert import images
+from como_jax.convert.report import REPORT_NAME, STATISTICS_NAME
+from como_jax.data.schema import SPLITS
+from como_jax.data.sources import EpisodeSource
+from como_jax.doctor.findings import Finding, Problem, Severity, count_of, name_some, share_of
+from como_jax.doctor.recording import Recording, probe_steps
+from como_jax.doctor.sources.base import DatasetView, spread
+from como_jax.errors import DatasetError
+
+_READ_ERRORS = (OSError, ValueError, RuntimeError, IndexError, pa.ArrowException)
+
+
+class ConvertedView(DatasetView):
+    """A dataset directory in the schema of `como_jax.data.schema`."""
+
+    kind = "converted dataset"
+
+    def __init__(self, directory: epath.Path, control_rate: float | None = None):
+        """Reads the episode tables of all splits that can be read.
+
+        Raises:
+          DatasetError: no split can be read, or a control rate was given, which the dataset has itself.
+        """
+        super().__init__(directory)
+        if control_rate is not None:
+            raise DatasetError(f"{directory} is converted and has its control rate; --control_rate is for sources.")
+        self._damage: list[str] = []
+        self._splits = [source for split in SPLITS if (source := self._open(split)) is not None]
+        if not self._splits:
+            raise DatasetError(f"{directory} has no split that can be read: {'; '.join(self._damage) or 'none at all'}")
+
+    @property
+    def total(self) -> int:
+        """Episodes of all splits."""
+        return sum(len(source.length) for source in self._splits)
+
+    def facts(self) -> dict[str, str]:
+        """Episodes and steps of the splits."""
+        return {
+            f"Split {source.split}": f"{count_of(len(source.length), 'episode')}, {len(source)} steps"
+            for source in self._splits
+        }
+
+    def recordings(self, limit: int) -> Iterator[Recording | Problem]:
+        """Episodes of all splits; only the pictures that are looked at are read."""
+        offset, chosen = 0, spread(self.total, limit)
+        for source in self._splits:
+            cameras = self._cameras(source)
+            for index in chosen:
+                if 0 <= index - offset < len(source.length):
+                    yield _read_episode(cameras, index - offset)
+            offset += len(source.length)
+
+    def findings(self) -> list[Finding]:
+        """Damaged or missing splits, and what the reports of the conversion say."""
+        found = [
+            Finding(Severity.ERROR, "damaged-split", f"{damage}.", "Convert the dataset again.")
+            for damage in self._damage
+        ]
+        if len(self._splits) == 1 and not self._damage:
+            found.append(
+                Finding(
+                    Severity.WARNING,
+                    "one-split",
+                    f"There is only the split {self._splits[0].split!r}.",
+                    "Convert with --validation_fraction above 0, so that there is something to evaluate on.",
+                )
+            )
+        return found + self._check_report() + self._check_statistics()
+
+    def _open(self, split: str) -> EpisodeSource | None:
+        if not any(self.directory.glob(f"episodes-{split}-*.parquet")):
+            return None
+        try:
+            return EpisodeSource(self.directory, split)
+        except (KeyError, *_READ_ERRORS) as error:
+            self._damage.append(f"split {split!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
+            return None
+
+    def _cameras(self, source: EpisodeSource) -> dict[str, EpisodeSource]:
+        """The source of every camera, the main one first; they share their tables."""
+        metadata = tfds.builder_from_directory(self.directory).info.metadata or {}
+        found = {source.camera: source}
+        for camera in metadata.get("cameras", ()):
+            if camera not in found:
+                found[camera] = copy.copy(source)
+                found[camera].camera = camera
+        return found
+
+    def _check_report(self) -> list[Finding]:
+        report = self._read_json(REPORT_NAME)
+        if isinstance(report, Finding):
+            return [report]
+        found, total = [], report.get("sources", {}).get("found", 0)
+        for key, what in (("left_out", "left out"), ("partially_converted", "left out a part of")):
+            entries = report.get(key, [])
+            if entries:
+                examples = [f"{entry['source']} ({entry['reasons'][0]})" for entry in entries]
+                found.append(
+                    Finding(
+                        Severity.WARNING,
+                        key.replace("_", "-"),
+                        f"The conversion {what} {share_of(len(entries), total, 'source')}: {name_some(examples)}.",
+                        f"Read {REPORT_NAME}, mend the sources and convert again, if they matter.",
+                    )
+                )
+        for warning in report.get("warnings", []):
+            found.append(
+                Finding(
+                    Severity.WARNING,
+                    "conversion-warning",
+                    f"The conversion warned: {warning['message']} ({warning['count']} times).",
+                    f"Convert again with other settings if that is wrong; {REPORT_NAME} has the sources.",
+                )
+            )
+        return found
+
+    def _check_statistics(self) -> list[Finding]:
+        statistics = self._read_json(STATISTICS_NAME)
+        if isinstance(statistics, Finding):
+            return [statistics]
+        counted = {split: counts.get("num_steps") for split, counts in statistics.get("splits", {}).items()}
+        wrong = [source.split for source in self._splits if counted.get(source.split) != len(source)]
+        if not wrong:
+            return []
+        return [
+            Finding(
+                Severity.ERROR,
+                "stale-statistics",
+                f"{STATISTICS_NAME} counts other steps than there are in {', '.join(wrong)}.",
+                "Convert the dataset again, or normalization uses numbers of other data.",
+            )
+        ]
+
+    def _read_json(self, name: str) -> dict[str, Any] | Finding:
+        try:
+            content = json.loads((self.directory / name).read_text())
+            if isinstance(content, dict):
+                return content
+            reason = "it holds no object"
+        except (OSError, ValueError) as error:
+            reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
+        return Finding(
+            Severity.WARNING, "unreadable-report", f"{name} cannot be read: {reason}.", "Convert the dataset again."
+        )
+
+
+def _read_episode(cameras: dict[str, EpisodeSource], index: int) -> Recording | Problem:
+    source = next(iter(cameras.values()))
+    begin, length = int(source.start[index]), int(source.length[index])
+    steps = slice(begin, begin + length)
+    try:
+        pictures, resolution = {}, {}
+        for camera, records in cameras.items():
+            jpegs = records.read_jpegs([begin + step for step in probe_steps(length)])
+            resolution[camera] = simplejpeg.decode_jpeg_header(jpegs[0])[:2]
+            pictures[camera] = [images.decode_image(jpeg) for jpeg in jpegs]
+    except _READ_ERRORS as error:
+        return Problem(f"{source.episode_id[index]} ({source.split})", " ".join(str(error).split()))
+    return Recording(
+        episode_id=source.episode_id[index],
+        control_rate=float(source.control_rate[index]),
+        motion=source.motion[steps],
+        pictures=pictures,
+        resolution=resolution,
+        action=None if source.action is None else np.asarray(source.action[steps]),
+        state=None if source.state is None else np.asarray(source.state[steps]),
+        instruction=source.instruction[index],
+        split=source.split,
+    )

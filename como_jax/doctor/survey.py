@@ -1,0 +1,274 @@
+"""What is kept of the episodes that stream past: a small summary of each, and samples of fixed size."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+
+from como_jax.convert import images
+from como_jax.data.clips import gap_steps
+from como_jax.doctor.recording import Recording
+
+PROFILE_SIZE = 32
+_STRIP_HEIGHT = 96
+_HASH_SIDE = 16
+# Under this difference of grey values two neighbours count as equal, so that compression does not flip bits.
+_HASH_MARGIN = 3
+_SAMPLED_ROWS = 50_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What counts as what.
+
+    Attributes:
+      gap_seconds: time between the two frames of a pair.
+      still: a pair whose mean motion a step is below this is still.
+      cut: a step with more motion than this is a hard cut.
+    """
+
+    gap_seconds: float = 0.5
+    still: float = 0.0002
+    cut: float = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorSummary:
+    """Actions or states of an episode; what is not finite counts as missing.
+
+    Attributes:
+      low, high, first: float32 `[size]`; NaN where nothing is finite.
+      num_not_finite: steps with a value that is not finite.
+      is_zero: whether every value of every step is 0.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    first: np.ndarray
+    num_not_finite: int
+    is_zero: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraSummary:
+    """The probed pictures of one camera in an episode, in grey values of 0 to 255.
+
+    Attributes:
+      brightest: largest value.
+      contrast: largest standard deviation within a picture.
+      change: largest mean difference between two consecutive probes.
+      resolution: height and width.
+    """
+
+    brightest: int
+    contrast: float
+    change: float
+    resolution: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeSummary:
+    """All that the checks know of an episode.
+
+    Attributes:
+      num_pairs: pairs of frames that are one gap apart.
+      still_pairs, cut_pairs: those that are still, and those that span a hard cut.
+      num_cuts: hard cuts.
+      profile: float32 `[PROFILE_SIZE]`, the course of the motion, whatever the length.
+      signature: uint64 `[W]`, bits that tell pictures apart.
+      digest: equal for episodes that are equal in all that was read.
+    """
+
+    episode_id: str
+    split: str
+    instruction: str
+    control_rate: float | None
+    num_steps: int
+    num_pairs: int
+    still_pairs: int
+    cut_pairs: int
+    num_cuts: int
+    profile: np.ndarray
+    signature: np.ndarray
+    digest: bytes
+    cameras: Mapping[str, CameraSummary]
+    action: VectorSummary | None
+    state: VectorSummary | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """Frames of one camera in one episode, joined to one picture, uint8 `[H, W, 3]`."""
+
+    episode_id: str
+    camera: str
+    instruction: str
+    picture: np.ndarray
+
+
+class RowSample:
+    """Rows drawn uniformly from a stream, at most a fixed number of them."""
+
+    def __init__(self, limit: int = _SAMPLED_ROWS):
+        """Keeps `limit` rows."""
+        self._limit, self._random = limit, np.random.default_rng(0)
+        self._rows: np.ndarray | None = None
+        self._keys = np.empty(0)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Adds rows `[N, size]`; those of another size than the first ones are passed over."""
+        if self._rows is not None and rows.shape[1] != self._rows.shape[1]:
+            return
+        keys = np.concatenate([self._keys, self._random.random(len(rows))])
+        joined = rows if self._rows is None else np.concatenate([self._rows, rows])
+        # The smallest of random keys are a uniform sample, however many rows come.
+        kept = np.sort(np.argsort(keys)[: self._limit]) if len(keys) > self._limit else slice(None)
+        self._rows, self._keys = joined[kept], keys[kept]
+
+    @property
+    def rows(self) -> np.ndarray | None:
+        """The sample, or None if nothing was added."""
+        return self._rows
+
+
+class Survey:
+    """Summaries of the episodes, samples of their steps, and strips of a few.
+
+    Attributes:
+      thresholds: that the summaries were made with.
+      episodes: in order.
+      action, state: samples of steps whose values are all finite.
+      motion: sample of the motion of single steps, `[N, 1]`.
+    """
+
+    def __init__(self, thresholds: Thresholds, num_strips: int = 4):
+        """Shows `num_strips` episodes as strips."""
+        self.thresholds = thresholds
+        self.episodes: list[EpisodeSummary] = []
+        self.action, self.state, self.motion = RowSample(), RowSample(), RowSample()
+        self._strips: dict[int, list[Strip]] = {}
+        self._num_strips, self._random = num_strips, random.Random(0)
+
+    def add(self, recording: Recording) -> None:
+        """Takes in one episode."""
+        self._keep_strips(recording)
+        self.episodes.append(summarize(recording, self.thresholds))
+        self.motion.add(recording.motion[1:, None])
+        for sample, values in ((self.action, recording.action), (self.state, recording.state)):
+            if values is not None:
+                sample.add(values[np.isfinite(values).all(axis=1)])
+
+    @property
+    def strips(self) -> list[Strip]:
+        """Of the chosen episodes, in order."""
+        return [strip for index in sorted(self._strips) for strip in self._strips[index]]
+
+    def _keep_strips(self, recording: Recording) -> None:
+        # Reservoir sampling: every episode has the same chance, although their number is not known.
+        index = len(self.episodes)
+        if len(self._strips) >= self._num_strips:
+            drawn = self._random.randrange(index + 1)
+            if drawn >= self._num_strips:
+                return
+            del self._strips[sorted(self._strips)[drawn]]
+        self._strips[index] = [
+            Strip(recording.episode_id, camera, recording.instruction, _join_strip(pictures))
+            for camera, pictures in recording.pictures.items()
+        ]
+
+
+def summarize(recording: Recording, thresholds: Thresholds) -> EpisodeSummary:
+    """The summary of one episode."""
+    pair_motion, cuts_within = _pairs(recording, thresholds)
+    main = next(iter(recording.pictures.values()))
+    return EpisodeSummary(
+        episode_id=recording.episode_id,
+        split=recording.split,
+        instruction=recording.instruction.strip(),
+        control_rate=recording.control_rate,
+        num_steps=len(recording.motion),
+        num_pairs=len(pair_motion),
+        still_pairs=int((pair_motion < thresholds.still).sum()),
+        cut_pairs=int((cuts_within > 0).sum()),
+        num_cuts=int((recording.motion[1:] > thresholds.cut).sum()),
+        profile=_profile(recording.motion),
+        signature=_signature(main),
+        digest=_digest(recording, main),
+        cameras={
+            camera: _summarize_camera(pictures, recording.resolution[camera])
+            for camera, pictures in recording.pictures.items()
+        },
+        action=_summarize_vectors(recording.action),
+        state=_summarize_vectors(recording.state),
+    )
+
+
+def _pairs(recording: Recording, thresholds: Thresholds) -> tuple[np.ndarray, np.ndarray]:
+    """Mean motion a step, and number of hard cuts, of every pair one gap apart; neighbours without a rate."""
+    rate = recording.control_rate
+    gap = 1 if rate is None else int(gap_steps(thresholds.gap_seconds, np.asarray(rate)))
+    motion = recording.motion[1:].astype(np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(motion)])
+    cuts = np.concatenate([[0], np.cumsum(motion > thresholds.cut)])
+    return (sums[gap:] - sums[:-gap]) / gap, cuts[gap:] - cuts[:-gap]
+
+
+def _profile(motion: np.ndarray) -> np.ndarray:
+    """The motion up to each of some points in the episode, as the share of it that lies before."""
+    total = np.cumsum(motion, dtype=np.float64)
+    at = np.linspace(0, len(motion) - 1, PROFILE_SIZE)
+    return np.interp(at, np.arange(len(motion)), total).astype(np.float32)
+
+
+def _signature(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Difference hash: for every cell of a coarse grey picture, whether it is clearly darker than the next one."""
+    bits = []
+    for picture in pictures:
+        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        small = cv2.resize(grey, (_HASH_SIDE + 1, _HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.int16)
+        bits.append(np.diff(small, axis=1) > _HASH_MARGIN)
+    return np.packbits(np.stack(bits).ravel()).view(np.uint64)
+
+
+def _digest(recording: Recording, pictures: Sequence[np.ndarray]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for values in (recording.motion, recording.action, recording.state, *pictures):
+        digest.update(b"-" if values is None else repr(values.shape).encode() + np.ascontiguousarray(values).tobytes())
+    return digest.digest()
+
+
+def _summarize_camera(pictures: Sequence[np.ndarray], resolution: tuple[int, int]) -> CameraSummary:
+    thumbnails = [images.thumbnail(picture).astype(np.float32) for picture in pictures]
+    changes = [float(np.abs(b - a).mean()) for a, b in zip(thumbnails[:-1], thumbnails[1:], strict=True)]
+    return CameraSummary(
+        brightest=max(int(picture.max()) for picture in pictures),
+        contrast=max(float(picture.std(axis=(0, 1)).max()) for picture in pictures),
+        change=max(changes),
+        resolution=(int(resolution[0]), int(resolution[1])),
+    )
+
+
+def _summarize_vectors(values: np.ndarray | None) -> VectorSummary | None:
+    if values is None:
+        return None
+    finite = np.isfinite(values)
+    # Rows without any finite value would make NumPy warn; NaN is what they should give.
+    some = finite.any(axis=0)
+    return VectorSummary(
+        low=np.where(some, np.where(finite, values, np.inf).min(axis=0), np.nan),
+        high=np.where(some, np.where(finite, values, -np.inf).max(axis=0), np.nan),
+        first=values[0].copy(),
+        num_not_finite=int((~finite.all(axis=1)).sum()),
+        is_zero=not values.any(),
+    )
+
+
+def _join_strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    height, width = pictures[0].shape[:2]
+    size = (max(1, round(width * _STRIP_HEIGHT / height)), _STRIP_HEIGHT)
+    return np.concatenate([cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures], axis=1)

@@ -1,0 +1,1 @@
+"""What latent motion holds: probes, similarity, drift and transfer."""

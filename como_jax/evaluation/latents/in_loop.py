@@ -1,0 +1,129 @@
+"""What a run reports about itself while it trains: metrics and pictures on training and held-out episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from como_jax.evaluation.latents.probes import ProbeError
+from como_jax.evaluation.latents.reconstruction import comparison_grid
+from como_jax.evaluation.latents.transitions import (
+    EvaluationSet,
+    TransitionRunner,
+    Transitions,
+    fit_batch,
+    probe_metrics,
+    probe_transitions,
+    scene_metrics,
+    set_batches,
+)
+from como_jax.training import sharding
+from como_jax.training.train_state import ModelDef, Params
+from como_jax.training.writers import MetricWriter, NullWriter
+from como_jax.types import FramePairs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Sizes of the in-loop evaluation.
+
+    Attributes:
+      num_clips: of every dataset and split; each gives two transitions.
+      num_pictures: rows of the picture of predictions, of every dataset.
+      batch_size: clips at once.
+    """
+
+    num_clips: int = 256
+    num_pictures: int = 6
+    batch_size: int = 64
+
+
+class MotionEvaluator:
+    """PSNR beside copying, LP-MSE beside the mean action, and S-PCFC, for a latent-motion model of any family."""
+
+    def __init__(self, model: ModelDef, sets: list[EvaluationSet], mesh: Mesh, config: EvaluationConfig):
+        self._sets, self._config = sets, config
+        self._run = TransitionRunner(model, mesh, config.batch_size)
+
+    def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
+        """Evaluates, writes and returns `eval_<split>/<metric>`, and the same by dataset where there are several."""
+        metrics: dict[str, float] = {}
+        fitted: dict[str, Transitions] = {}
+        for item in self._sets:
+            found = self._run(params, item, self._config.num_clips, self._config.num_pictures)
+            prefix = f"eval_{item.split}/{item.name}"
+            values = scene_metrics(found)
+            if item.split == "train":
+                fitted[item.name] = found
+            elif found.action is not None and item.name in fitted:
+                values |= _probe(item.name, fitted[item.name], found)
+            metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
+            if found.pictures:
+                writer.picture(step, f"{prefix}/current_predicted_true_error", comparison_grid(found.pictures))
+        metrics = with_means(metrics)
+        writer.scalars(step, metrics)
+        return metrics
+
+
+class MaeEvaluator:
+    """Masked-patch error and pictures of reconstructions."""
+
+    def __init__(self, model: ModelDef, sets: list[EvaluationSet], mesh: Mesh, config: EvaluationConfig):
+        self._sets, self._mesh, self._config = sets, mesh, config
+        self._batch_size = fit_batch(config.batch_size, mesh)
+        self._rows = sharding.batch_rows(mesh, self._batch_size)
+
+        def analyze(params: Params, frames: jax.Array) -> dict[str, jax.Array]:
+            mae, key = model.bind(params), jax.random.key(0)
+            empty = jnp.zeros(len(frames), jnp.int32)
+            loss = mae.loss(FramePairs(frames, empty, empty), key).total
+            masked, filled = mae.reconstruct(frames[:, 1], key)
+            return {"loss": loss, "masked": masked, "filled": filled}
+
+        self._analyze = sharding.jit(analyze, mesh, out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
+        """Evaluates the first batch of every set, writes and returns `eval_<split>/masked_patch_mse`."""
+        metrics = {}
+        for item in self._sets:
+            batch, count = next(iter(set_batches(item, self._batch_size, self._batch_size)))
+            frames = sharding.shard_batch(batch["frames"][self._rows], self._mesh)
+            found = jax.tree.map(np.asarray, self._analyze(params, frames))
+            prefix = f"eval_{item.split}/{item.name}"
+            metrics[f"{prefix}/masked_patch_mse"] = float(found["loss"])
+            true = batch["frames"][:, 1] / 255.0
+            shown = np.linspace(0, min(count, len(true)) - 1, self._config.num_pictures).astype(int)
+            rows = [[found["masked"][row], found["filled"][row], true[row]] for row in shown]
+            writer.picture(step, f"{prefix}/masked_filled_true", comparison_grid(rows))
+        metrics = with_means(metrics)
+        writer.scalars(step, metrics)
+        return metrics
+
+
+def _probe(name: str, fitted: Transitions, held_out: Transitions) -> dict[str, float]:
+    """The probe's numbers, or none where it cannot be fitted, which must not end a run."""
+    try:
+        return probe_metrics(probe_transitions(fitted, held_out))
+    except ProbeError as error:
+        logger.warning("%s: %s", name, error)
+        return {}
+
+
+def with_means(metrics: dict[str, float]) -> dict[str, float]:
+    """Adds `eval_<split>/<metric>`, the mean over the datasets of `eval_<split>/<dataset>/<metric>`.
+
+    The datasets' own are dropped when there is only one of each.
+    """
+    groups: dict[str, list[float]] = {}
+    for key, value in metrics.items():
+        split, _, name = key.split("/")
+        groups.setdefault(f"{split}/{name}", []).append(value)
+    means = {key: float(np.mean(values)) for key, values in groups.items()}
+    return means if len(means) == len(metrics) else metrics | means

@@ -1,0 +1,1 @@
+"""Policies in simulators: episodes, success and what is kept of them."""

@@ -1,0 +1,242 @@
+"""What a policy's run reports of itself while it trains: errors of actions and latents, success in an environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from como_jax import hosts
+from como_jax.data.chunks import PolicyPart
+from como_jax.data.policy_build import PolicyData, policy_evaluation_batches
+from como_jax.data.policy_reader import to_policy_batch
+from como_jax.envs.build import EnvironmentOptions, environment_names
+from como_jax.errors import ConfigError
+from como_jax.evaluation.latents.in_loop import with_means
+from como_jax.evaluation.latents.transitions import fit_batch
+from como_jax.evaluation.rollouts.checks import parse_settings
+from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
+from como_jax.evaluation.rollouts.rollout import RolloutOptions, check_rollouts, picture_size, roll_out
+from como_jax.evaluation.rollouts.success import summarize
+from como_jax.policies.controller import ControlConfig
+from como_jax.training import sharding
+from como_jax.training.train_state import ModelDef, Params
+from como_jax.training.writers import MetricWriter, NullWriter
+from como_jax.types import PolicyBatch
+
+logger = logging.getLogger(__name__)
+
+Sums = dict[str, Any]
+"""Over samples, by name: scalars, or one number a dimension."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyEvaluationConfig:
+    """Sizes of the in-loop evaluation.
+
+    Attributes:
+      num_samples: of every dataset and split.
+      batch_size: samples at once.
+      env: FAMILY:TASK,... or FAMILY:all, where success is measured; empty for none.
+      env_settings: NAME=VALUE of the environment.
+      rollout_every: steps between two rollouts; 0 for the last step alone.
+      episodes: of every task.
+      execute: actions of every chunk that are executed.
+      env_workers: processes.
+    """
+
+    num_samples: int = 512
+    batch_size: int = 64
+    env: str = ""
+    env_settings: tuple[str, ...] = ()
+    rollout_every: int = 0
+    episodes: int = 10
+    execute: int = 8
+    env_workers: int = 2
+
+    def environments(self) -> tuple[str, ...]:
+        """Names of the environments; raises ConfigError for unknown ones or a simulator that is not there."""
+        return environment_names(self.env) if self.env else ()
+
+
+class PolicyEvaluator:
+    """What the policy learns of every dataset, actions, latents or both, and success rates.
+
+    The loss of each, and the squared error of what is sampled beside that of always giving the mean. Of latents that
+    are codes, how many are right, those before them given, beside always giving the training episodes' most frequent.
+    """
+
+    def __init__(
+        self,
+        model: ModelDef,
+        sets: Sequence[PolicyData],
+        runner: PolicyRunner | None,
+        mesh: Mesh,
+        config: PolicyEvaluationConfig,
+        *,
+        num_steps: int,
+    ):
+        """Takes opened data of both splits, what asks the policy in an environment, and the run's length."""
+        self._sets, self._runner, self._mesh, self._config = sets, runner, mesh, config
+        self._batch_size, self._num_steps = fit_batch(config.batch_size, mesh), num_steps
+        self._rows = sharding.batch_rows(mesh, self._batch_size)
+        # Made on all devices at once: one host alone cannot put anything there.
+        replicated = sharding.replicated(mesh)
+        self._keys = jax.jit(lambda: jax.random.split(jax.random.key(0), self._batch_size), out_shardings=replicated)()
+        self._names = config.environments()
+        if self._names:
+            with hosts.in_step(ConfigError):
+                self._environment = self._check_environment() if hosts.is_first() else None
+        # Of each dataset's own training episodes, which is harder to beat than that of all together.
+        train = [part for data in sets for part in data.parts if part.source.split == "train"]
+        self._priors = {part.source.directory.name: _most_frequent(part) for part in train if part.codes is not None}
+        options = {"static_argnames": "now", "out_shardings": sharding.replicated(mesh)}
+        self._sum_actions = sharding.jit(functools.partial(_sum_actions, model), mesh, **options)
+        self._sum_latents = sharding.jit(functools.partial(_sum_latents, model), mesh, **options)
+
+    def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
+        """Evaluates, writes and returns `eval_<split>/<metric>` and `success/<task>`.
+
+        Where several datasets have a metric, it is their mean, beside `eval_<split>/<dataset>/<metric>`.
+        """
+        metrics: dict[str, float] = {}
+        for data in self._sets:
+            metrics |= self._evaluate_split(params, data)
+        metrics = with_means(metrics)
+        if self._names and self._rollouts_due(step):
+            metrics |= self._roll_out(params)
+        writer.scalars(step, metrics)
+        return metrics
+
+    def _evaluate_split(self, params: Params, data: PolicyData) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for number, part in enumerate(data.parts):
+            actions, latents = self._sum_up(params, data, number)
+            found = _means(actions, "action") | _means(latents, "latent")
+            prefix = f"eval_{part.source.split}/{part.source.directory.name}"
+            metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+        return metrics
+
+    def _sum_up(self, params: Params, data: PolicyData, number: int) -> tuple[Sums, Sums]:
+        """Sums over one dataset, of actions and of latents, each empty where the dataset has none."""
+        part, now = data.parts[number], data.chunks.history
+        prior = self._priors.get(part.source.directory.name)
+        actions: Sums = {}
+        latents: Sums = {}
+        for batch, _ in policy_evaluation_batches(data, number, self._config.num_samples, self._batch_size, self._rows):
+            batch = sharding.shard_batch(to_policy_batch(batch), self._mesh)
+            if part.action is not None:
+                _add(actions, self._sum_actions(params, batch, self._keys, now=now))
+            if part.latent is not None:
+                _add(latents, self._sum_latents(params, batch, self._keys, prior, now=now))
+        return actions, latents
+
+    def _rollouts_due(self, step: int) -> bool:
+        every = self._config.rollout_every
+        return step == self._num_steps or bool(every and step % every == 0)
+
+    def _check_environment(self) -> EnvironmentOptions:
+        """Raises ConfigError, before anything is trained, unless the policy can act in the environments."""
+        if self._runner is None:
+            raise ConfigError("evaluation.env needs a policy with actions; this one learns latent motion alone.")
+        size, settings = picture_size(self._runner.spec), parse_settings(self._config.env_settings)
+        environment = EnvironmentOptions(image_size=size, settings=settings)
+        check_rollouts(self._runner.spec, self._names, environment, self._rollout_options())
+        return environment
+
+    def _rollout_options(self) -> RolloutOptions:
+        config = self._config
+        return RolloutOptions(config.episodes, config.env_workers, control=ControlConfig(config.execute))
+
+    def _roll_out(self, params: Params) -> dict[str, float]:
+        """Success rates, on the first host; simulators of several would not stay in step."""
+        if jax.process_count() > 1:
+            params = hosts.gather(params)
+        with hosts.in_step():
+            return self._roll_out_here(params) if hosts.is_first() else {}
+
+    def _roll_out_here(self, params: Params) -> dict[str, float]:
+        if jax.process_count() > 1:
+            params = jax.device_put(params, sharding.tree_shardings(params, hosts.local_mesh(self._mesh)))
+        runner = self._runner.with_params(params)
+        summary = summarize(roll_out(runner, self._names, self._environment, self._rollout_options()))
+        if summary.total.crashed:
+            logger.warning("%d of %d episodes crashed.", summary.total.crashed, summary.total.episodes)
+        rates = {f"success/{rate.task}": rate.rate for rate in summary.tasks if rate.rate is not None}
+        if summary.mean_rate is not None:
+            rates["success/mean"] = summary.mean_rate
+        logger.info("Success: %s", "  ".join(f"{name[8:]} {rate:.0%}" for name, rate in rates.items()))
+        return rates
+
+
+def _sum_actions(model: ModelDef, params: Params, batch: PolicyBatch, keys: jax.Array, *, now: int) -> Sums:
+    """Sums over a batch. No action is read off a true latent, as none will be when the policy acts."""
+    policy = model.bind(params)
+    if batch.has_latent is not None:
+        batch = dataclasses.replace(batch, has_latent=jnp.zeros_like(batch.has_latent))
+    mask = batch.has_action[:, now:]
+    sums = _sum_terms(policy.loss(batch, keys[0]).terms, "action", mask)
+    return sums | _sum_errors(policy.sample_actions(batch.observation, keys), batch.action[:, now:], mask)
+
+
+def _sum_latents(
+    model: ModelDef, params: Params, batch: PolicyBatch, keys: jax.Array, prior: jax.Array | None, *, now: int
+) -> Sums:
+    """Sums over a batch. Without actions: some policies learn one of both from a sample."""
+    policy, known = model.bind(params), batch.has_latent[:, now, None]
+    batch = dataclasses.replace(batch, has_action=jnp.zeros_like(batch.has_action))
+    sums = _sum_terms(policy.loss(batch, keys[0]).terms, "latent", known)
+    if "accuracy" in sums and prior is not None:
+        right = jnp.mean(batch.codes[:, now] == prior, axis=1, keepdims=True)
+        sums["prior_accuracy"] = jnp.sum(known * right)
+    if "loss" in sums and "accuracy" not in sums and hasattr(policy, "predict_latents"):
+        sums |= _sum_errors(policy.predict_latents(batch.observation, keys), batch.latent[:, now], known)
+    return sums
+
+
+def _sum_terms(terms: dict[str, jax.Array], kind: str, mask: jax.Array) -> Sums:
+    """Loss and accuracy of one kind, means over the samples that have it, times their number."""
+    samples = jnp.sum(jnp.any(mask > 0, axis=tuple(range(1, mask.ndim))))
+    found = {name: terms.get(f"{kind}_{name}") for name in ("loss", "accuracy")}
+    return {name: samples * value for name, value in found.items() if value is not None} | {"samples": samples}
+
+
+def _sum_errors(said: jax.Array, true: jax.Array, mask: jax.Array) -> Sums:
+    """What `_means` needs for mean squared errors, `[D]` each, of arrays `[B, ..., D]`, where the mask is 1."""
+    chex.assert_equal_shape([said, true])
+    mask, axes = jnp.broadcast_to(mask, true.shape), tuple(range(true.ndim - 1))
+    said, true = (jnp.where(mask > 0, values, 0.0) for values in (said, true))
+    found = {"squared": (said - true) ** 2, "total": true, "power": true**2, "count": mask}
+    return {name: values.sum(axes) for name, values in found.items()}
+
+
+def _add(sums: Sums, more: Sums) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
+
+
+def _means(sums: Sums, kind: str) -> dict[str, float]:
+    """Means over a dataset; errors are of normalised numbers, and beside those of each dimension's mean."""
+    if not sums or not sums["samples"]:
+        return {}
+    names = [name for name in ("loss", "accuracy", "prior_accuracy") if name in sums]
+    found = {f"{kind}_{name}": float(sums[name] / sums["samples"]) for name in names}
+    if "squared" in sums:
+        count = np.maximum(sums["count"], 1)
+        variance = sums["power"] / count - (sums["total"] / count) ** 2
+        found[f"{kind}_mse"] = float(sums["squared"].sum() / count.sum())
+        found[f"mean_{kind}_mse"] = float((variance * count).sum() / count.sum())
+    return found
+
+
+def _most_frequent(part: PolicyPart) -> np.ndarray:
+    """int32 `[Q]`, each position's most frequent code."""
+    return np.array([np.bincount(codes).argmax() for codes in part.codes[part.labelled].T], np.int32)

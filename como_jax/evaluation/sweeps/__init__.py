@@ -1,0 +1,1 @@
+"""Many runs of one question: cells and the table of them."""

@@ -1,0 +1,238 @@
+"""What a sweep found: a table of all cells, a table of settings over seeds, and curves against latent size."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import enum
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from como_jax.errors import RunError
+from como_jax.evaluation.sweeps.cells import Cell
+from como_jax.files import write_atomic, write_text
+from como_jax.training.checkpoint import claim_workdir
+
+LATENT_DIM = "model.latent_dim"
+RELATIVE_LP_MSE = "lp_mse_relative"
+# Column of the table, and its title there.
+COLUMNS = {
+    "lp_mse": "LP-MSE",
+    RELATIVE_LP_MSE: "LP-MSE / mean action",
+    "s_pcfc": "S-PCFC",
+    "psnr_gain": "PSNR gain (dB)",
+    "effective_rank": "effective rank",
+}
+
+
+class Status(enum.StrEnum):
+    """How far a cell is."""
+
+    MISSING = "not run"
+    UNFINISHED = "unfinished"
+    FAILED = "failed"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(frozen=True)
+class CellResult:
+    """What became of a cell.
+
+    Attributes:
+      cell: that ran, or did not.
+      status: how far it is.
+      reason: why it failed, or how many of its steps are done.
+      metrics: of its last step, `eval_val/lp_mse` and the like; None for a value that is not finite.
+    """
+
+    cell: Cell
+    status: Status
+    reason: str = ""
+    metrics: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+
+    def held_out(self, name: str) -> float | None:
+        """A metric on held-out episodes: None if it was not measured, NaN if it was not finite."""
+        if name == RELATIVE_LP_MSE:
+            error, baseline = self.held_out("lp_mse"), self.held_out("lp_mse_mean_action")
+            return error / baseline if error is not None and baseline else None
+        key = f"eval_val/{name}"
+        if key not in self.metrics:
+            return None
+        value = self.metrics[key]
+        return math.nan if value is None else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The cells that differ in their seed alone."""
+
+    results: tuple[CellResult, ...]
+
+    @property
+    def cell(self) -> Cell:
+        """Any of them."""
+        return self.results[0].cell
+
+    def count(self, status: Status) -> int:
+        """How many are that far."""
+        return sum(result.status is status for result in self.results)
+
+    def statistics(self, name: str) -> tuple[float | None, float | None]:
+        """Mean and sample standard deviation over the finished cells; None where there are too few."""
+        finished = (result for result in self.results if result.status is Status.FINISHED)
+        values = [value for result in finished if (value := result.held_out(name)) is not None]
+        mean = float(np.mean(values)) if values else None
+        return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def read_metrics(workdir: epath.PathLike) -> dict[int, dict[str, float | None]]:
+    """Everything that a run wrote to metrics.jsonl, by step; a last line that a killed run left unfinished is not."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    found: dict[int, dict[str, float | None]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        found.setdefault(entry.pop("step"), {}).update(entry)
+    return found
+
+
+def read_result(cell: Cell) -> CellResult:
+    """What the run directory of a cell says: finished is a run of its config that was evaluated at its last step."""
+    if not (cell.workdir / "config.json").exists():
+        return CellResult(cell, Status.MISSING)
+    try:
+        claim_workdir(cell.workdir, cell.config)
+    except RunError as error:
+        return CellResult(cell, Status.FAILED, str(error))
+    metrics, last = read_metrics(cell.workdir), cell.config.train.num_steps
+    if any(key.startswith("eval_") for key in metrics.get(last, ())):
+        return CellResult(cell, Status.FINISHED, metrics=metrics[last])
+    return CellResult(cell, Status.UNFINISHED, f"step {max(metrics, default=0)} of {last}")
+
+
+def group_settings(results: Iterable[CellResult]) -> list[Setting]:
+    """Results that differ in their seed alone, together; in the order of their first."""
+    groups: dict[tuple[str, ...], list[CellResult]] = {}
+    for result in results:
+        groups.setdefault((result.cell.recipe, *result.cell.swept.values()), []).append(result)
+    return [Setting(tuple(group)) for group in groups.values()]
+
+
+def write_report(out: epath.PathLike, results: Sequence[CellResult]) -> None:
+    """Writes cells.csv, table.csv and table.md and, where the latent size is swept, figure.png and figure.svg."""
+    out, settings = epath.Path(out), group_settings(results)
+    write_text(out / "cells.csv", cells_csv(results))
+    write_text(out / "table.csv", table_csv(settings))
+    write_text(out / "table.md", table_markdown(settings))
+    measured = [setting for setting in settings if setting.statistics("s_pcfc")[0] is not None]
+    if measured and LATENT_DIM in measured[0].cell.swept:
+        figure = latent_size_figure(measured)
+        for suffix in ("png", "svg"):
+            write_atomic(out / f"figure.{suffix}", lambda file: figure.savefig(file, format=suffix, dpi=150))  # noqa: B023
+
+
+def cells_csv(results: Sequence[CellResult]) -> str:
+    """One line a cell: what was swept, how it ended, and every metric of its last step."""
+    names = sorted({name for result in results for name in result.metrics})
+    rows = [["recipe", *results[0].cell.swept, "seed", "status", "reason", "workdir", "latent_size", *names]]
+    for result in results:
+        cell = result.cell
+        row = [cell.recipe, *cell.swept.values(), cell.seed, result.status, result.reason, cell.workdir]
+        rows.append([*row, cell.latent_size, *(result.metrics.get(name) for name in names)])
+    return _csv(rows)
+
+
+def table_csv(settings: Sequence[Setting]) -> str:
+    """One line a setting: `<metric>_mean` and `<metric>_std` over seeds, empty where there are too few."""
+    titles = [f"{name}_{kind}" for name in COLUMNS for kind in ("mean", "std")]
+    rows = [["recipe", *settings[0].cell.swept, "latent_size", "seeds", "seeds_failed", *titles]]
+    for setting in settings:
+        cell, counts = setting.cell, [setting.count(status) for status in (Status.FINISHED, Status.FAILED)]
+        values = [value for name in COLUMNS for value in setting.statistics(name)]
+        rows.append([cell.recipe, *cell.swept.values(), cell.latent_size, *counts, *values])
+    return _csv(rows)
+
+
+def table_markdown(settings: Sequence[Setting]) -> str:
+    """The same for readers, with the cells that are missing and why below it."""
+    swept = list(settings[0].cell.swept)
+    lines = [_markdown_row(["recipe", *swept, "seeds", *COLUMNS.values()])]
+    lines.append(_markdown_row(["---"] * (len(swept) + 2 + len(COLUMNS))))
+    for setting in settings:
+        seeds = f"{setting.count(Status.FINISHED)} of {len(setting.results)}"
+        values = [_plus_minus(*setting.statistics(name)) for name in COLUMNS]
+        lines.append(_markdown_row([setting.cell.label, *setting.cell.swept.values(), seeds, *values]))
+    lines += ["", "Held-out episodes; mean ± sample standard deviation over the finished seeds."]
+    incomplete = [r for setting in settings for r in setting.results if r.status is not Status.FINISHED]
+    if incomplete:
+        lines += ["", *(f"- {r.cell.workdir}: {r.status}{f' ({r.reason})' if r.reason else ''}" for r in incomplete)]
+    return "\n".join(lines) + "\n"
+
+
+def latent_size_figure(settings: Sequence[Setting]) -> Figure:
+    """S-PCFC and LP-MSE against the size of the latent, a curve for every other setting (CoMo v1, Figure 3)."""
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    similarity, probe = figure.subplots(1, 2)
+    for number, (label, curve) in enumerate(_curves(settings).items()):
+        _draw(similarity, curve, "s_pcfc", label=label, color=f"C{number}")
+        _draw(probe, curve, "lp_mse", label=label, color=f"C{number}")
+        _draw(probe, curve, "lp_mse_mean_action", color=f"C{number}", linestyle="--", marker="")
+    probe.plot([], [], color="grey", linestyle="--", label="mean action")
+    similarity.set(ylabel="S-PCFC", ylim=(min(0.0, similarity.get_ylim()[0]), 1.02))
+    probe.set(ylabel="LP-MSE", ylim=(0.0, None))
+    sizes = sorted({setting.cell.latent_size for setting in settings})
+    for axes in (similarity, probe):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("latent size (query tokens x numbers of each)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _curves(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Settings that differ in the latent size alone, by a label that says what they share."""
+    curves: dict[str, list[Setting]] = {}
+    for setting in settings:
+        others = (f"{field}={value}" for field, value in setting.cell.swept.items() if field != LATENT_DIM)
+        curves.setdefault(" ".join([setting.cell.label, *others]), []).append(setting)
+    return {label: sorted(curve, key=lambda setting: setting.cell.latent_size) for label, curve in curves.items()}
+
+
+def _draw(axes: Axes, curve: Sequence[Setting], name: str, color: str, marker: str = "o", **style: str) -> None:
+    points = [(setting.cell.latent_size, *setting.statistics(name)) for setting in curve]
+    points = [(size, mean, deviation or 0.0) for size, mean, deviation in points if mean is not None]
+    if not points:
+        return
+    size, mean, deviation = np.array(points).T
+    axes.plot(size, mean, color=color, marker=marker, markersize=4, **style)
+    axes.fill_between(size, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+
+
+def _plus_minus(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return "-"
+    # Three digits with their trailing zeros, and no trailing point.
+    text = f"{mean:#.3g}".rstrip(".")
+    return text if deviation is None else f"{text} ± {deviation:.2g}"
+
+
+def _markdown_row(values: Sequence[str]) -> str:
+    return f"| {' | '.join(value.replace('|', '/') for value in values)} |"
+
+
+def _csv(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

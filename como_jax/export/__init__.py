@@ -1,0 +1,1 @@
+"""What leaves the project: models for PyTorch, labelled datasets in other formats."""

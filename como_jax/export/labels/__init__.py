@@ -1,0 +1,1 @@
+"""Labelled datasets in the formats of other projects."""

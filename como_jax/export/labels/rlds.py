@@ -1,0 +1,151 @@
+"""Writes a labelled dataset as RLDS: one record an episode, in ArrayRecord files that TFDS reads.
+
+The layout is that of https://github.com/google-research/rlds. What a recording does not tell (rewards, discounts,
+whether the last step is a terminal state) is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import dataset_info, file_adapters, writer
+
+from como_jax.convert.record_files import StableSerializer, disk_errors
+from como_jax.data.label_info import LABELS_NAME
+from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
+
+# Half a gigabyte of pictures of the default size.
+_MAX_STEPS_PER_FILE = 16384
+_VERSION = "1.0.0"
+_FORMAT = file_adapters.FileFormat.ARRAY_RECORD
+
+
+def write_rlds(
+    dataset: LabelledDataset,
+    folder: epath.Path,
+    on_episode: Callable[[], object] = lambda: None,
+    max_steps_per_file: int = _MAX_STEPS_PER_FILE,
+) -> None:
+    """Writes a TFDS directory.
+
+    Args:
+      dataset: what to write.
+      folder: exists and is empty.
+      on_episode: is called after every episode.
+      max_steps_per_file: a file with more holds one episode.
+
+    Raises:
+      OSError: the folder cannot be written to.
+    """
+    features = episode_features(dataset)
+    shards = writer.ShardWriter(
+        features, StableSerializer(features.get_serialized_info()), writer.ExampleWriter(_FORMAT)
+    )
+    splits = []
+    for split in dataset.splits:
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=dataset.name, split=split, filetype_suffix=_FORMAT.file_suffix
+        )
+        numbers = file_numbers(dataset.lengths(split), max_steps_per_file)
+        lengths = np.bincount(numbers).tolist()
+        paths = [template.sharded_filepath(shard_index=i, num_shards=len(lengths)) for i in range(len(lengths))]
+        examples = _examples(dataset, split, on_episode)
+        for path, length in zip(paths, lengths, strict=True):
+            with disk_errors(path):
+                shards.write(itertools.islice(examples, length), path)
+        # The generator does its last work after the last example.
+        next(examples, None)
+        num_bytes = sum(path.stat().length for path in paths)
+        splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=template))
+    _write_info(dataset, features, splits, folder)
+    labels = dataset.directory / LABELS_NAME
+    if labels.exists():
+        labels.copy(folder / LABELS_NAME)
+
+
+def episode_features(dataset: LabelledDataset) -> tfds.features.FeaturesDict:
+    """TFDS features of one episode."""
+    f, sizes = tfds.features, dataset.sizes
+    observation: dict[str, Any] = {
+        camera: f.Image(shape=(None, None, 3), encoding_format="jpeg") for camera in dataset.cameras
+    }
+    step: dict[str, Any] = {
+        "observation": observation,
+        "language_instruction": f.Text(),
+        "is_first": np.bool_,
+        "is_last": np.bool_,
+        "latent_motion": f.Tensor(shape=(sizes["latent_motion"],), dtype=np.float32),
+        "latent_valid": np.bool_,
+    }
+    if "state" in sizes:
+        observation["state"] = f.Tensor(shape=(sizes["state"],), dtype=np.float32)
+    if "action" in sizes:
+        step["action"] = f.Tensor(shape=(sizes["action"],), dtype=np.float32)
+    if "latent_codes" in sizes:
+        step["latent_codes"] = f.Tensor(shape=(sizes["latent_codes"],), dtype=np.int32)
+    metadata = {"episode_id": f.Text(), "file_path": f.Text(), "control_rate": np.float32}
+    return f.FeaturesDict({"steps": f.Dataset(step), "episode_metadata": metadata})
+
+
+def _examples(
+    dataset: LabelledDataset, split: str, on_episode: Callable[[], object]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for episode in dataset.episodes(split):
+        example = _example(episode)
+        yield episode.episode_id, example
+        # TFDS keeps every example of a file to count them in the end.
+        example.clear()
+        on_episode()
+
+
+def _example(episode: LabelledEpisode) -> dict[str, Any]:
+    """An episode in the structure of `episode_features`."""
+    steps = []
+    for t in range(len(episode)):
+        observation: dict[str, Any] = {camera: jpegs[t] for camera, jpegs in episode.images.items()}
+        step: dict[str, Any] = {
+            "observation": observation,
+            "language_instruction": episode.instruction,
+            "is_first": t == 0,
+            "is_last": t == len(episode) - 1,
+            "latent_motion": episode.latent_motion[t],
+            "latent_valid": episode.latent_valid[t],
+        }
+        if episode.state is not None:
+            observation["state"] = episode.state[t]
+        if episode.action is not None:
+            step["action"] = episode.action[t]
+        if episode.latent_codes is not None:
+            step["latent_codes"] = episode.latent_codes[t]
+        steps.append(step)
+    metadata = {
+        "episode_id": episode.episode_id,
+        "file_path": episode.source_file,
+        "control_rate": episode.control_rate,
+    }
+    return {"steps": steps, "episode_metadata": metadata}
+
+
+def _write_info(
+    dataset: LabelledDataset,
+    features: tfds.features.FeaturesDict,
+    splits: list[tfds.core.SplitInfo],
+    folder: epath.Path,
+) -> None:
+    identity = dataset_info.DatasetIdentity(
+        name=dataset.name, version=tfds.core.Version(_VERSION), data_dir=str(folder), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description="Episodes with labels of latent motion, one record an episode.",
+        features=features,
+        metadata=tfds.core.MetadataDict(cameras=list(dataset.cameras)),
+    )
+    info.set_file_format(_FORMAT)
+    info.set_splits(tfds.core.SplitDict(splits))
+    info.write_to_directory(folder)

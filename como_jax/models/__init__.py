@@ -1,1 +1,0 @@
-"""Model families; parameters only, sharding and randomness come from outside."""

@@ -1,0 +1,1 @@
+"""Latent motion models: CoMo and its variants, LAQ, and the masked autoencoder of their encoder."""

@@ -1,0 +1,83 @@
+"""From a config to a model definition."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from como_jax.data.clips import num_pairs, pair_spans
+from como_jax.errors import ConfigError
+from como_jax.motion.bottlenecks import BottleneckConfig
+from como_jax.motion.como import Como, MotionConfig
+from como_jax.motion.laq import Laq, LaqConfig
+from como_jax.motion.mae import Mae, MaeConfig
+from como_jax.motion.released import ReleasedComo, ReleasedLaq
+from como_jax.nn.vit import VitConfig
+from como_jax.training.train_state import ModelDef
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+FAMILIES = ("como", "laq", "mae")
+
+
+def build_model(config: ConfigDict) -> ModelDef:
+    """The model that a pretraining config describes.
+
+    Raises:
+      ConfigError: a name or size in the config makes no model; the message names it.
+    """
+    if config.train.dtype not in DTYPES:
+        raise ConfigError(f"config.train.dtype {config.train.dtype!r} must be one of {', '.join(DTYPES)}.")
+    options = {"dtype": DTYPES[config.train.dtype], "remat": config.train.remat}
+    # Imported weights of other projects' code compute as that does.
+    laq_class, como_class = (ReleasedLaq, ReleasedComo) if config.get("released_code") else (Laq, Como)
+    if config.family == "laq":
+        if config.data.pair_span > 1:
+            raise ConfigError("data.pair_span must be 1 for LAQ, which encodes both frames of a pair together.")
+        laq = LaqConfig(**config.model)
+        return ModelDef.create(lambda rngs: laq_class(config.data.image_size, laq, **options, rngs=rngs))
+    if config.family == "mae":
+        vit, mae = vit_config(config), MaeConfig(**config.model)
+        return ModelDef.create(lambda rngs: Mae(vit, mae, **options, rngs=rngs))
+    if config.family == "como":
+        vit, motion = vit_config(config), motion_config(config)
+        return ModelDef.create(lambda rngs: como_class(vit, motion, **options, rngs=rngs))
+    raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(FAMILIES)}.")
+
+
+def pairs_of_clip(config: ConfigDict) -> int:
+    """Pairs that a pretraining config trains on of every clip."""
+    return num_pairs(config.data.instants, pair_spans(config.data.pair_span, config.data.min_gap_fraction))
+
+
+def vit_config(config: ConfigDict) -> VitConfig:
+    """The encoder's part of the config."""
+    encoder = config.encoder
+    sizes = (encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads)
+    return VitConfig(config.data.image_size, *sizes, encoder.get("mlp_width", 0))
+
+
+def motion_config(config: ConfigDict) -> MotionConfig:
+    """CoMo's part of the config."""
+    fields = dict(config.model)
+    fields.pop("perceptual_file")
+    bottleneck = BottleneckConfig(**fields.pop("bottleneck"))
+    spans = pair_spans(config.data.pair_span, config.data.min_gap_fraction)
+    if config.model.gap_weight and config.data.min_gap_fraction == 1:
+        raise ConfigError("model.gap_weight needs gaps that differ: set data.min_gap_fraction under 1.")
+    return MotionConfig(
+        **fields, bottleneck=bottleneck, freeze_encoder=config.encoder.frozen, pair_spans=(spans[0], spans[-1])
+    )
+
+
+def codebook_size(config: ConfigDict) -> int:
+    """Codes that a latent token of the config's model chooses from; 0 where the latent is continuous."""
+    if config.family == "laq":
+        return config.model.codebook_size
+    bottleneck = config.model.bottleneck
+    if bottleneck.kind == "fsq":
+        return math.prod(bottleneck.fsq_levels)
+    return bottleneck.codebook_size if bottleneck.kind in ("vq", "vq_ema", "nsvq") else 0

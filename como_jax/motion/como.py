@@ -1,0 +1,367 @@
+"""CoMo (arXiv 2505.17006) and its variants: inverse and forward dynamics models around a latent motion.
+
+Axes: B batch, T or K instants, P pairs, N tokens of one frame, D width, Q queries, L latent size of one query.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from como_jax.errors import ConfigError
+from como_jax.motion import losses, perceptual
+from como_jax.motion.bottlenecks import BottleneckConfig, make_bottleneck
+from como_jax.motion.dynamics import ForwardDynamics, InverseDynamics
+from como_jax.motion.heads import FlowHead
+from como_jax.nn.layers import Linear, denormalize_frames, normalize_frames
+from como_jax.nn.vit import Vit, VitConfig
+from como_jax.types import FramePairs, LossOutput, MotionLabel
+
+MOTION_INPUTS = ("difference", "future", "future_only", "rgb_difference")
+FEATURE_TARGETS = ("future", "difference")
+PERCEPTUAL_SPACES = ("encoder", *perceptual.NETWORKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class MotionConfig:
+    """Everything of CoMo but its encoder. A loss term of weight 0 is not computed.
+
+    Attributes:
+      num_queries: latent tokens of a transition (8 in the paper).
+      latent_dim: numbers in each of them (16 in the paper).
+      motion_input: what the inverse dynamics model sees of the motion: "difference", the early temporal difference
+        `F_{t+n} - F_t` (Td); "future", `F_{t+n}` itself; "rgb_difference", the encoder's features of
+        `O_{t+n} - O_t`; all three beside `F_t`. "future_only" is `F_{t+n}` with nothing beside it.
+      pair_spans: least and largest number of instants from the first frame of a pair to the second; all such pairs of
+        a clip are trained on, and share the encodings of their frames.
+      bottleneck: what the latent has to pass.
+      idm_width, idm_depth, idm_heads: the motion Q-former.
+      fdm_width, fdm_depth, fdm_heads: the forward dynamics model.
+      fdm_patch_size: its pixel patches.
+      residual: predict the change of the current frame, starting from none; off in the paper.
+      freeze_encoder: no gradient into the encoder.
+      mse_weight: of the pixel error.
+      pixel_probe: pixel errors train the head that draws and nothing else, so that a model of other targets still
+        shows what its latent knows.
+      perceptual_weight: of the perceptual distance (LPIPS, arXiv 1801.03924).
+      perceptual_space: "vgg16" or "alexnet" with weights from a file, or "encoder", the motion encoder itself.
+      tcl_weight, tcl_temperature: of temporal contrastive learning, and what divides its similarities.
+      tcl_gradient_everywhere: whether Tcl also trains through its two extra branches, `z(t, t+n+d)` and
+        `z(t+n, t)`; the public code does not.
+      feature_weight: of the error of the predicted features of the next frame, a target beside pixels or, with
+        `pixel_probe`, instead of them.
+      feature_target: "future", the frozen encoder's `F_{t+n}`, or "difference", `F_{t+n} - F_t`.
+      flow_weight: of the error of optical flow predicted from latent and current frame.
+      gap_weight: of the error of the playback gap predicted from the latent.
+      label_weight: of the error of the few known actions or states, read from the latent by a linear head.
+      label_size: numbers in a label; 0 takes what the data has.
+    """
+
+    num_queries: int = 8
+    latent_dim: int = 16
+    motion_input: str = "difference"
+    pair_spans: tuple[int, int] = (1, 1)
+    bottleneck: BottleneckConfig = BottleneckConfig()
+    idm_width: int = 768
+    idm_depth: int = 4
+    idm_heads: int = 12
+    fdm_width: int = 768
+    fdm_depth: int = 12
+    fdm_heads: int = 12
+    fdm_patch_size: int = 16
+    residual: bool = False
+    freeze_encoder: bool = True
+    mse_weight: float = 1.0
+    pixel_probe: bool = False
+    perceptual_weight: float = 0.0
+    perceptual_space: str = "vgg16"
+    tcl_weight: float = 0.004
+    tcl_temperature: float = 0.1
+    tcl_gradient_everywhere: bool = False
+    feature_weight: float = 0.0
+    feature_target: str = "future"
+    flow_weight: float = 0.0
+    gap_weight: float = 0.0
+    label_weight: float = 0.0
+    label_size: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "motion_input": MOTION_INPUTS,
+            "perceptual_space": PERCEPTUAL_SPACES,
+            "feature_target": FEATURE_TARGETS,
+        }
+        for field, names in choices.items():
+            if getattr(self, field) not in names:
+                raise ConfigError(
+                    f"model.{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(names)}."
+                )
+        if self.feature_weight and not self.freeze_encoder:
+            raise ConfigError(
+                "model.feature_weight needs encoder.frozen=True: features that are target and trained collapse."
+            )
+        if self.label_weight and not self.label_size:
+            raise ConfigError("model.label_weight needs labels: set data.labels and data.labelled_fraction.")
+        for field in ("flow_weight", "label_weight"):
+            if getattr(self, field) and self.pair_spans != (1, 1):
+                raise ConfigError(f"model.{field} knows neighbouring instants alone: set data.pair_span to 1.")
+
+    @property
+    def spans(self) -> range:
+        """Instants from the first frame of a pair to the second."""
+        return range(self.pair_spans[0], self.pair_spans[1] + 1)
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether there is a perceptual network with weights of its own."""
+        return self.perceptual_weight > 0 and self.perceptual_space != "encoder"
+
+
+class View(NamedTuple):
+    """One of the two instants of every pair: normalised images `[B, P, H, W, 3]` and features `[B, P, N, D]`."""
+
+    images: jax.Array | None
+    features: jax.Array
+
+
+class Como(nnx.Module):
+    """The motion model: frozen or trained encoder, inverse dynamics, bottleneck, forward dynamics."""
+
+    def __init__(
+        self,
+        vit: VitConfig,
+        config: MotionConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        common = {"dtype": dtype, "remat": remat, "rngs": rngs}
+        self.encoder = Vit(vit, **{**common, "remat": "none" if config.freeze_encoder else remat})
+        self.bottleneck = make_bottleneck(config.bottleneck, config.latent_dim, rngs=rngs)
+        self.idm = InverseDynamics(
+            vit.grid**2 + 1,
+            vit.width,
+            self.bottleneck.input_dim,
+            num_queries=config.num_queries,
+            width=config.idm_width,
+            depth=config.idm_depth,
+            num_heads=config.idm_heads,
+            conditioned=config.motion_input != "future_only",
+            **common,
+        )
+        self.fdm = ForwardDynamics(
+            vit.image_size,
+            (config.num_queries, config.latent_dim),
+            patch_size=config.fdm_patch_size,
+            width=config.fdm_width,
+            depth=config.fdm_depth,
+            num_heads=config.fdm_heads,
+            residual=config.residual,
+            **common,
+        )
+        self._add_objectives(vit, dtype, rngs)
+
+    def _add_objectives(self, vit: VitConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        """Heads and networks of the loss terms that are on."""
+        config, latent_size = self.config, self.config.num_queries * self.config.latent_dim
+        if config.needs_network:
+            self.perceptual = perceptual.Lpips(config.perceptual_space, dtype=dtype, rngs=rngs)
+        if config.feature_weight:
+            if config.fdm_patch_size != vit.patch_size:
+                raise ConfigError(
+                    f"model.feature_weight needs equal patches: model.fdm_patch_size is {config.fdm_patch_size} and "
+                    f"encoder.patch_size {vit.patch_size}."
+                )
+            self.feature_head = Linear(config.fdm_width, vit.width, dtype=jnp.float32, rngs=rngs)
+        if config.flow_weight:
+            self.flow_head = FlowHead(config.fdm_width, config.fdm_patch_size, rngs=rngs)
+        if config.gap_weight:
+            self.gap_head = Linear(latent_size, 1, dtype=jnp.float32, rngs=rngs)
+        if config.label_weight:
+            self.label_head = Linear(latent_size, config.label_size, dtype=jnp.float32, rngs=rngs)
+
+    def untrained_paths(self) -> tuple[str, ...]:
+        """Parameters that the optimiser leaves alone, as prefixes of their paths."""
+        frozen = ("encoder",) if self.config.freeze_encoder else ()
+        network = ("perceptual",) if self.config.needs_network else ()
+        return (*frozen, *network, *(f"bottleneck/{name}" for name in self.bottleneck.untrained))
+
+    def encode(self, frames: jax.Array) -> jax.Array:
+        """Latent motion `[B, T - 1, Q, L]` between consecutive frames of uint8 `[B, T, H, W, 3]`."""
+        return self.bottleneck(self._encode(frames)).latent
+
+    def codes(self, frames: jax.Array) -> jax.Array:
+        """Codebook entries int32 `[B, T - 1, Q]` of the latent motion, where the bottleneck is discrete."""
+        return self.bottleneck.codes(self._encode(frames))
+
+    def embed(self, frames: jax.Array) -> dict[str, jax.Array]:
+        """Features `[B, N, D]` of uint8 frames `[B, H, W, 3]`; and the frames, where their difference is encoded."""
+        embedded = {"features": self._features(normalize_frames(frames)[:, None])[:, 0]}
+        return embedded | ({"frames": frames} if self.config.motion_input == "rgb_difference" else {})
+
+    def label(self, source: dict[str, jax.Array], target: dict[str, jax.Array]) -> MotionLabel:
+        """The motion from each source to its target, both as `embed` gives them."""
+        views = [
+            View(normalize_frames(x["frames"]) if "frames" in x else None, x["features"]) for x in (source, target)
+        ]
+        inferred = self._infer(*jax.tree.map(lambda x: x[:, None], views))[:, 0]
+        return self.bottleneck.label(inferred)
+
+    def predict(self, frame: jax.Array, latent: jax.Array) -> jax.Array:
+        """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""
+        return denormalize_frames(self.fdm(normalize_frames(frame), latent))
+
+    def loss(self, batch: FramePairs, key: jax.Array) -> LossOutput:
+        """The weighted sum of all terms that are on, each averaged over all pairs of the batch."""
+        images = normalize_frames(batch.frames)
+        offsets = [] if batch.offset_frames is None else [normalize_frames(batch.offset_frames)]
+        instants, images = images.shape[1], jnp.concatenate([images, *offsets], axis=1)
+        view = View(images, self._features(images))
+        current, future, offset = (
+            View(choose(view.images, instants, self.config.spans), choose(view.features, instants, self.config.spans))
+            for choose in (_sources, _targets, _offsets)
+        )
+        inferred = self._infer(current, future)
+        passed = self.bottleneck(inferred, key)
+        terms = self._prediction_terms(current, future, passed.latent, batch) | self._latent_terms(passed.latent, batch)
+        if self.config.tcl_weight:
+            terms["tcl"] = self._contrast(self.bottleneck.center(inferred), current, future, offset)
+        total = sum(self._weight(name) * value for name, value in terms.items()) + passed.loss
+        statistics = {"bottleneck": passed.statistics} if passed.statistics else {}
+        return LossOutput(total, {**terms, **passed.terms}, statistics)
+
+    def maintain(
+        self, statistics: dict[str, Any], step: jax.Array, key: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """Upkeep of the codebook after an update; see `LatentMotionModel`."""
+        params, metrics = self.bottleneck.maintain(statistics["bottleneck"], step, key)
+        return {"bottleneck": params}, metrics
+
+    def _weight(self, term: str) -> float:
+        if term == "mse" and self.config.pixel_probe:
+            return 1.0
+        return getattr(self.config, f"{term}_weight")
+
+    def _features(self, images: jax.Array) -> jax.Array:
+        """Token features `[B, T, N, D]` of normalised images `[B, T, H, W, 3]`, each encoded once."""
+        chex.assert_rank(images, 5)
+        features = self.encoder(_merge(images)).reshape(*images.shape[:2], -1, self.encoder.config.width)
+        return jax.lax.stop_gradient(features) if self.config.freeze_encoder else features
+
+    def _encode(self, frames: jax.Array) -> jax.Array:
+        """What the bottleneck is given, for consecutive frames of uint8 `[B, T, H, W, 3]`."""
+        images = normalize_frames(frames)
+        features = self._features(images)
+        return self._infer(View(images[:, :-1], features[:, :-1]), View(images[:, 1:], features[:, 1:]))
+
+    def _infer(self, source: View, target: View) -> jax.Array:
+        """Output of the inverse dynamics model `[B, P, Q, ...]` for the transition from `source` to `target`."""
+        if self.config.motion_input == "difference":
+            motion = target.features - source.features
+        elif self.config.motion_input == "rgb_difference":
+            # The mean that normalisation subtracts cancels.
+            motion = self._features(target.images - source.images)
+        else:
+            motion = target.features
+        inferred = self.idm(_merge(source.features), _merge(motion))
+        return inferred.reshape(*motion.shape[:2], *inferred.shape[1:])
+
+    def _prediction_terms(
+        self, current: View, future: View, latent: jax.Array, batch: FramePairs
+    ) -> dict[str, jax.Array]:
+        """Errors of what the forward dynamics model predicts of the next frame."""
+        config, terms = self.config, {}
+        images, target = _merge(current.images), _merge(future.images)
+        tokens = self.fdm.tokens(images, _merge(latent))
+        drawn = self.fdm.pixels(jax.lax.stop_gradient(tokens) if config.pixel_probe else tokens, images)
+        terms["mse"] = losses.mean_squared_error(drawn, target)
+        if config.perceptual_weight:
+            terms["perceptual"] = self._perceptual_distance(drawn, target, _merge(future.features))
+        if config.feature_weight:
+            features = future.features - current.features if config.feature_target == "difference" else future.features
+            # The class token has no place in the picture.
+            terms["feature"] = losses.mean_squared_error(self.feature_head(tokens), _merge(features)[:, 1:])
+        if config.flow_weight:
+            terms["flow"] = losses.flow_error(self.flow_head(tokens), _merge(_need(batch.flow, "flow")))
+        return terms
+
+    def _latent_terms(self, latent: jax.Array, batch: FramePairs) -> dict[str, jax.Array]:
+        """Errors of what linear heads read out of the latent."""
+        config, terms, flat = self.config, {}, _flatten(latent)
+        if config.gap_weight:
+            instants = batch.frames.shape[1]
+            spans = np.concatenate([np.full(instants - span, span, np.float32) for span in config.spans])
+            gap = _merge(_need(batch.gap, "gap")[:, None] * spans)
+            terms["gap"] = losses.mean_squared_error(self.gap_head(flat)[:, 0], jnp.log2(gap))
+        if config.label_weight:
+            labels = _merge(_need(batch.labels, "label"))
+            terms["label"] = losses.masked_mse(self.label_head(flat), labels, _merge(batch.labelled))
+        return terms
+
+    def _perceptual_distance(self, drawn: jax.Array, target: jax.Array, features: jax.Array) -> jax.Array:
+        # Only the picture may change to come closer, never the space in which the distance is taken.
+        if self.config.needs_network:
+            return jnp.mean(_without_gradient(self.perceptual)(drawn, target))
+        space = _without_gradient(self.encoder)
+        return jnp.mean(perceptual.feature_distance(space(drawn), jax.lax.stop_gradient(features)))
+
+    def _contrast(self, latent: jax.Array, current: View, future: View, offset: View) -> jax.Array:
+        """Tcl; the reversed pair starts from the future frame and its motion is the true reversal."""
+        if offset.images.shape != future.images.shape:
+            raise ConfigError("Tcl needs offset frames in the batch: set data.offset_frames or tcl_weight to 0.")
+        model, sources, targets = self, (current, future), (offset, current)
+        if not self.config.tcl_gradient_everywhere:
+            model, sources, targets = _without_gradient(self), *jax.lax.stop_gradient((sources, targets))
+        # Joined along pairs, since the batch is split over devices.
+        extra = model._infer(
+            *(jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *views) for views in (sources, targets))
+        )
+        shifted, reverse = jnp.split(model.bottleneck.center(extra), 2, axis=1)
+        return losses.temporal_contrastive(
+            _flatten(latent), _flatten(shifted), _flatten(reverse), self.config.tcl_temperature
+        )
+
+
+def _sources(x: jax.Array, instants: int, spans: range) -> jax.Array:
+    """Of all pairs the first instant, `[B, P, ...]` out of `[B, K or more, ...]`."""
+    return jnp.concatenate([x[:, : instants - span] for span in spans], axis=1)
+
+
+def _targets(x: jax.Array, instants: int, spans: range) -> jax.Array:
+    """Of all pairs the second instant."""
+    return jnp.concatenate([x[:, span:instants] for span in spans], axis=1)
+
+
+def _offsets(x: jax.Array, instants: int, spans: range) -> jax.Array:
+    """Of all pairs the offset of the second instant; offsets of all instants but the first come after the instants."""
+    return jnp.concatenate([x[:, instants + span - 1 :] for span in spans], axis=1)
+
+
+def _merge(x: jax.Array) -> jax.Array:
+    """Merges the two leading axes."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _flatten(latent: jax.Array) -> jax.Array:
+    """`[B, P, Q, L]` to `[B * P, Q * L]`."""
+    return latent.reshape(latent.shape[0] * latent.shape[1], -1)
+
+
+def _without_gradient(module: nnx.Module) -> Any:
+    """The same module with parameters that no gradient reaches."""
+    graphdef, params = nnx.split(module)
+    return nnx.merge(graphdef, jax.lax.stop_gradient(params))
+
+
+def _need(value: jax.Array | None, term: str) -> jax.Array:
+    if value is None:
+        raise ConfigError(f"model.{term}_weight is on, whose data the batch lacks.")
+    return value

@@ -1,0 +1,132 @@
+"""Inverse and forward dynamics: from features to latent motion, and from latent motion to the next frame.
+
+Axes: B batch, N tokens of one frame, M patches of one frame, D width, Q queries, L latent size of one query.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from como_jax.errors import ConfigError
+from como_jax.nn.batch_split import keep_batch_split
+from como_jax.nn.layers import (
+    Block,
+    LayerNorm,
+    Linear,
+    patchify,
+    sincos_position_embedding,
+    unpatchify,
+    xavier_uniform,
+)
+from como_jax.nn.mixed_precision import spread
+from como_jax.nn.stack import Stack
+
+
+class InverseDynamics(nnx.Module):
+    """ME-IDM, the motion Q-former: learned queries read the current frame's features and its motion."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        feature_width: int,
+        latent_dim: int,
+        *,
+        num_queries: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        conditioned: bool = True,
+        dtype: jnp.dtype,
+        remat: str,
+        rngs: nnx.Rngs,
+    ):
+        self.num_queries, self.conditioned = num_queries, conditioned
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+
+        def embedding(*shape: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, width)))
+
+        self.input_proj = linear(feature_width, width)
+        self.queries = embedding(1, num_queries)
+        self.motion_type = embedding(1, 1)
+        if conditioned:
+            self.separator = embedding(1, 1)
+            self.condition_type = embedding(1, 1)
+        self.pos_embed = embedding(1, num_queries + (2 * num_tokens + 1 if conditioned else num_tokens))
+        self.blocks = Stack(lambda rngs: Block(width, num_heads, dtype=dtype, rngs=rngs), depth, remat=remat, rngs=rngs)
+        self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.latent_hidden = linear(width, width)
+        self.latent_out = Linear(width, latent_dim, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, condition: jax.Array, motion: jax.Array) -> jax.Array:
+        """Latent motion `[B, Q, L]`, float32, from features `[B, N, D]` of the current frame and of its motion."""
+        chex.assert_equal_shape([condition, motion])
+        motion = self.input_proj(motion)
+
+        def expand(token: nnx.Param) -> jax.Array:
+            return spread(token[...], (len(motion), *token[...].shape[1:]), motion.dtype)
+
+        tokens = [expand(self.queries)]
+        if self.conditioned:
+            tokens += [self.input_proj(condition) + expand(self.condition_type), expand(self.separator)]
+        tokens.append(motion + expand(self.motion_type))
+        x = jnp.concatenate(tokens, axis=1)
+        x = x + spread(self.pos_embed[...], x.shape, x.dtype)
+        x = self.norm(self.blocks(x, num_outputs=self.num_queries))
+        return self.latent_out(jnp.tanh(self.latent_hidden(x)))
+
+
+class ForwardDynamics(nnx.Module):
+    """FDM: a ViT on the current frame's pixels with the latent motion added to every patch."""
+
+    def __init__(
+        self,
+        image_size: int,
+        latent_shape: tuple[int, int],
+        *,
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        residual: bool,
+        dtype: jnp.dtype,
+        remat: str,
+        rngs: nnx.Rngs,
+    ):
+        if image_size % patch_size:
+            raise ConfigError(f"data.image_size {image_size} must be a multiple of model.fdm_patch_size {patch_size}.")
+        grid, pixels = image_size // patch_size, patch_size**2 * 3
+        num_queries, latent_dim = latent_shape
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        self.patch_size, self.residual = patch_size, residual
+        self.patch_embed = linear(pixels, width)
+        self.pos_embed = nnx.Param(jnp.asarray(sincos_position_embedding(grid, grid, width))[None])
+        self.latent_up = linear(latent_dim, width)
+        self.latent_pool = linear(num_queries * width, width)
+        self.blocks = Stack(lambda rngs: Block(width, num_heads, dtype=dtype, rngs=rngs), depth, remat=remat, rngs=rngs)
+        self.norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
+        head_init = nnx.initializers.zeros if residual else xavier_uniform
+        self.head = Linear(width, pixels, kernel_init=head_init, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, images: jax.Array, latent: jax.Array) -> jax.Array:
+        """Normalised next images `[B, H, W, 3]` from normalised images and latent motion `[B, Q, L]`."""
+        return self.pixels(self.tokens(images, latent), images)
+
+    def tokens(self, images: jax.Array, latent: jax.Array) -> jax.Array:
+        """What is known of the next frame, patch by patch: float32 `[B, M, D]`."""
+        chex.assert_rank([images, latent], [4, 3])
+        queries = self.latent_up(keep_batch_split(latent)).reshape(len(latent), -1)
+        motion = keep_batch_split(self.latent_pool(keep_batch_split(queries)))
+        x = self.patch_embed(patchify(images, self.patch_size))
+        x = x + spread(self.pos_embed[...], x.shape, x.dtype) + motion[:, None]
+        return self.norm(self.blocks(x))
+
+    def pixels(self, tokens: jax.Array, images: jax.Array) -> jax.Array:
+        """Draws the next images `[B, H, W, 3]` from `tokens` of the current `images`."""
+        output = unpatchify(self.head(tokens), self.patch_size, *images.shape[1:3])
+        return images + output if self.residual else output

@@ -1,0 +1,118 @@
+"""Masked autoencoder (arXiv 2111.06377): pretrains the encoder on the user's own videos.
+
+Axes: B batch, N patches, M visible patches, D encoder width, E decoder width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from como_jax.nn.layers import (
+    Block,
+    LayerNorm,
+    Linear,
+    denormalize_frames,
+    normalize_frames,
+    patchify,
+    sincos_position_embedding,
+    unpatchify,
+)
+from como_jax.nn.mixed_precision import spread
+from como_jax.nn.stack import Stack
+from como_jax.nn.vit import Vit, VitConfig
+from como_jax.types import FramePairs, LossOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class MaeConfig:
+    """Decoder sizes and mask ratio; the paper's decoder is 8 layers of width 512 and masks 0.75."""
+
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    mask_ratio: float
+
+
+class Mae(nnx.Module):
+    """Encoder on the visible patches, decoder on all, pixels of the masked patches as target."""
+
+    def __init__(
+        self,
+        vit: VitConfig,
+        config: MaeConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        width = config.decoder_width
+        self.encoder = Vit(vit, dtype=dtype, remat=remat, rngs=rngs)
+        self.decoder_embed = Linear(vit.width, width, dtype=dtype, rngs=rngs)
+        self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
+        self.decoder_blocks = Stack(
+            lambda rngs: Block(width, config.decoder_heads, dtype=dtype, rngs=rngs),
+            config.decoder_depth,
+            remat=remat,
+            rngs=rngs,
+        )
+        self.decoder_norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
+        self.decoder_pred = Linear(width, vit.patch_size**2 * 3, dtype=jnp.float32, rngs=rngs)
+
+    def loss(self, batch: FramePairs, key: jax.Array) -> LossOutput:
+        """Mean squared error on masked patches, each patch normalised by its own mean and deviation."""
+        images = normalize_frames(batch.frames.reshape(-1, *batch.frames.shape[2:]))
+        target = _standardize_patches(patchify(images, self.encoder.config.patch_size))[0]
+        prediction, masked = self._reconstruct(images, key)
+        error = jnp.mean(jnp.square(prediction - target), axis=-1)
+        loss = jnp.sum(error * masked) / jnp.sum(masked)
+        return LossOutput(loss, {"masked_patch_mse": loss})
+
+    def reconstruct(self, frames: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Pictures of a reconstruction.
+
+        Args:
+          frames: uint8 `[B, H, W, 3]`.
+          key: draws the masks.
+
+        Returns:
+          The masked input and the reconstruction (visible patches copied), float32 in [0, 1] `[B, H, W, 3]`.
+        """
+        size, patch = self.encoder.config.image_size, self.encoder.config.patch_size
+        images = normalize_frames(frames)
+        patches = patchify(images, patch)
+        _, mean, std = _standardize_patches(patches)
+        prediction, masked = self._reconstruct(images, key)
+        masked = masked[..., None]
+        filled = jnp.where(masked, prediction * std + mean, patches)
+        hidden = jnp.where(masked, 0.0, patches)
+        return tuple(denormalize_frames(unpatchify(x, patch, size, size)) for x in (hidden, filled))
+
+    def _reconstruct(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Predicted standardised patches `[B, N, p * p * 3]` and the mask `[B, N]`, true where masked."""
+        tokens = self.encoder.embed(images)
+        batch, num_patches, width = tokens.shape
+        num_visible = max(1, round(num_patches * (1.0 - self.config.mask_ratio)))
+        order = jnp.argsort(jax.random.uniform(key, (batch, num_patches)), axis=1)
+        restore = jnp.argsort(order, axis=1)
+        visible = jnp.take_along_axis(tokens, order[:, :num_visible, None], axis=1)
+        features = self.decoder_embed(self.encoder.encode_tokens(visible))
+
+        hidden_shape = (batch, num_patches - num_visible, features.shape[-1])
+        mask_tokens = spread(self.mask_token[...], hidden_shape, features.dtype)
+        patches = jnp.concatenate([features[:, 1:], mask_tokens], axis=1)
+        patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
+        grid = self.encoder.config.grid
+        patches = patches + sincos_position_embedding(grid, grid, features.shape[-1]).astype(features.dtype)
+        decoded = self.decoder_blocks(jnp.concatenate([features[:, :1], patches], axis=1))
+        return self.decoder_pred(self.decoder_norm(decoded)[:, 1:]), restore >= num_visible
+
+
+def _standardize_patches(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    mean = jnp.mean(patches, axis=-1, keepdims=True)
+    std = jnp.sqrt(jnp.var(patches, axis=-1, keepdims=True) + 1e-6)
+    return (patches - mean) / std, mean, std

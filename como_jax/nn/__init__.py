@@ -1,0 +1,1 @@
+"""Layers, attention, stacks, vision and text towers that all models share."""

@@ -1,0 +1,117 @@
+"""From a config to a policy's definition."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from como_jax.data.language import make_tokenizer
+from como_jax.errors import ConfigError
+from como_jax.motion.build import DTYPES, vit_config
+from como_jax.nn.decoder import DecoderConfig
+from como_jax.nn.text import PUBLIC_TOWERS, TextConfig
+from como_jax.policies.autoregressive import AutoregressiveConfig, AutoregressivePolicy
+from como_jax.policies.diffusion import DiffusionConfig
+from como_jax.policies.diffusion_policy import DiffusionPolicy, DiffusionPolicyConfig
+from como_jax.policies.observation import ObservationConfig
+from como_jax.policies.vla import LatentVla, VlaConfig
+from como_jax.training.train_state import ModelDef
+from como_jax.weights.paligemma import paligemma_sizes
+from como_jax.weights.text import text_config_of
+
+POLICY_FAMILIES = ("diffusion_policy", "autoregressive_policy", "latent_vla")
+
+
+def build_policy(config: ConfigDict) -> ModelDef:
+    """The policy that a config describes, once `with_sizes` has filled in what follows from the data.
+
+    Raises:
+      ConfigError: a name or size in the config makes no model; the message names it.
+    """
+    if config.train.dtype not in DTYPES:
+        raise ConfigError(f"config.train.dtype {config.train.dtype!r} must be one of {', '.join(DTYPES)}.")
+    observation = observation_config(config)
+    options = {"dtype": DTYPES[config.train.dtype], "remat": config.train.remat}
+    if config.family == "diffusion_policy":
+        diffusion = diffusion_policy_config(config)
+        return ModelDef.create(lambda rngs: DiffusionPolicy(observation, diffusion, **options, rngs=rngs))
+    if config.family == "autoregressive_policy":
+        autoregressive = AutoregressiveConfig(**_model_fields(config, AutoregressiveConfig), **_window(config))
+        return ModelDef.create(lambda rngs: AutoregressivePolicy(observation, autoregressive, **options, rngs=rngs))
+    if config.family == "latent_vla":
+        vla = vla_config(config)
+        return ModelDef.create(lambda rngs: LatentVla(observation, vla, **options, rngs=rngs))
+    raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(POLICY_FAMILIES)}.")
+
+
+def observation_config(config: ConfigDict) -> ObservationConfig:
+    """What the policy reads."""
+    return ObservationConfig(
+        vit=vit_config(config),
+        text=text_config(config),
+        image_tower=config.encoder.tower,
+        freeze_images=config.encoder.frozen,
+        pool=config.encoder.pool,
+        cameras=max(1, len(config.data.cameras)),
+        instants=config.data.instants,
+        state_size=config.data.state_size,
+    )
+
+
+def text_config(config: ConfigDict) -> TextConfig:
+    """The instruction's tower."""
+    names = {field.name for field in dataclasses.fields(TextConfig)}
+    fields = {name: value for name, value in config.text.items() if name in names}
+    if config.text.tower == "tokens":
+        # What reads the tokens is the model itself.
+        fields["width"] = config.model.width
+    return TextConfig(**fields)
+
+
+def with_public_sizes(config: ConfigDict) -> ConfigDict:
+    """The config with the sizes of the public weights that it names, and of its tokenizer.
+
+    Raises:
+      RunError: weights are missing, unreadable or of no known kind.
+      ConfigError: a tower needs weights or a tokenizer, and the config names none.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.get("weights"):
+        if not config.text.tokenizer_file:
+            raise ConfigError("model.weights needs text.tokenizer_file, the tokenizer.model that comes with them.")
+        for section, fields in paligemma_sizes(config.model.weights).items():
+            config[section].update(fields)
+    if config.text.tower in PUBLIC_TOWERS:
+        config.text.update(dataclasses.asdict(text_config_of(config.text.weights, text_config(config))))
+    if config.text.tower == "tokens":
+        tokenizer = make_tokenizer("tokens", config.text.max_length, config.text.tokenizer_file)
+        config.text.vocabulary_size = max(config.text.vocabulary_size, tokenizer.vocabulary_size)
+    return config
+
+
+def diffusion_policy_config(config: ConfigDict) -> DiffusionPolicyConfig:
+    """The diffusion policy's part of the config."""
+    fields = _model_fields(config, DiffusionPolicyConfig) | _window(config)
+    latent_size = config.model.latent_queries * config.model.latent_dim
+    return DiffusionPolicyConfig(
+        **{**fields, "diffusion": DiffusionConfig(**config.model.diffusion), "latent_size": latent_size}
+    )
+
+
+def vla_config(config: ConfigDict) -> VlaConfig:
+    """The vision-language-action model's part of the config."""
+    fields = _model_fields(config, VlaConfig) | _window(config)
+    return VlaConfig(**{**fields, "decoder": DecoderConfig(**_model_fields(config, DecoderConfig))})
+
+
+def _model_fields(config: ConfigDict, of: type) -> dict[str, Any]:
+    """The fields of a dataclass that the config's model section has."""
+    names = {field.name for field in dataclasses.fields(of)}
+    return {name: value for name, value in config.model.items() if name in names}
+
+
+def _window(config: ConfigDict) -> dict[str, int]:
+    """Steps of the history and of the future, as the data section has them."""
+    return {"chunk": config.data.chunk, "stride": config.data.stride}

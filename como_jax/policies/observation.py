@@ -1,0 +1,203 @@
+"""What a policy sees, as tokens of one width: pictures of all cameras, proprioception and the instruction.
+
+Axes: B batch, T instants, C cameras, N tokens of one instant, M tokens of the instruction, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from como_jax.errors import ConfigError
+from como_jax.nn.batch_split import keep_batch_split
+from como_jax.nn.clip_text import ClipTextTower
+from como_jax.nn.layers import LayerNorm, Linear, normalize_frames
+from como_jax.nn.siglip import Siglip, scale_frames
+from como_jax.nn.t5 import T5Tower
+from como_jax.nn.text import ByteTransformer, EmbeddingTower, TextConfig, TextFeatures, TokenTable
+from como_jax.nn.vit import Vit, VitConfig
+from como_jax.types import Observation
+
+IMAGE_TOWERS = ("vit", "siglip", "conv")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservationConfig:
+    """How observations become tokens.
+
+    Attributes:
+      image_tower: "vit", "siglip", or "conv", a small convolutional network trained from scratch.
+      vit: sizes of the ViT or SigLIP; of the convolutional tower, only the picture's size and the width are used.
+      freeze_images: no gradient into the ViT or SigLIP.
+      pool: side of the square of image tokens that are averaged to one; 1 keeps all.
+      cameras: number of pictures.
+      instants: number of pictures of each camera, one after another.
+      state_size: numbers in the proprioceptive state; 0 leaves it out.
+      text: the tower that reads instructions.
+    """
+
+    vit: VitConfig
+    text: TextConfig
+    image_tower: str = "vit"
+    freeze_images: bool = False
+    pool: int = 1
+    cameras: int = 1
+    instants: int = 1
+    state_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.image_tower not in IMAGE_TOWERS:
+            raise ConfigError(f"encoder.tower {self.image_tower!r} must be one of {', '.join(IMAGE_TOWERS)}.")
+        if self.image_tower == "conv" and self.vit.image_size % ConvTower.STRIDE:
+            size, stride = self.vit.image_size, ConvTower.STRIDE
+            raise ConfigError(f"encoder.tower=conv needs a data.image_size that is a multiple of {stride}, not {size}.")
+        if self.pool < 1 or self.grid % self.pool:
+            raise ConfigError(f"encoder.pool {self.pool} must divide the {self.grid} image tokens along one side.")
+        if self.freeze_images and self.image_tower == "conv":
+            raise ConfigError("encoder.frozen needs another encoder.tower: a convolutional one starts from scratch.")
+
+    @property
+    def grid(self) -> int:
+        """Image tokens along one side, before pooling."""
+        return self.vit.image_size // ConvTower.STRIDE if self.image_tower == "conv" else self.vit.grid
+
+
+class ObservationFeatures(NamedTuple):
+    """Tokens of every instant `[B, T, N, D]`, which of them are there, bool `[B, T, N]`, and of the instruction."""
+
+    tokens: jax.Array
+    mask: jax.Array
+    text: TextFeatures
+
+    def context(self) -> tuple[jax.Array, jax.Array]:
+        """All tokens `[B, T * N + M, D]` in one sequence, and which of them are there."""
+        batch, instants, tokens, width = self.tokens.shape
+        seen = self.tokens.reshape(batch, instants * tokens, width)
+        return (
+            jnp.concatenate([seen, self.text.tokens], axis=1),
+            jnp.concatenate([self.mask.reshape(batch, -1), self.text.mask], axis=1),
+        )
+
+
+class ConvTower(nnx.Module):
+    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; float32, for it is small."""
+
+    STRIDE = 16
+
+    @staticmethod
+    def channels(width: int) -> tuple[int, ...]:
+        """Of the pictures, and behind each convolution."""
+        return (3, max(8, width // 4), max(8, width // 2), width, width)
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        channels = self.channels(width)
+        self.convs = nnx.List(
+            [
+                nnx.Conv(inputs, outputs, (3, 3), strides=2, padding="SAME", rngs=rngs)
+                for inputs, outputs in zip(channels[:-1], channels[1:], strict=True)
+            ]
+        )
+        self.norms = nnx.List([LayerNorm(size, dtype=jnp.float32, rngs=rngs) for size in channels[1:]])
+        self.dtype = dtype
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Features `[B, H / 16, W / 16, D]` of normalised images `[B, H, W, 3]`."""
+        x = images
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.nn.silu(norm(keep_batch_split(conv(keep_batch_split(x)))))
+        return x.astype(self.dtype)
+
+
+class ObservationEncoder(nnx.Module):
+    """Reads an `Observation`. One image tower sees the pictures of all cameras and instants."""
+
+    def __init__(
+        self,
+        config: ObservationConfig,
+        width: int,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+
+        def embedding(*shape: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, width)))
+
+        if config.image_tower == "conv":
+            self.images = ConvTower(config.vit.width, dtype=dtype, rngs=rngs)
+        else:
+            tower = {"vit": Vit, "siglip": Siglip}[config.image_tower]
+            self.images = tower(config.vit, dtype=dtype, remat="none" if config.freeze_images else remat, rngs=rngs)
+        side = config.grid // config.pool
+        self.image_proj = Linear(config.vit.width, width, dtype=dtype, rngs=rngs)
+        self.image_pos = embedding(side * side)
+        self.camera_embed = embedding(config.cameras)
+        self.instant_embed = embedding(config.instants)
+        self.text = make_text_tower(config.text, dtype=dtype, rngs=rngs)
+        if config.text.tower != "tokens":
+            self.text_proj = Linear(self.text.width, width, dtype=dtype, rngs=rngs)
+        if config.state_size:
+            self.state_proj = Linear(config.state_size, width, dtype=dtype, rngs=rngs)
+            self.no_state = embedding()
+
+    def untrained_paths(self) -> tuple[str, ...]:
+        """What the optimiser leaves alone."""
+        paths = ["images"] if self.config.freeze_images else []
+        return (*paths, *(["text"] if self.config.text.is_frozen else []))
+
+    def __call__(self, observation: Observation) -> ObservationFeatures:
+        """Tokens of width D of everything that is seen."""
+        observation.check_shapes()
+        images = self._image_tokens(observation.images)
+        batch, instants, cameras, per_camera, width = images.shape
+        images = images + self.image_pos[...] + self.camera_embed[...][:, None]
+        tokens = [images.reshape(batch, instants, cameras * per_camera, width)]
+        seen = jnp.repeat(observation.has_camera > 0, per_camera, axis=1)
+        masks = [jnp.broadcast_to(seen[:, None], (batch, instants, cameras * per_camera))]
+        if self.config.state_size:
+            has_state = observation.has_state[:, None, None] > 0
+            state = jnp.where(has_state, self.state_proj(observation.state), self.no_state[...])
+            tokens.append(state[:, :, None])
+            masks.append(jnp.ones((batch, instants, 1), bool))
+        everything = jnp.concatenate(tokens, axis=2) + self.instant_embed[...][:, None]
+        return ObservationFeatures(everything, jnp.concatenate(masks, axis=2), self._read_text(observation))
+
+    def _image_tokens(self, images: jax.Array) -> jax.Array:
+        """`[B, T, C, H, W, 3]` to `[B, T, C, N, D]`."""
+        config, leading = self.config, images.shape[:3]
+        flat = images.reshape(-1, *images.shape[3:])
+        features = self.images(scale_frames(flat) if config.image_tower == "siglip" else normalize_frames(flat))
+        if config.image_tower == "vit":
+            features = features[:, 1:]
+        if config.freeze_images:
+            features = jax.lax.stop_gradient(features)
+        side, pool = config.grid // config.pool, config.pool
+        cells = features.reshape(-1, side, pool, side, pool, config.vit.width).mean(axis=(2, 4))
+        return self.image_proj(cells.reshape(-1, config.vit.width)).reshape(*leading, side * side, -1)
+
+    def _read_text(self, observation: Observation) -> TextFeatures:
+        found = self.text(observation)
+        tokens, pooled = found.tokens, found.pooled
+        if self.config.text.is_frozen:
+            tokens, pooled = jax.lax.stop_gradient((tokens, pooled))
+        if self.config.text.tower != "tokens":
+            tokens, pooled = self.text_proj(tokens), self.text_proj(pooled)
+        return TextFeatures(tokens, found.mask, pooled)
+
+
+def make_text_tower(config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+    """The tower of the config: a module with a `width` that makes `TextFeatures` of an `Observation`."""
+    towers = {
+        "bytes": ByteTransformer,
+        "clip": ClipTextTower,
+        "t5": T5Tower,
+        "embedding": EmbeddingTower,
+        "tokens": TokenTable,
+    }
+    return towers[config.tower](config, dtype=dtype, rngs=rngs)

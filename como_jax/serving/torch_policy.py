@@ -1,0 +1,77 @@
+"""An exported policy, computed by PyTorch, as the server asks for it: for machines without JAX."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from como_jax.errors import ConfigError, RunError
+from como_jax.runtime_torch.errors import InputError, ModelFileError
+from como_jax.runtime_torch.policy import Policy
+from como_jax.runtime_torch.session import Session
+from como_jax.serving.options import PolicyOptions
+from como_jax.serving.policy import PolicyInputs
+from como_jax.serving.protocol import RequestError
+
+logger = logging.getLogger("como_jax.serve")
+
+
+class TorchPolicy:
+    """See `como_jax.serving.policy.ServedPolicy`."""
+
+    def __init__(self, policy: Policy, options: PolicyOptions):
+        """Takes the policy and how it acts."""
+        described = policy.metadata
+        self.inputs = PolicyInputs(policy.cameras, policy.state_size, described["uses_text"])
+        self._policy, self._whole_chunks = policy, options.whole_chunks
+        horizon = described["chunk"] if options.whole_chunks else 1
+        self.metadata: Mapping[str, Any] = {"action_horizon": horizon, "action_dim": policy.action_size, **described}
+
+    @classmethod
+    def load(cls, directory: os.PathLike[str], options: PolicyOptions) -> TorchPolicy:
+        """What `python -m tools.export_torch` wrote, on the GPU if there is one.
+
+        Raises:
+          UsageError: it is no policy, is damaged, or cannot be served with these options.
+        """
+        if options.sampling:
+            raise ConfigError("--sampling is for runs; an export samples as the config says that it was exported with.")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        numbers = {"execute": options.execute or 0, "ensemble": options.ensemble, "seed": options.seed}
+        try:
+            policy = Policy.from_pretrained(directory, device=device, robot=options.dataset, **numbers)
+        except (InputError, ModelFileError) as error:
+            raise RunError(str(error)) from error
+        logger.info("Computed by PyTorch on %s", device)
+        return cls(policy, options)
+
+    def new_session(self) -> TorchSession:
+        """See `ServedPolicy`."""
+        return TorchSession(self._policy.new_session(), self._whole_chunks)
+
+
+class TorchSession:
+    """See `como_jax.serving.policy.Session`."""
+
+    def __init__(self, session: Session, whole_chunks: bool):
+        """Takes the session, and whether the client carries chunks out."""
+        self._session, self._whole_chunks = session, whole_chunks
+
+    def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str) -> np.ndarray:
+        """See `Session`."""
+        observation = {"images": images, "state": state}
+        try:
+            if self._whole_chunks:
+                return self._session.plan(observation, prompt)
+            return self._session.act(observation, prompt)[None]
+        except InputError as error:
+            raise RequestError(str(error)) from error
+
+    def reset(self) -> None:
+        """See `Session`."""
+        self._session.reset()

@@ -1,0 +1,101 @@
+"""From a config and a slice to the compiled train step: the very one that a run on that slice would compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from como_jax.motion.build import FAMILIES, build_model
+from como_jax.policies.build import build_policy, with_public_sizes
+from como_jax.tpu.topology import Topology
+from como_jax.training import sharding
+from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
+from como_jax.training.build import build_training
+from como_jax.training.train_state import TrainState
+
+
+class DoesNotFitError(RuntimeError):
+    """The step needs more memory than a chip has; the message is the compiler's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A train step for devices that need not exist.
+
+    Attributes:
+      config: whose open sizes are filled in.
+      mesh: of the slice's devices.
+      state: shapes and shardings of the train state.
+      compiled: by XLA.
+      seconds: that compiling took.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    state: TrainState
+    compiled: jax.stages.Compiled
+    seconds: float
+
+
+def compile_step(config: ConfigDict, topology: Topology, sizes: DataSizes) -> CompiledStep:
+    """Compiles the train step of a pretraining or policy recipe, with the mesh that the config asks for.
+
+    Args:
+      config: of `configs`.
+      topology: what to compile for.
+      sizes: what a dataset would decide.
+
+    Raises:
+      UsageError: config and slice do not fit together.
+      DoesNotFitError: the step needs more memory than there is.
+    """
+    config = with_assumed_sizes(config, sizes)
+    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
+    if config.family in FAMILIES:
+        model = build_model(config)
+    else:
+        config = with_public_sizes(config)
+        model = build_policy(config)
+    training = build_training(config, model, mesh)
+    begin = time.monotonic()
+    lowered = training.step.lower(training.abstract, abstract_batch(config, mesh))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(str(error).splitlines()[0]) from error
+    return CompiledStep(config, mesh, training.abstract, compiled, time.monotonic() - begin)
+
+
+def with_batch_per_chip(config: ConfigDict, per_chip: int, num_chips: int) -> ConfigDict:
+    """The config with another batch."""
+    config = config.copy_and_resolve_references()
+    config.data.batch_size = per_chip * num_chips
+    return config
+
+
+def largest(fits: Callable[[int], bool], first: int, precision: int = 8) -> int:
+    """The largest number that fits, within one part in `precision` of it; 0 where not even 1 does.
+
+    Args:
+      fits: true up to some number and false beyond.
+      first: to try; from there the search doubles or halves, and then bisects.
+      precision: the search ends where a better number would be less than this share better.
+    """
+    low, high = 0, max(1, first)
+    while fits(high):
+        low, high = high, 2 * high
+    while not low and high > 1:
+        half = high // 2
+        low, high = (half, high) if fits(half) else (0, half)
+    while low and high - low > max(1, low // precision):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
