@@ -69,7 +69,6 @@ TRAINING_EXTRAS = {
         "mypy>=1.11",
         "pytest>=8.0",
         "pytest-xdist>=3.6",
-        "qwix>=0.1.8",
         "ruff>=0.6",
         "scikit-learn>=1.4",
         "sentencepiece>=0.2",

@@ -1,12 +1,11 @@
-"""Times the input pipeline beside its limit, bare JPEG decoding, and beside loaders that seek in mp4 files.
+"""Times the input pipeline beside its limit, which is bare JPEG decoding.
 
     python -m tools.benchmarks.loader --source clips
     python -m tools.benchmarks.loader --source clips --stored_size 256 --instants 2
 
-Converts the videos of --source, without it episodes of the embedded environment, into a temporary dataset, and the
-same frames into H.264 files with a key frame every 250 frames (x264's default) and every 10. All loaders give random
-pairs of frames half a second apart, resized and shifted alike. What is compared runs in turn, in several rounds, on
-one core, to which the process pins itself; then the pipeline runs on all cores, and its memory is watched over epochs.
+The videos of --source, or without it episodes of the embedded environment, are converted into a temporary dataset. Both
+read random pairs of its frames, half a second apart, in turn and in several rounds, on one core, to which the process
+pins itself. Then the pipeline runs on all cores, and its memory is watched over several epochs.
 """
 
 from __future__ import annotations
@@ -29,11 +28,8 @@ from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
 from como_jax.data.pipeline import train_batches
 from como_jax.data.samples import Augmentation, TrainingSamples
-from como_jax.data.transforms import View, cut, resize, shift
 from como_jax.errors import ConfigError
-from tools.benchmarks import tfdata
 from tools.benchmarks.machine import describe_machine
-from tools.benchmarks.seeking import OpenCvVideos, PyAvVideos, write_videos
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of videos; without it the embedded environment.")
 _STORED_SIZE = flags.DEFINE_integer("stored_size", 224, "Shorter side of the stored pictures.")
@@ -94,43 +90,6 @@ def time_pipeline(mixture: Mixture, threads: int) -> Callable[[], float]:
     return measure
 
 
-def time_seeking(videos: PyAvVideos | OpenCvVideos, mixture: Mixture) -> Callable[[], float]:
-    """Frames a second of random pairs out of video files."""
-    index, rng = mixture.parts[0].index, np.random.default_rng(0)
-    source = mixture.parts[0].source
-
-    def measure() -> float:
-        begin, count = time.perf_counter(), 0
-        frame = np.empty((_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3), np.uint8)
-        resized = np.empty_like(frame)
-        while time.perf_counter() - begin < _SECONDS.value:
-            clip = rng.integers(len(index))
-            episode = int(index.episode[clip])
-            first = int(index.first[clip] - source.start[episode])
-            for picture in videos.read(episode, [first, first + int(index.gap[episode])]):
-                resize(cut(picture, View()), resized)
-                shift(resized, *rng.integers(-_SHIFT, _SHIFT + 1, 2).tolist(), frame)
-                count += 1
-        return count / (time.perf_counter() - begin)
-
-    return measure
-
-
-def time_tfdata(folder: Path, mixture: Mixture) -> Callable[[], float]:
-    """Frames a second of tf.data over the same pictures as RLDS."""
-    [part] = mixture.parts
-    path = tfdata.write_rlds(folder / "rlds.tfrecord", part)
-    stream = tfdata.batches(path, int(part.index.gap[0]), _BATCH_SIZE.value, _IMAGE_SIZE.value, _SHIFT, 1)
-
-    def measure() -> float:
-        begin, count = time.perf_counter(), 0
-        while time.perf_counter() - begin < _SECONDS.value:
-            count += 2 * len(next(stream))
-        return count / (time.perf_counter() - begin)
-
-    return measure
-
-
 def watch_memory(mixture: Mixture, threads: int) -> tuple[float, float]:
     """Resident MiB of the process after the first epoch and after the last."""
     stream, first = batches(mixture, threads), 0.0
@@ -162,7 +121,6 @@ def main(arguments: Sequence[str]) -> None:
     print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
         mixture = convert(Path(folder, "data"))
-        long, short = (write_videos(Path(folder, f"gop{gop}"), mixture.parts[0].source, gop) for gop in (250, 10))
         pin({min(cores)})
         source = mixture.parts[0].source
         height, width, *_ = simplejpeg.decode_jpeg_header(source.read_jpegs([0])[0])
@@ -173,15 +131,7 @@ def main(arguments: Sequence[str]) -> None:
         contestants = {
             "bare JPEG decoding": time_bare_decoding(mixture),
             "the pipeline": time_pipeline(mixture, 1),
-            "PyAV, key frame every 250": time_seeking(PyAvVideos(long), mixture),
-            "PyAV, key frame every 10": time_seeking(PyAvVideos(short), mixture),
-            "OpenCV, key frame every 250": time_seeking(OpenCvVideos(long), mixture),
-            "OpenCV, key frame every 10": time_seeking(OpenCvVideos(short), mixture),
         }
-        if tfdata.is_available():
-            contestants["tf.data over RLDS"] = time_tfdata(Path(folder), mixture)
-        else:
-            print("no comparison with tf.data: TensorFlow is not installed (pip install tensorflow-cpu)")
         compare(contestants, "the pipeline")
         if len(cores) > 1:
             scale(mixture, cores)
