@@ -22,9 +22,10 @@ from como_jax.data.mixture import mixture_text, parse_mixture
 from como_jax.errors import ConfigError
 from como_jax.evaluation.latents.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
 from como_jax.motion.build import build_model, pairs_of_clip
+from como_jax.nn.model_def import ModelDef
 from como_jax.training import session, sharding
 from como_jax.training.pretrained import check_perceptual_file, load_pretrained
-from como_jax.training.train_state import ModelDef, TrainState
+from como_jax.training.train_state import TrainState
 from como_jax.training.watch import CollapseWatch
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")

@@ -23,10 +23,11 @@ from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, 
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
+from como_jax.nn.model_def import ModelDef
 from como_jax.policies.build import build_policy, with_public_sizes
 from como_jax.training import session, sharding
 from como_jax.training.pretrained import load_policy_parts
-from como_jax.training.train_state import ModelDef, TrainState
+from como_jax.training.train_state import TrainState
 
 
 def train_policy(config: ConfigDict, workdir: epath.PathLike) -> TrainState:

@@ -16,10 +16,10 @@ from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.labelling.labelling import DatasetLabeller
 from como_jax.labelling.provenance import LabelSettings
 from como_jax.motion.como import Como, MotionConfig
+from como_jax.nn.model_def import ModelDef
 from como_jax.nn.vit import VitConfig
 from como_jax.training import sharding
 from como_jax.training.run import load_run
-from como_jax.training.train_state import ModelDef
 from experiments.pretrain import pretrain
 from experiments.train_policy import train_policy
 from tests.policies.smoke_policies import PolicyRun, smoke

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.motion.build import build_model
+from como_jax.nn.model_def import merge_params
 from como_jax.policies.build import build_policy
-from como_jax.training.train_state import merge_params
 from como_jax.types import fake_frame_pairs, fake_policy_batch
 from configs import ablation
 from tests.conftest import REPOSITORY

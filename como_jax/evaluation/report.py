@@ -22,7 +22,7 @@ from como_jax.evaluation.latents.spread import cosine_similarity_matrix, princip
 from como_jax.evaluation.latents.transfer import transfer_motion
 from como_jax.evaluation.latents.transitions import DatasetResult, EvaluationSet, set_batches
 from como_jax.files import write_text
-from como_jax.training.train_state import ModelDef, Params
+from como_jax.nn.model_def import ModelDef, Params
 
 STRIP_INSTANTS = 5
 MAX_DIMENSIONS = 4

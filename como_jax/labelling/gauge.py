@@ -24,8 +24,8 @@ from como_jax.evaluation.latents.statistics import LatentStatistics, LatentSums
 from como_jax.files import write_atomic, write_text
 from como_jax.labelling.shards import LabelShard, read_labels
 from como_jax.labelling.streaming import READ_ERRORS
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training.run import Run
-from como_jax.training.train_state import ModelDef, Params
 
 FIGURE_NAME = "drift.png"
 _REFERENCE_CLIPS, _SIMILARITY_CLIPS, _BATCH = 2048, 256, 32

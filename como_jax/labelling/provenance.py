@@ -13,8 +13,8 @@ import numpy as np
 
 from como_jax.labelling.shards import LabelShard
 from como_jax.motion.build import codebook_size
+from como_jax.nn.model_def import Params
 from como_jax.training.run import Run
-from como_jax.training.train_state import Params
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "simplejpeg", "opencv-python-headless")
 

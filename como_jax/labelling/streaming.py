@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from como_jax.data.frames import FrameReader
 from como_jax.data.samples import Samples
 from como_jax.errors import DatasetError
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef, Params
 from como_jax.types import MotionLabel
 
 READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)

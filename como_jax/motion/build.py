@@ -14,8 +14,8 @@ from como_jax.motion.como import Como, MotionConfig
 from como_jax.motion.laq import Laq, LaqConfig
 from como_jax.motion.mae import Mae, MaeConfig
 from como_jax.motion.released import ReleasedComo, ReleasedLaq
+from como_jax.nn.model_def import ModelDef
 from como_jax.nn.vit import VitConfig
-from como_jax.training.train_state import ModelDef
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.nn.attention import CUDNN_HEAD_SIZES, IMPLEMENTATIONS, FusableAttention
-from como_jax.training.train_state import ModelDef
+from como_jax.nn.model_def import ModelDef
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from como_jax.nn.model_def import ModelDef
 from como_jax.training.attention import choose_attention
 from como_jax.training.optim import OptimConfig, make_optimizer
-from como_jax.training.train_state import ModelDef, TrainState, abstract_state, make_train_step
+from como_jax.training.train_state import TrainState, abstract_state, make_train_step
 
 
 class Training(NamedTuple):

@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from como_jax import hosts
 from como_jax.errors import RunError
 from como_jax.files import write_text
+from como_jax.nn.model_def import Params, merge_params
 from como_jax.training.sharding import path_name
-from como_jax.training.train_state import Params, TrainState, merge_params
+from como_jax.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 

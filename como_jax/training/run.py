@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from como_jax import hosts
 from como_jax.errors import RunError
 from como_jax.motion.build import FAMILIES, build_model
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
 from como_jax.training.checkpoint import load_newest
-from como_jax.training.train_state import ModelDef, Params
 
 LATENT_FAMILIES = tuple(family for family in FAMILIES if family != "mae")
 

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax import hosts
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
 from como_jax.training.build import build_training
 from como_jax.training.checkpoint import Checkpointer, check_workdir, claim_workdir
 from como_jax.training.loop import LoopConfig, fit
-from como_jax.training.train_state import Metrics, ModelDef, Params, TrainState, create_state, evaluation_params
+from como_jax.training.train_state import Metrics, TrainState, create_state, evaluation_params
 from como_jax.training.writers import MetricWriter, NullWriter
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from como_jax.evaluation.latents.probes import linear_probe
 from como_jax.evaluation.latents.spread import effective_rank
 from como_jax.evaluation.latents.transitions import EvaluationSet
 from como_jax.motion.mae import Mae, MaeConfig
+from como_jax.nn.model_def import ModelDef
 from como_jax.nn.vit import VitConfig
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef
 
 GAP_SECONDS, SIZE = 0.3, 16
 

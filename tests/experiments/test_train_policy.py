@@ -20,11 +20,12 @@ from como_jax.data.policy_reader import to_policy_batch
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, RunError, UsageError
 from como_jax.evaluation.rollouts.policy_runner import load_policy
+from como_jax.nn.model_def import Params
 from como_jax.policies.build import build_policy
 from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.training import sharding
 from como_jax.training.build import build_training
-from como_jax.training.train_state import Params, create_state, evaluation_params
+from como_jax.training.train_state import create_state, evaluation_params
 from como_jax.types import PolicyBatch
 from experiments.train_policy import train_policy
 from tests.policies.smoke_policies import (

@@ -15,8 +15,8 @@ from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
 from como_jax.labelling.streaming import StreamLabeller, single_frames, steps_back
 from como_jax.motion.bottlenecks import BottleneckConfig
+from como_jax.nn.model_def import ModelDef
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef
 
 SIZE, EPISODES = 16, 4
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from como_jax.errors import ConfigError
 from como_jax.motion.bottlenecks import BottleneckConfig, Bottlenecked, make_bottleneck, replacement_due
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef, Params
 
 SIZE, CODES = 3, 6
 KEY = jax.random.key(7)

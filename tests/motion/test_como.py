@@ -17,7 +17,7 @@ from como_jax.motion.bottlenecks import BottleneckConfig
 from como_jax.motion.como import Como, MotionConfig
 from como_jax.motion.dynamics import InverseDynamics
 from como_jax.nn.layers import normalize_frames
-from como_jax.training.train_state import ModelDef, Params
+from como_jax.nn.model_def import ModelDef, Params
 
 MakeComo = Callable[..., ModelDef]
 

@@ -11,7 +11,7 @@ import pytest
 from como_jax import types
 from como_jax.motion import losses
 from como_jax.motion.bottlenecks import BottleneckConfig
-from como_jax.training.train_state import ModelDef, Params
+from como_jax.nn.model_def import ModelDef, Params
 
 MakeComo = Callable[..., ModelDef]
 

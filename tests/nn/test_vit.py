@@ -11,9 +11,9 @@ from scipy.special import erf
 
 from como_jax.errors import ConfigError
 from como_jax.nn.layers import Block
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.nn.stack import Stack
 from como_jax.nn.vit import Vit, VitConfig
-from como_jax.training.train_state import ModelDef, Params
 
 CONFIG = VitConfig(image_size=24, patch_size=8, width=16, depth=2, num_heads=2)
 

@@ -35,8 +35,8 @@ from tiny_autoregressive import (
 )
 
 from como_jax.errors import ConfigError, DatasetError
+from como_jax.nn.model_def import Params
 from como_jax.training import sharding
-from como_jax.training.train_state import Params
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

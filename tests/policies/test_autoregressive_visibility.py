@@ -19,8 +19,8 @@ from tiny_autoregressive import (
 )
 
 from como_jax import types
+from como_jax.nn.model_def import Params
 from como_jax.policies.autoregressive import Motion
-from como_jax.training.train_state import Params
 
 Inputs = tuple[types.Observation, Motion, np.ndarray]
 

@@ -14,12 +14,12 @@ from flax import traverse_util
 from scipy import stats
 
 from como_jax.errors import ConfigError
+from como_jax.nn.model_def import ModelDef
 from como_jax.nn.text import TextConfig
 from como_jax.nn.vit import VitConfig
 from como_jax.policies.diffusion import DiffusionConfig
 from como_jax.policies.diffusion_policy import DiffusionPolicy, DiffusionPolicyConfig
 from como_jax.policies.observation import ObservationConfig
-from como_jax.training.train_state import ModelDef
 from como_jax.types import PolicyBatch, fake_policy_batch
 
 Params = dict[str, Any]

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from como_jax import types
 from como_jax.motion.bottlenecks import BottleneckConfig
 from como_jax.motion.laq import Laq, LaqConfig
+from como_jax.nn.model_def import ModelDef
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef, TrainState, abstract_state, create_state, make_train_step
+from como_jax.training.train_state import TrainState, abstract_state, create_state, make_train_step
 
 # Adam's usual epsilon would blow up the rounding of gradients that are 0 in exact arithmetic.
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, eps=1e-3))

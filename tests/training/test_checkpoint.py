@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax.errors import RunError
+from como_jax.nn.model_def import ModelDef
 from como_jax.training import checkpoint
 from como_jax.training.checkpoint import Checkpointer
-from como_jax.training.train_state import ModelDef, TrainState, abstract_state, evaluation_params
+from como_jax.training.train_state import TrainState, abstract_state, evaluation_params
 
 
 def make_iterator() -> grain.DatasetIterator:

@@ -18,12 +18,12 @@ from como_jax.errors import ConfigError
 from como_jax.motion.build import FAMILIES, build_model
 from como_jax.nn import layers
 from como_jax.nn.attention import FusableAttention
+from como_jax.nn.model_def import ModelDef
 from como_jax.policies.build import build_policy
 from como_jax.training import sharding
 from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
 from como_jax.training.attention import choose_attention, with_cudnn
 from como_jax.training.build import build_training
-from como_jax.training.train_state import ModelDef
 
 GPU: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
 

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.motion.build import FAMILIES, build_model
+from como_jax.nn.model_def import merge_params
 from como_jax.policies.build import build_policy
 from como_jax.training import sharding
 from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
 from como_jax.training.flops import train_flops
-from como_jax.training.train_state import merge_params
 
 BATCH = 8
 

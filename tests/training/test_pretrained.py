@@ -11,9 +11,10 @@ from flax import traverse_util
 
 from como_jax.errors import RunError
 from como_jax.motion.build import build_model
+from como_jax.nn.model_def import Params
 from como_jax.training import sharding
 from como_jax.training.run import open_run
-from como_jax.training.train_state import Params, evaluation_params
+from como_jax.training.train_state import evaluation_params
 from configs import pretrain_mae
 from experiments.pretrain import pretrain
 from experiments.train_policy import train_policy

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from como_jax.errors import MeshError
+from como_jax.nn.model_def import merge_params
 from como_jax.training import sharding
-from como_jax.training.train_state import merge_params
 
 
 @pytest.mark.parametrize(

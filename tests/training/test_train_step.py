@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from como_jax.nn.model_def import ModelDef
 from como_jax.training import train_state
-from como_jax.training.train_state import ModelDef, TrainState
+from como_jax.training.train_state import TrainState
 from como_jax.types import LossOutput
 
 

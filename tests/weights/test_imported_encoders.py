@@ -17,9 +17,9 @@ from flax import traverse_util
 from como_jax.errors import ConfigError, RunError
 from como_jax.motion.mae import Mae, MaeConfig
 from como_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD, sincos_position_embedding
+from como_jax.nn.model_def import ModelDef
 from como_jax.nn.siglip import Siglip
 from como_jax.nn.vit import VitConfig
-from como_jax.training.train_state import ModelDef
 from como_jax.weights.checkpoints import Weights, read_weights
 from como_jax.weights.importing import Accounts, Flat, Format, Options, import_parameters
 from como_jax.weights.mae import mae_facebook, mae_huggingface

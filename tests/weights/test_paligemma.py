@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 from como_jax.errors import RunError
 from como_jax.nn.decoder import Decoder, DecoderConfig
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.nn.text import TextConfig
 from como_jax.nn.vit import VitConfig
 from como_jax.policies.observation import ObservationConfig, ObservationEncoder
-from como_jax.training.train_state import ModelDef, Params
 from como_jax.types import Observation
 from como_jax.weights.paligemma import load_paligemma, paligemma_sizes
 

@@ -30,12 +30,13 @@ from como_jax import cli
 from como_jax.errors import UsageError
 from como_jax.files import write_json
 from como_jax.motion.build import FAMILIES, build_model, pairs_of_clip
+from como_jax.nn.model_def import ModelDef
 from como_jax.policies.build import build_policy, with_public_sizes
 from como_jax.training import sharding
 from como_jax.training.abstract_batch import DataSizes, abstract_batch, random_batch, with_assumed_sizes
 from como_jax.training.build import Training, build_training
 from como_jax.training.flops import train_flops
-from como_jax.training.train_state import ModelDef, TrainState, create_state
+from como_jax.training.train_state import TrainState, create_state
 from como_jax.types import FramePairs, PolicyBatch
 from tools.benchmarks.machine import describe_machine
 from tools.benchmarks.memory import peak_resident_bytes

@@ -22,8 +22,8 @@ from como_jax.evaluation.latents.transitions import (
     scene_metrics,
     set_batches,
 )
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef, Params
 from como_jax.training.writers import MetricWriter, NullWriter
 from como_jax.types import FramePairs
 

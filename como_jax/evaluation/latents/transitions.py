@@ -25,8 +25,8 @@ from como_jax.evaluation.latents.probes import ProbeError, ProbeResult, linear_p
 from como_jax.evaluation.latents.reconstruction import error_map, psnr, ssim
 from como_jax.evaluation.latents.similarity import past_future_similarity, past_future_similarity_by_token
 from como_jax.evaluation.latents.spread import effective_rank
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
-from como_jax.training.train_state import ModelDef, Params
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from como_jax.data.instructions import InstructionReader
 from como_jax.data.transforms import View, cut, resize
 from como_jax.errors import RunError
 from como_jax.evaluation.rollouts.sampling import with_sampling
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.policies.build import POLICY_FAMILIES, build_policy
 from como_jax.policies.spec import PolicySpec, Scales, Scene
 from como_jax.training import sharding
 from como_jax.training.run import open_run
-from como_jax.training.train_state import ModelDef, Params
 from como_jax.types import Observation
 
 

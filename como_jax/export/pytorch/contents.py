@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 
 from como_jax.files import write_json
 from como_jax.labelling.provenance import hash_params
+from como_jax.nn.model_def import Params
 from como_jax.runtime_torch.config import FORMAT, VERSION
 from como_jax.runtime_torch.files import CONFIG_NAME
 from como_jax.training.run import Run
-from como_jax.training.train_state import Params
 from como_jax.weights.exported import WEIGHTS_NAME
 from como_jax.weights.tables import DeepTable, write_tensors
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from como_jax.export.pytorch.policy_noise import draw_noise
+from como_jax.nn.model_def import Params
 from como_jax.policies import autoregressive as jax_policy
 from como_jax.policies.build import build_policy
 from como_jax.policies.vla import attention_mask
@@ -26,7 +27,6 @@ from como_jax.runtime_torch.latent_vla import LatentVla
 from como_jax.runtime_torch.noise import GivenNoise
 from como_jax.runtime_torch.observation import Observation as TorchObservation
 from como_jax.runtime_torch.policy_config import DiffusionConfig
-from como_jax.training.train_state import Params
 from como_jax.types import Observation
 
 Results = dict[str, np.ndarray]

@@ -16,9 +16,9 @@ from como_jax.data.transforms import View, cut, resize
 from como_jax.errors import ConversionError
 from como_jax.motion.bottlenecks import Bottleneck
 from como_jax.motion.build import build_model, codebook_size
+from como_jax.nn.model_def import ModelDef, Params
 from como_jax.runtime_torch.latent_motion import LatentMotion, Motion
 from como_jax.training.run import Run
-from como_jax.training.train_state import ModelDef, Params
 
 TOLERANCE = 1e-4
 """Of the largest difference, as a share of the largest value."""
