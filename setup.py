@@ -66,6 +66,7 @@ TRAINING_EXTRAS = {
     "dev": [
         *SERVING,
         "apache-beam>=2.77",
+        "import-linter>=2.1",
         "mypy>=1.11",
         "pytest>=8.0",
         "pytest-xdist>=3.6",

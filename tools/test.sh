@@ -8,5 +8,6 @@ EXTRAS=dev,tpu,torch source tools/install.sh
 
 ruff check .
 ruff format --check .
+lint-imports
 mypy
 python -m pytest "$@"
