@@ -4,10 +4,23 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What a robot needs: como_jax.runtime_torch, with the extra torch, does without JAX.
-ROBOT = ["numpy>=2.0", "opencv-python-headless>=4.10.0.84", "safetensors>=0.4"]
+HERE = Path(__file__).parent
 
-TRAINING = [
+
+def read_requirements(package: str) -> list[str]:
+    """The requirements of a package that can be installed without the others, which lie in a file beside it."""
+    lines = (HERE / "como_jax" / package / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+ROBOT, SERVING = read_requirements("runtime_torch"), read_requirements("serving")
+LANGUAGE = ["sentencepiece>=0.2", "tokenizers>=0.19"]
+TRANSFORMERS = ["transformers>=4.44"]
+BEAM = ["apache-beam>=2.77"]
+
+# A robot installs none of these, see README.md: pip install --no-deps . && pip install -r <the file of runtime_torch>
+REQUIREMENTS = [
+    *(line for line in ROBOT if not line.startswith("torch")),
     "absl-py>=2.1",
     "array_record>=0.6",
     "av>=18.0",
@@ -28,26 +41,23 @@ TRAINING = [
     "orbax-checkpoint>=0.11.20",
     "pillow>=10.0",
     "pyarrow>=15.0",
+    "scikit-learn>=1.4",
+    "scipy>=1.12",
     "simplejpeg>=1.8",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.66",
 ]
 
-SERVING = ["msgpack>=1.0", "prometheus_client>=0.20", "websockets>=14"]
-
-ROBOT_EXTRAS = {
-    "torch": ["torch>=2.4"],
-    "serve": ["absl-py>=2.1", "etils[epath]>=1.10", *SERVING],
-    "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
-}
-
-TRAINING_EXTRAS = {
-    "train": [],
-    "beam": ["apache-beam>=2.77"],
-    "tpu": ["jax[tpu]"],
+EXTRAS = {
     "cuda": ["jax[cuda12]"],
-    "language": ["sentencepiece>=0.2", "tokenizers>=0.19"],
+    "tpu": ["jax[tpu]"],
+    "torch": ["torch>=2.4"],
+    "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
+    "transformers": TRANSFORMERS,
+    "language": LANGUAGE,
+    "serve": SERVING,
+    "beam": BEAM,
     # hf-libero itself requires much that is not needed here: pip install --no-deps hf-libero==0.1.4. What is needed of
     # that is here; it asks for mujoco<3.9, and robosuite 1.4.0 works up to 3.11.
     "libero": [
@@ -64,16 +74,15 @@ TRAINING_EXTRAS = {
     "metaworld": ["metaworld>=3.0", "packaging"],
     "pusht": ["gym-pusht>=0.1.6"],
     "dev": [
+        *BEAM,
+        *LANGUAGE,
         *SERVING,
-        "apache-beam>=2.77",
-        "import-linter>=2.1",
+        *TRANSFORMERS,
+        "import-linter>=2.0",
         "mypy>=1.11",
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.6",
-        "scikit-learn>=1.4",
-        "sentencepiece>=0.2",
-        "tokenizers>=0.19",
     ],
 }
 
@@ -81,12 +90,12 @@ setup(
     name="como_jax",
     version="0.1.0",
     description="Continuous latent motion from action-free videos, for robot learning, in JAX",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["como_jax", "como_jax.*"]),
-    package_data={"como_jax": ["**/*.jinja", "**/*.toml"]},
-    install_requires=ROBOT,
-    extras_require=ROBOT_EXTRAS | {name: TRAINING + extra for name, extra in TRAINING_EXTRAS.items()},
+    package_data={"como_jax": ["**/*.jinja", "**/*.toml", "**/requirements.txt"]},
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
 )

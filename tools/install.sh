@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv in the repository and installs the project into it, once for every setup.py.
-# EXTRAS, dev by default, says with what.
+# EXTRAS names the extras of setup.py to install, dev by default.
 extras=${EXTRAS:-dev}
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

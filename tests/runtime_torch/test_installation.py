@@ -1,4 +1,4 @@
-"""The runtime installs and works where there is no JAX, with what the extra `torch` needs and nothing else."""
+"""The runtime installs and works where there is no JAX, with what its requirements.txt lists and nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from packaging.requirements import Requirement  # noqa: E402
 from como_jax.runtime_torch.latent_motion import LatentMotion  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NEEDED = ("torch", "numpy", "safetensors", "opencv-python-headless", "setuptools")
+REQUIREMENTS = REPOSITORY / "como_jax" / "runtime_torch" / "requirements.txt"
 SCRIPT = """
 import importlib.util, sys
 import numpy as np
@@ -31,16 +31,18 @@ from como_jax.runtime_torch.latent_motion import LatentMotion
 motion = LatentMotion.from_pretrained(sys.argv[1]).encode(np.load(sys.argv[2]))
 np.save(sys.argv[3], motion.latent.numpy())
 found = [name for name in ("jax", "jaxlib", "flax", "chex", "etils", "absl") if importlib.util.find_spec(name)]
-foreign = [name for name in sys.modules if name.startswith("como_jax.") and "runtime_torch" not in name]
-assert not found and not foreign, (found, foreign)
-import como_jax
-print(como_jax.__file__)
+parts = {name.split(".")[1] for name in sys.modules if name.startswith("como_jax.")}
+assert not found and parts <= {"runtime_torch", "spec"}, (found, parts)
+import como_jax, importlib.metadata
+print(como_jax.__file__, *importlib.metadata.requires("como_jax"), sep="\\n")
 """
 
 
 def needed_packages() -> dict[str, Path]:
     """Files and folders of all packages that are needed, and of those that these need, by their names."""
-    found, wanted, seen = {}, [(name, "") for name in NEEDED], set()
+    lines = [line for line in REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    # setuptools is there to build the package, as pip would fetch it.
+    found, wanted, seen = {}, [(Requirement(line).name, "") for line in (*lines, "setuptools")], set()
     while wanted:
         name, extra = wanted.pop()
         if (name, extra) in seen:
@@ -69,9 +71,10 @@ def python(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, source / name)
     interpreter = environment / "bin" / "python"
-    options = ["--no-index", "--no-build-isolation", "--no-compile", "--quiet"]
-    command = [sys.executable, "-m", "pip", "--python", interpreter, "install", *options, f"{source}[torch]"]
-    subprocess.run(command, check=True)
+    install = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-index", "--quiet"]
+    subprocess.run([*install, "--no-build-isolation", "--no-compile", "--no-deps", source], check=True)
+    # Nothing is left to install, so that this works without an index.
+    subprocess.run([*install, "-r", REQUIREMENTS], check=True)
     return interpreter
 
 
@@ -84,6 +87,11 @@ def test_a_robot_without_jax_encodes_what_this_machine_encodes(python: Path, exp
         [python, "-c", SCRIPT, *map(str, arguments)], cwd=tmp_path, env=clean, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "environment")
+    place, *requires = done.stdout.splitlines()
+    assert Path(place).is_relative_to(tmp_path / "environment")
+    # Without --no-deps, pip brings what the project's name promises.
+    needed = {Requirement(line).name for line in requires if "extra ==" not in line}
+    assert needed >= {"jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "ml-collections"}
+    assert needed >= {"chex", "absl-py", "numpy", "safetensors"} and "torch" not in needed
     here = LatentMotion.from_pretrained(exported).encode(frames).latent.numpy()
     np.testing.assert_array_equal(np.load(tmp_path / "latent.npy"), here)
