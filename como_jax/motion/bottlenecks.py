@@ -5,7 +5,6 @@ Axes: N latent vectors of a batch, K codes, L latent size of one vector; `...` a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from como_jax.errors import ConfigError
+from como_jax.spec.motion import BottleneckConfig
 from como_jax.types import MotionLabel
 
-KINDS = ("none", "vq", "vq_ema", "nsvq", "fsq", "kl")
 # A code is called dead when its share of the last few hundred updates is under this part of an equal share.
 DEAD_SHARE = 0.01
 SHARE_DECAY = 0.98
@@ -40,47 +39,6 @@ class Bottlenecked(NamedTuple):
     loss: jax.Array
     terms: dict[str, jax.Array]
     statistics: dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class BottleneckConfig:
-    """Which bottleneck, and its settings.
-
-    Attributes:
-      kind: none; vq, codes trained by a loss (VQ-VAE, arXiv 1711.00937); vq_ema, codes that follow moving averages
-        (same paper, appendix A.1); nsvq, noise in place of the error of quantisation (arXiv 2202.07388, as in LAPA);
-        fsq, a fixed grid (arXiv 2309.15505); kl, a Gaussian whose distance to N(0, I) is penalised (beta-VAE).
-      codebook_size: codes of vq, vq_ema and nsvq.
-      commitment: weight of the commitment loss of vq and vq_ema.
-      ema_decay: of the averages of vq_ema.
-      replace_below: codes used less than this share of the mean usage are replaced by latents of the batch (0.1 in
-        LAPA, on the schedule of `replacement_due`); 0 replaces none.
-      fsq_levels: values of every latent number.
-      kl_weight: of the divergence, a sum over the numbers of a vector; small, since pixel errors are means.
-    """
-
-    kind: str = "none"
-    codebook_size: int = 128
-    commitment: float = 0.25
-    ema_decay: float = 0.99
-    replace_below: float = 0.0
-    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
-    kl_weight: float = 1e-4
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
-        checks = {
-            "kind": (self.kind in KINDS, f"must be one of {', '.join(KINDS)}"),
-            "codebook_size": (self.codebook_size >= 2, "must be at least 2"),
-            "commitment": (self.commitment >= 0, "must not be negative"),
-            "ema_decay": (0 <= self.ema_decay < 1, "must lie in [0, 1)"),
-            "replace_below": (0 <= self.replace_below < 1, "must lie in [0, 1)"),
-            "fsq_levels": (all(level >= 2 for level in self.fsq_levels), "must all be at least 2"),
-            "kl_weight": (self.kl_weight >= 0, "must not be negative"),
-        }
-        for field, (holds, rule) in checks.items():
-            if not holds:
-                raise ConfigError(f"model.bottleneck.{field} {getattr(self, field)!r} {rule}.")
 
 
 class Bottleneck(nnx.Module):

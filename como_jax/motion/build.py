@@ -9,10 +9,9 @@ from ml_collections import ConfigDict
 
 from como_jax.data.clips import num_pairs, pair_spans
 from como_jax.errors import ConfigError
-from como_jax.motion.bottlenecks import BottleneckConfig
-from como_jax.motion.como import Como, MotionConfig
-from como_jax.motion.laq import Laq, LaqConfig
-from como_jax.motion.mae import Mae, MaeConfig
+from como_jax.motion.como import Como
+from como_jax.motion.laq import Laq
+from como_jax.motion.mae import Mae
 from como_jax.motion.released import ReleasedComo, ReleasedLaq
 from como_jax.nn.model_def import ModelDef
 from como_jax.nn.vit import VitConfig

@@ -5,7 +5,6 @@ Axes: B batch, T or K instants, P pairs, N tokens of one frame, D width, Q queri
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -16,111 +15,14 @@ from flax import nnx
 
 from como_jax.errors import ConfigError
 from como_jax.motion import losses, perceptual
-from como_jax.motion.bottlenecks import BottleneckConfig, make_bottleneck
+from como_jax.motion.bottlenecks import make_bottleneck
 from como_jax.motion.dynamics import ForwardDynamics, InverseDynamics
 from como_jax.motion.heads import FlowHead
 from como_jax.nn.layers import Linear, denormalize_frames, normalize_frames
-from como_jax.nn.vit import Vit, VitConfig
+from como_jax.nn.vit import Vit
+from como_jax.spec.motion import MotionConfig
+from como_jax.spec.towers import VitConfig
 from como_jax.types import FramePairs, LossOutput, MotionLabel
-
-MOTION_INPUTS = ("difference", "future", "future_only", "rgb_difference")
-FEATURE_TARGETS = ("future", "difference")
-PERCEPTUAL_SPACES = ("encoder", *perceptual.NETWORKS)
-
-
-@dataclasses.dataclass(frozen=True)
-class MotionConfig:
-    """Everything of CoMo but its encoder. A loss term of weight 0 is not computed.
-
-    Attributes:
-      num_queries: latent tokens of a transition (8 in the paper).
-      latent_dim: numbers in each of them (16 in the paper).
-      motion_input: what the inverse dynamics model sees of the motion: "difference", the early temporal difference
-        `F_{t+n} - F_t` (Td); "future", `F_{t+n}` itself; "rgb_difference", the encoder's features of
-        `O_{t+n} - O_t`; all three beside `F_t`. "future_only" is `F_{t+n}` with nothing beside it.
-      pair_spans: least and largest number of instants from the first frame of a pair to the second; all such pairs of
-        a clip are trained on, and share the encodings of their frames.
-      bottleneck: what the latent has to pass.
-      idm_width, idm_depth, idm_heads: the motion Q-former.
-      fdm_width, fdm_depth, fdm_heads: the forward dynamics model.
-      fdm_patch_size: its pixel patches.
-      residual: predict the change of the current frame, starting from none; off in the paper.
-      freeze_encoder: no gradient into the encoder.
-      mse_weight: of the pixel error.
-      pixel_probe: pixel errors train the head that draws and nothing else, so that a model of other targets still
-        shows what its latent knows.
-      perceptual_weight: of the perceptual distance (LPIPS, arXiv 1801.03924).
-      perceptual_space: "vgg16" or "alexnet" with weights from a file, or "encoder", the motion encoder itself.
-      tcl_weight, tcl_temperature: of temporal contrastive learning, and what divides its similarities.
-      tcl_gradient_everywhere: whether Tcl also trains through its two extra branches, `z(t, t+n+d)` and
-        `z(t+n, t)`; the public code does not.
-      feature_weight: of the error of the predicted features of the next frame, a target beside pixels or, with
-        `pixel_probe`, instead of them.
-      feature_target: "future", the frozen encoder's `F_{t+n}`, or "difference", `F_{t+n} - F_t`.
-      flow_weight: of the error of optical flow predicted from latent and current frame.
-      gap_weight: of the error of the playback gap predicted from the latent.
-      label_weight: of the error of the few known actions or states, read from the latent by a linear head.
-      label_size: numbers in a label; 0 takes what the data has.
-    """
-
-    num_queries: int = 8
-    latent_dim: int = 16
-    motion_input: str = "difference"
-    pair_spans: tuple[int, int] = (1, 1)
-    bottleneck: BottleneckConfig = BottleneckConfig()
-    idm_width: int = 768
-    idm_depth: int = 4
-    idm_heads: int = 12
-    fdm_width: int = 768
-    fdm_depth: int = 12
-    fdm_heads: int = 12
-    fdm_patch_size: int = 16
-    residual: bool = False
-    freeze_encoder: bool = True
-    mse_weight: float = 1.0
-    pixel_probe: bool = False
-    perceptual_weight: float = 0.0
-    perceptual_space: str = "vgg16"
-    tcl_weight: float = 0.004
-    tcl_temperature: float = 0.1
-    tcl_gradient_everywhere: bool = False
-    feature_weight: float = 0.0
-    feature_target: str = "future"
-    flow_weight: float = 0.0
-    gap_weight: float = 0.0
-    label_weight: float = 0.0
-    label_size: int = 0
-
-    def __post_init__(self) -> None:
-        choices = {
-            "motion_input": MOTION_INPUTS,
-            "perceptual_space": PERCEPTUAL_SPACES,
-            "feature_target": FEATURE_TARGETS,
-        }
-        for field, names in choices.items():
-            if getattr(self, field) not in names:
-                raise ConfigError(
-                    f"model.{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(names)}."
-                )
-        if self.feature_weight and not self.freeze_encoder:
-            raise ConfigError(
-                "model.feature_weight needs encoder.frozen=True: features that are target and trained collapse."
-            )
-        if self.label_weight and not self.label_size:
-            raise ConfigError("model.label_weight needs labels: set data.labels and data.labelled_fraction.")
-        for field in ("flow_weight", "label_weight"):
-            if getattr(self, field) and self.pair_spans != (1, 1):
-                raise ConfigError(f"model.{field} knows neighbouring instants alone: set data.pair_span to 1.")
-
-    @property
-    def spans(self) -> range:
-        """Instants from the first frame of a pair to the second."""
-        return range(self.pair_spans[0], self.pair_spans[1] + 1)
-
-    @property
-    def needs_network(self) -> bool:
-        """Whether there is a perceptual network with weights of its own."""
-        return self.perceptual_weight > 0 and self.perceptual_space != "encoder"
 
 
 class View(NamedTuple):

@@ -7,7 +7,6 @@ patches, D width, Q latent actions of a pair, L latent size of one.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -18,41 +17,13 @@ from flax import nnx
 
 from como_jax.errors import ConfigError
 from como_jax.motion import losses
-from como_jax.motion.bottlenecks import BottleneckConfig, make_bottleneck
+from como_jax.motion.bottlenecks import make_bottleneck
 from como_jax.motion.laq_layers import PositionBias, SpatialBlock, TemporalBlock
 from como_jax.nn.batch_split import keep_batch_split
 from como_jax.nn.layers import LayerNorm, Linear, patchify, unpatchify
 from como_jax.nn.stack import Stack
+from como_jax.spec.motion import LAQ_POOLING, BottleneckConfig, LaqConfig
 from como_jax.types import FramePairs, LossOutput, MotionLabel
-
-# Two convolutions of stride two pool the grid of patches.
-POOLING = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class LaqConfig:
-    """Sizes of LAQ, with the paper's values as defaults.
-
-    Attributes:
-      patch_size: pixels of a patch's side.
-      width, num_heads, head_size: of all transformers.
-      spatial_depth, temporal_depth: layers of the encoder.
-      decoder_depth: layers of the decoder.
-      latent_dim: numbers of a latent action.
-      codebook_size: latent actions to choose from.
-      replace_below: codes used less than this share of the mean usage are replaced.
-    """
-
-    patch_size: int = 32
-    width: int = 1024
-    num_heads: int = 16
-    head_size: int = 64
-    spatial_depth: int = 8
-    temporal_depth: int = 8
-    decoder_depth: int = 8
-    latent_dim: int = 32
-    codebook_size: int = 8
-    replace_below: float = 0.1
 
 
 class Laq(nnx.Module):
@@ -67,9 +38,9 @@ class Laq(nnx.Module):
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
-        if image_size % (config.patch_size * POOLING):
+        if image_size % (config.patch_size * LAQ_POOLING):
             raise ConfigError(
-                f"data.image_size {image_size} must be a multiple of {POOLING} patches of model.patch_size "
+                f"data.image_size {image_size} must be a multiple of {LAQ_POOLING} patches of model.patch_size "
                 f"{config.patch_size}, which are pooled into one latent action."
             )
         self.config, self.grid, width = config, image_size // config.patch_size, config.width

@@ -5,8 +5,6 @@ Axes: B batch, N patches, M visible patches, D encoder width, E decoder width.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,18 +21,10 @@ from como_jax.nn.layers import (
 )
 from como_jax.nn.mixed_precision import spread
 from como_jax.nn.stack import Stack
-from como_jax.nn.vit import Vit, VitConfig
+from como_jax.nn.vit import Vit
+from como_jax.spec.motion import MaeConfig
+from como_jax.spec.towers import VitConfig
 from como_jax.types import FramePairs, LossOutput
-
-
-@dataclasses.dataclass(frozen=True)
-class MaeConfig:
-    """Decoder sizes and mask ratio; the paper's decoder is 8 layers of width 512 and masks 0.75."""
-
-    decoder_width: int
-    decoder_depth: int
-    decoder_heads: int
-    mask_ratio: float
 
 
 class Mae(nnx.Module):

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from como_jax.motion.como import Como, MotionConfig, View
-from como_jax.motion.laq import Laq, LaqConfig
+from como_jax.motion.como import Como, View
+from como_jax.motion.laq import Laq
 from como_jax.motion.laq_layers import SpatialBlock, TemporalBlock
 from como_jax.nn.layers import LayerNorm, Linear
 from como_jax.nn.stack import Stack
-from como_jax.nn.vit import VitConfig
+from como_jax.spec.motion import LaqConfig, MotionConfig
+from como_jax.spec.towers import VitConfig
 from como_jax.types import FramePairs
 
 LAPA_EPSILON = 1e-5

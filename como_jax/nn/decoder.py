@@ -7,7 +7,6 @@ K head size, F width of the MLP.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -16,45 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from como_jax.errors import ConfigError
 from como_jax.nn.mixed_precision import matmul, project
 from como_jax.nn.stack import Stack
+from como_jax.spec.towers import DecoderConfig
 
 _init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of the decoder.
-
-    Attributes:
-      width, depth: of the residual stream.
-      num_heads, num_kv_heads, head_size: query heads, and the heads of keys and values that groups of them share.
-      mlp_width: of both branches of the gated MLP.
-      rope_period: longest period of the rotary positions over 2 pi.
-      norm_epsilon: of the RMS norm.
-      lora_rank: of the trained change of every kernel, which is frozen itself (LoRA, arXiv 2106.09685); 0 trains all.
-      lora_alpha: the change is multiplied by `lora_alpha / lora_rank`.
-    """
-
-    width: int = 2048
-    depth: int = 18
-    num_heads: int = 8
-    num_kv_heads: int = 1
-    head_size: int = 256
-    mlp_width: int = 16_384
-    rope_period: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"model.num_heads {self.num_heads} must be a multiple of model.num_kv_heads.")
-        if self.head_size % 2:
-            raise ConfigError(f"model.head_size {self.head_size} must be even for rotary positions.")
-        if self.lora_rank < 0:
-            raise ConfigError(f"model.lora_rank {self.lora_rank} must be positive, or 0 for none.")
 
 
 class KeyValues(NamedTuple):

@@ -13,7 +13,7 @@ from flax import nnx
 from como_jax.nn.layers import Block, LayerNorm, Linear, patchify
 from como_jax.nn.mixed_precision import spread
 from como_jax.nn.stack import Stack
-from como_jax.nn.vit import VitConfig
+from como_jax.spec.towers import VitConfig
 
 
 class Siglip(nnx.Module):

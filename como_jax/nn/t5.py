@@ -12,8 +12,9 @@ from flax import nnx
 
 from como_jax.nn.layers import xavier_uniform
 from como_jax.nn.stack import Stack
-from como_jax.nn.text import TextConfig, TextFeatures, masked_mean
+from como_jax.nn.text import TextFeatures, masked_mean
 from como_jax.nn.text_layers import GATED, activation, check_sizes, embedding_table, split_text
+from como_jax.spec.towers import TextConfig
 from como_jax.types import Observation
 
 

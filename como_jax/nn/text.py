@@ -5,7 +5,6 @@ Axes: B batch, M tokens, D width, E size of an embedding.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,65 +14,13 @@ from flax import nnx
 from como_jax.errors import ConfigError
 from como_jax.nn.layers import LayerNorm, Linear, MaskedBlock
 from como_jax.nn.stack import Stack
+from como_jax.spec.towers import TextConfig
 from como_jax.types import Observation
 
-TOWERS = ("bytes", "clip", "t5", "embedding", "tokens")
-PUBLIC_TOWERS = ("clip", "t5")
-"""Those whose weights and sizes the user brings."""
 BYTE_VOCABULARY = 257
 """Token 0 ends the text, byte b is token b + 1."""
 NGRAMS = (3, 4, 5, 6)
 NGRAM_ROWS = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The tower that reads instructions.
-
-    Attributes:
-      tower: "bytes", trained with the policy; "clip" or "t5" with weights that the user brings (see
-        `como_jax.weights.text`); "embedding" for embeddings that the dataset holds; "tokens" for a table alone, for
-        models that read the instruction themselves.
-      max_length: tokens of the longest instruction.
-      width, depth, num_heads: of the tower; of public towers those of their weights.
-      pool: bytes in a row that are averaged to one token after the byte-level tower has read them.
-      mlp_width, vocabulary_size, activation, norm_epsilon: of public towers, those of their weights. An activation
-        "gated-NAME" is that of a gated linear unit.
-      positions: of CLIP's table of positions; 0 for max_length.
-      head_size: of one head of T5; 0 for width / num_heads.
-      relative_buckets, relative_distance: of T5's relative positions: their number, and the distance from which on
-        all share the last.
-      frozen: whether a public tower or the table of tokens is left as it is; others are always trained.
-      embedding_size: of the dataset's embeddings; 0 takes what the data has.
-    """
-
-    tower: str = "bytes"
-    max_length: int = 64
-    width: int = 256
-    depth: int = 4
-    num_heads: int = 4
-    pool: int = 1
-    mlp_width: int = 0
-    vocabulary_size: int = 0
-    activation: str = "quick_gelu"
-    norm_epsilon: float = 1e-5
-    positions: int = 0
-    head_size: int = 0
-    relative_buckets: int = 32
-    relative_distance: int = 128
-    frozen: bool = True
-    embedding_size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.tower not in TOWERS:
-            raise ConfigError(f"text.tower {self.tower!r} is unknown; choose one of {', '.join(TOWERS)}.")
-        if self.pool < 1 or self.max_length % self.pool:
-            raise ConfigError(f"text.pool {self.pool} must divide text.max_length {self.max_length}.")
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the optimiser leaves the tower alone."""
-        return self.frozen and self.tower in (*PUBLIC_TOWERS, "tokens")
 
 
 class TextFeatures(NamedTuple):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.errors import ConfigError, closest
-from como_jax.nn.text import TextConfig
+from como_jax.spec.towers import TextConfig
 
 Activation = Callable[[jax.Array], jax.Array]
 

@@ -5,38 +5,13 @@ Axes: B batch, N patches, D width.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from como_jax.errors import ConfigError
 from como_jax.nn.layers import Block, LayerNorm, Linear, patchify, sincos_position_embedding
 from como_jax.nn.stack import Stack
-
-
-@dataclasses.dataclass(frozen=True)
-class VitConfig:
-    """Sizes of a ViT; `image_size` must be a multiple of `patch_size`, an `mlp_width` of 0 is four times the width."""
-
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_width: int = 0
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"data.image_size {self.image_size} must be a multiple of encoder.patch_size {self.patch_size}."
-            )
+from como_jax.spec.towers import VitConfig
 
 
 class Vit(nnx.Module):

@@ -7,7 +7,6 @@ H steps of a chunk, A action, N all tokens, D width.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -22,85 +21,13 @@ from como_jax.nn.layers import LayerNorm, Linear, MaskedBlock
 from como_jax.nn.mixed_precision import spread
 from como_jax.nn.stack import Stack
 from como_jax.policies.autoregressive_mask import attention_mask, make_layout
-from como_jax.policies.diffusion import DiffusionConfig
 from como_jax.policies.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, masked_mean
-from como_jax.policies.observation import ObservationConfig, ObservationEncoder, ObservationFeatures
+from como_jax.policies.observation import ObservationEncoder, ObservationFeatures
+from como_jax.spec.policies import AutoregressiveConfig, DiffusionConfig, ObservationConfig
 from como_jax.types import LossOutput, Observation, PolicyBatch
 
-LATENT_HEADS = ("regression", "diffusion")
 # Latents are normalised, so that larger estimates can only come from nearly pure noise.
 _LARGEST_LATENT = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoregressiveConfig:
-    """Everything of the policy but its observation encoder.
-
-    Attributes:
-      action_size: numbers in an action; 0 for a policy of latents alone, which has no parameters for actions.
-      chunk: actions that are predicted at once.
-      stride: steps between two instants of the history.
-      width, depth, num_heads: of the transformer.
-      gripper_dim: the dimension of the action that only opens or closes a gripper, -1 for none. Its sign after
-        normalisation is learned by cross entropy, and -1 or 1 predicted: use a normalisation to [-1, 1].
-      latent_queries: latent tokens of a transition.
-      latent_dim: numbers in each of them; 0 for a policy without latents, which has no parameters for them.
-      codebook_size: of discrete latents, which are learned as codes; 0 for continuous ones.
-      latent_head: "regression", or "diffusion" with a head of its own noise; both of continuous latents.
-      head_width, head_depth, diffusion_steps: of the diffusion head.
-      latent_dropout: share of the samples whose action queries do not see the latents in training.
-      action_weight: of the action's loss (Moto has 100, with actions in their own units).
-      gripper_weight: of the gripper's part in it (0.01 in Moto).
-      latent_weight: of the latents' loss.
-      think: whether latents are generated before actions, which then depend on them; without latents there are none.
-      temperature: of generated codes; 0 takes the likeliest.
-    """
-
-    action_size: int
-    chunk: int = 8
-    stride: int = 1
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    gripper_dim: int = -1
-    latent_queries: int = 8
-    latent_dim: int = 0
-    codebook_size: int = 0
-    latent_head: str = "regression"
-    head_width: int = 512
-    head_depth: int = 3
-    diffusion_steps: int = 100
-    latent_dropout: float = 0.5
-    action_weight: float = 1.0
-    gripper_weight: float = 0.1
-    latent_weight: float = 1.0
-    think: bool = False
-    temperature: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.action_size and not self.latent_dim:
-            raise ConfigError("model.action_size and model.latent_dim are both 0: there is nothing to learn.")
-        if self.latent_head not in LATENT_HEADS:
-            raise ConfigError(
-                f"model.latent_head {self.latent_head!r} is unknown; choose one of {', '.join(LATENT_HEADS)}."
-            )
-        if not -1 <= self.gripper_dim < self.action_size:
-            raise ConfigError(
-                f"model.gripper_dim {self.gripper_dim} is no dimension of actions of {self.action_size} numbers; "
-                "count from 0, or set -1 for none."
-            )
-        if self.codebook_size and self.latent_head != "regression":
-            raise ConfigError("model.latent_head=diffusion needs continuous latents: set model.codebook_size=0.")
-
-    @property
-    def action_tokens(self) -> int:
-        """Action queries of an instant; 0 without actions."""
-        return self.chunk if self.action_size else 0
-
-    @property
-    def latent_tokens(self) -> int:
-        """Latent tokens of an instant: the start token and the latents; 0 without latents."""
-        return self.latent_queries + 1 if self.latent_dim else 0
 
 
 class Motion(NamedTuple):

@@ -6,7 +6,6 @@ time. Axes: B batch, `...` the axes of a sample.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from como_jax.errors import ConfigError
+from como_jax.spec.policies import DiffusionConfig
 
-KINDS = ("ddpm", "flow")
-PREDICTIONS = ("epsilon", "sample")
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -27,40 +24,6 @@ class Noised(NamedTuple):
     x: jax.Array
     time: jax.Array
     target: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
-    """How samples are noised and made.
-
-    Attributes:
-      kind: "ddpm" (arXiv 2006.11239) on the cosine schedule (arXiv 2102.09672), sampled by DDIM (arXiv 2010.02502), or
-        "flow", matching the straight flow from noise to data (arXiv 2210.02747).
-      train_steps: noise levels of DDPM; flow matching knows all.
-      sample_steps: of sampling.
-      prediction: what the network of DDPM says: the clean "sample", or the noise, "epsilon". At the noisiest steps of
-        the cosine schedule a sample follows from the noise only with an error of many times its size, so that
-        "epsilon" needs `clip`.
-      eta: share of DDPM's noise that DDIM adds at every step; 0 is deterministic.
-      clip: largest magnitude of a clean sample on the way back, for data of known limits; 0 clips nothing.
-    """
-
-    kind: str = "ddpm"
-    train_steps: int = 100
-    sample_steps: int = 10
-    prediction: str = "sample"
-    eta: float = 0.0
-    clip: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("prediction", PREDICTIONS)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"model.diffusion.{name} {getattr(self, name)!r} must be one of {', '.join(choices)}."
-                )
-        limit = self.train_steps if self.kind == "ddpm" else np.inf
-        if not 1 <= self.sample_steps <= limit:
-            raise ConfigError(f"model.diffusion.sample_steps must lie between 1 and {limit}, not {self.sample_steps}.")
 
 
 def add_noise(config: DiffusionConfig, sample: jax.Array, key: jax.Array) -> Noised:

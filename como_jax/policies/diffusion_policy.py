@@ -21,50 +21,13 @@ from como_jax.errors import ConfigError
 from como_jax.nn.layers import Attention, CrossAttention, LayerNorm, Linear, Mlp
 from como_jax.nn.mixed_precision import spread
 from como_jax.nn.stack import Stack
-from como_jax.policies.diffusion import DiffusionConfig, add_noise, denoise
-from como_jax.policies.observation import ObservationConfig, ObservationEncoder
+from como_jax.policies.diffusion import add_noise, denoise
+from como_jax.policies.observation import ObservationEncoder
+from como_jax.spec.policies import DiffusionConfig, DiffusionPolicyConfig, ObservationConfig
 from como_jax.types import LossOutput, Observation, PolicyBatch
 
 _TIME_FREQUENCIES = 64
 _zeros = nnx.initializers.zeros
-
-
-@dataclasses.dataclass(frozen=True)
-class DiffusionPolicyConfig:
-    """Sizes and losses.
-
-    Attributes:
-      width, depth, num_heads: of the trunk.
-      chunk: steps of a chunk.
-      stride: steps between two instants of the history.
-      action_size: numbers in an action; 0 for a policy without that head, to be finetuned.
-      latent_size: numbers of a latent motion; 0 for a policy without that head.
-      diffusion: how chunks are noised and made.
-      draws: noisy versions of every chunk in a batch, which share the reading of the observation.
-      action_weight, latent_weight: of the two losses, each a mean over what is there.
-      latent_share: of the samples that have both actions and latent motion, how often latent motion is drawn.
-      instruction_dropout: how often the instruction is hidden in training, for guidance.
-      guidance: strength of classifier-free guidance by the instruction (arXiv 2207.12598); 1 is off.
-    """
-
-    width: int = 512
-    depth: int = 12
-    num_heads: int = 8
-    chunk: int = 16
-    stride: int = 1
-    action_size: int = 7
-    latent_size: int = 0
-    diffusion: DiffusionConfig = DiffusionConfig()
-    draws: int = 1
-    action_weight: float = 1.0
-    latent_weight: float = 1.0
-    latent_share: float = 0.5
-    instruction_dropout: float = 0.0
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.guidance != 1 and not self.instruction_dropout:
-            raise ConfigError("model.guidance needs a policy trained with model.instruction_dropout above 0.")
 
 
 class Context(NamedTuple):

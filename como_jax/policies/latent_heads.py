@@ -18,7 +18,8 @@ import optax
 from flax import nnx
 
 from como_jax.nn.layers import LayerNorm, Linear
-from como_jax.policies.diffusion import DiffusionConfig, add_noise, denoise
+from como_jax.policies.diffusion import add_noise, denoise
+from como_jax.spec.policies import DiffusionConfig
 
 Terms = dict[str, jax.Array]
 

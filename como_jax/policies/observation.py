@@ -5,65 +5,22 @@ Axes: B batch, T instants, C cameras, N tokens of one instant, M tokens of the i
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from como_jax.errors import ConfigError
 from como_jax.nn.batch_split import keep_batch_split
 from como_jax.nn.clip_text import ClipTextTower
 from como_jax.nn.layers import LayerNorm, Linear, normalize_frames
 from como_jax.nn.siglip import Siglip, scale_frames
 from como_jax.nn.t5 import T5Tower
-from como_jax.nn.text import ByteTransformer, EmbeddingTower, TextConfig, TextFeatures, TokenTable
-from como_jax.nn.vit import Vit, VitConfig
+from como_jax.nn.text import ByteTransformer, EmbeddingTower, TextFeatures, TokenTable
+from como_jax.nn.vit import Vit
+from como_jax.spec.policies import ObservationConfig
+from como_jax.spec.towers import TextConfig
 from como_jax.types import Observation
-
-IMAGE_TOWERS = ("vit", "siglip", "conv")
-
-
-@dataclasses.dataclass(frozen=True)
-class ObservationConfig:
-    """How observations become tokens.
-
-    Attributes:
-      image_tower: "vit", "siglip", or "conv", a small convolutional network trained from scratch.
-      vit: sizes of the ViT or SigLIP; of the convolutional tower, only the picture's size and the width are used.
-      freeze_images: no gradient into the ViT or SigLIP.
-      pool: side of the square of image tokens that are averaged to one; 1 keeps all.
-      cameras: number of pictures.
-      instants: number of pictures of each camera, one after another.
-      state_size: numbers in the proprioceptive state; 0 leaves it out.
-      text: the tower that reads instructions.
-    """
-
-    vit: VitConfig
-    text: TextConfig
-    image_tower: str = "vit"
-    freeze_images: bool = False
-    pool: int = 1
-    cameras: int = 1
-    instants: int = 1
-    state_size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.image_tower not in IMAGE_TOWERS:
-            raise ConfigError(f"encoder.tower {self.image_tower!r} must be one of {', '.join(IMAGE_TOWERS)}.")
-        if self.image_tower == "conv" and self.vit.image_size % ConvTower.STRIDE:
-            size, stride = self.vit.image_size, ConvTower.STRIDE
-            raise ConfigError(f"encoder.tower=conv needs a data.image_size that is a multiple of {stride}, not {size}.")
-        if self.pool < 1 or self.grid % self.pool:
-            raise ConfigError(f"encoder.pool {self.pool} must divide the {self.grid} image tokens along one side.")
-        if self.freeze_images and self.image_tower == "conv":
-            raise ConfigError("encoder.frozen needs another encoder.tower: a convolutional one starts from scratch.")
-
-    @property
-    def grid(self) -> int:
-        """Image tokens along one side, before pooling."""
-        return self.vit.image_size // ConvTower.STRIDE if self.image_tower == "conv" else self.vit.grid
 
 
 class ObservationFeatures(NamedTuple):
@@ -85,8 +42,6 @@ class ObservationFeatures(NamedTuple):
 
 class ConvTower(nnx.Module):
     """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; float32, for it is small."""
-
-    STRIDE = 16
 
     @staticmethod
     def channels(width: int) -> tuple[int, ...]:

@@ -11,10 +11,8 @@ import numpy as np
 from flax import nnx
 
 from como_jax.nn.layers import Linear
-from como_jax.policies.diffusion import DiffusionConfig
 from como_jax.policies.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead
-
-VECTOR_HEADS = ("regression", "flow")
+from como_jax.spec.policies import DiffusionConfig
 
 
 class OutputTokens(nnx.Module):

@@ -20,85 +20,13 @@ import optax
 from flax import nnx
 
 from como_jax.errors import ConfigError, DatasetError
-from como_jax.nn.decoder import Decoder, DecoderConfig
+from como_jax.nn.decoder import Decoder
 from como_jax.policies.color_jitter import jitter_colors
 from como_jax.policies.latent_heads import masked_mean
-from como_jax.policies.observation import ObservationConfig, ObservationEncoder
-from como_jax.policies.output_tokens import (
-    VECTOR_HEADS,
-    OutputTokens,
-    bin_midpoints,
-    code_tokens,
-    to_bins,
-    vector_tokens,
-)
+from como_jax.policies.observation import ObservationEncoder
+from como_jax.policies.output_tokens import OutputTokens, bin_midpoints, code_tokens, to_bins, vector_tokens
+from como_jax.spec.policies import ObservationConfig, VlaConfig
 from como_jax.types import LossOutput, Observation, PolicyBatch
-
-ACTION_HEADS = ("bins", *VECTOR_HEADS)
-
-
-@dataclasses.dataclass(frozen=True)
-class VlaConfig:
-    """Everything of the policy but its observation encoder.
-
-    Attributes:
-      decoder: its sizes.
-      action_size: numbers in an action; 0 for a policy of latents alone, which has no parameters for actions.
-      chunk: actions that are written, one after another; 1 in LAPA.
-      stride: steps between two instants of the history.
-      action_head: "bins", a token for every number, or "regression" or "flow", a token for every action.
-      num_bins: of the range from -1 to 1 of a normalised number. With `data.normalization=uniform` they hold equally
-        many of the data's, as in LAPA.
-      gripper_dim: the dimension of the action that only opens or closes a gripper, -1 for none: it is -1 or 1 by its
-        sign after normalisation.
-      latent_queries: latent tokens of a transition.
-      latent_dim: numbers in each of them; 0 for a policy without latents, which has no parameters for them.
-      codebook_size: of discrete latents, which are learned as codes; 0 for continuous ones.
-      latent_head: "regression" or "flow", of continuous latents.
-      head_width, head_depth, flow_steps: of the networks that match flows, and of their sampling.
-      action_weight, latent_weight, text_weight: of the losses; 0.99 and 0.01 for latents and text in LAPA.
-      causal_text: whether the instruction reads itself from left to right and pictures do not read it, which learning
-        it as text needs.
-      color_jitter: strength of random changes of the pictures' colours in training; 0 for none.
-      temperature: of generated codes and bins; 0 takes the likeliest.
-    """
-
-    decoder: DecoderConfig
-    action_size: int
-    chunk: int = 1
-    stride: int = 1
-    action_head: str = "bins"
-    num_bins: int = 256
-    gripper_dim: int = -1
-    latent_queries: int = 4
-    latent_dim: int = 0
-    codebook_size: int = 0
-    latent_head: str = "regression"
-    head_width: int = 512
-    head_depth: int = 3
-    flow_steps: int = 10
-    action_weight: float = 1.0
-    latent_weight: float = 0.99
-    text_weight: float = 0.0
-    causal_text: bool = False
-    color_jitter: float = 0.0
-    temperature: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.action_size and not self.latent_dim:
-            raise ConfigError("model.action_size and model.latent_dim are both 0: there is nothing to learn.")
-        for name, choices in (("action_head", ACTION_HEADS), ("latent_head", VECTOR_HEADS)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"model.{name} {getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        if not -1 <= self.gripper_dim < max(self.action_size, 1):
-            raise ConfigError(
-                f"model.gripper_dim {self.gripper_dim} is no dimension of actions of {self.action_size} numbers; "
-                "count from 0, or set -1 for none."
-            )
-        if self.num_bins < 2:
-            raise ConfigError(f"model.num_bins must be at least 2, not {self.num_bins}.")
-        if self.text_weight and not self.causal_text:
-            raise ConfigError("model.text_weight needs model.causal_text=True: text that reads itself is known to it.")
 
 
 class Prefix(NamedTuple):

@@ -17,11 +17,12 @@ from ml_collections import ConfigDict
 from como_jax.errors import ConfigError
 from como_jax.motion.build import pairs_of_clip, vit_config
 from como_jax.motion.perceptual import LAYOUTS
-from como_jax.nn.text import BYTE_VOCABULARY, PUBLIC_TOWERS
+from como_jax.nn.text import BYTE_VOCABULARY
 from como_jax.nn.text_layers import GATED
-from como_jax.nn.vit import VitConfig
 from como_jax.policies.latent_heads import DRAWS
 from como_jax.policies.observation import ConvTower
+from como_jax.spec.policies import CONV_STRIDE
+from como_jax.spec.towers import PUBLIC_TOWERS, VitConfig
 from como_jax.types import FLOW_STRIDE
 
 
@@ -211,7 +212,7 @@ def _observation(config: ConfigDict) -> tuple[dict[str, float], int, int]:
     cameras, instants = max(1, len(data.cameras)), data.instants
     images = cameras * instants
     if encoder.tower == "conv":
-        patches, of_image = (data.image_size // ConvTower.STRIDE) ** 2, _conv_tower(data.image_size, encoder.width)
+        patches, of_image = (data.image_size // CONV_STRIDE) ** 2, _conv_tower(data.image_size, encoder.width)
     else:
         patches = vit_config(config).grid ** 2
         of_image = vit(vit_config(config), patches + (encoder.tower == "vit"))

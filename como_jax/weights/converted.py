@@ -17,7 +17,7 @@ from etils import epath
 from como_jax.errors import OutputError, RunError
 from como_jax.files import write_atomic, write_json
 from como_jax.motion.perceptual import LAYOUTS, load_perceptual
-from como_jax.nn.text import TextConfig
+from como_jax.spec.towers import TextConfig
 from como_jax.weights.checkpoints import Weights
 from como_jax.weights.importing import Flat, Foreign, Options, Skip
 from como_jax.weights.runs import REPORT_NAME, check_free

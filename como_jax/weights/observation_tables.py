@@ -7,14 +7,13 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from como_jax.nn.text import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS, PUBLIC_TOWERS, TextConfig
-from como_jax.nn.vit import VitConfig
+from como_jax.nn.text import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS
+from como_jax.spec.policies import CONV_STRIDE
+from como_jax.spec.towers import PUBLIC_TOWERS, TextConfig, VitConfig
 from como_jax.weights.motion import vit_table
 from como_jax.weights.tables import DeepTable, Entry, Table, array, linear, norm
 from como_jax.weights.text_tables import T5_TOKENS, clip_table, t5_table
 from como_jax.weights.vit_tables import part, single, timm_blocks
-
-_CONV_STRIDE = 16
 
 
 def observation_table(described: Mapping[str, Any], width: int) -> DeepTable:
@@ -26,7 +25,7 @@ def observation_table(described: Mapping[str, Any], width: int) -> DeepTable:
     """
     vit = VitConfig(described["image_size"], **described["encoder"])
     is_conv, text = described["image_tower"] == "conv", described["text"]
-    patch_size = _CONV_STRIDE if is_conv else vit.patch_size
+    patch_size = CONV_STRIDE if is_conv else vit.patch_size
     side = vit.image_size // patch_size // described["pool"]
     top = {
         **linear("observation/image_proj", "observation.image_proj", vit.width, width),

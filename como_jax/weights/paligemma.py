@@ -15,8 +15,7 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import RunError
-from como_jax.nn.decoder import DecoderConfig
-from como_jax.nn.vit import VitConfig
+from como_jax.spec.towers import DecoderConfig, VitConfig
 from como_jax.weights.tables import (
     CONFIG_NAME,
     Table,

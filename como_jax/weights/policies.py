@@ -13,13 +13,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConversionError, RunError
-from como_jax.nn.decoder import DecoderConfig
-from como_jax.policies.autoregressive import AutoregressiveConfig
 from como_jax.policies.build import diffusion_policy_config, observation_config, text_config, vla_config
-from como_jax.policies.diffusion import DiffusionConfig
-from como_jax.policies.diffusion_policy import DiffusionPolicyConfig
 from como_jax.policies.spec import PolicySpec
-from como_jax.policies.vla import VlaConfig
+from como_jax.spec.policies import AutoregressiveConfig, DiffusionConfig, DiffusionPolicyConfig, VlaConfig
+from como_jax.spec.towers import DecoderConfig
 from como_jax.weights.exported import read_exported
 from como_jax.weights.observation_tables import observation_table
 from como_jax.weights.policy_tables import autoregressive_policy_table, diffusion_policy_table, latent_vla_table

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-from como_jax.nn.decoder import DecoderConfig
-from como_jax.policies.autoregressive import AutoregressiveConfig
-from como_jax.policies.diffusion_policy import DiffusionPolicyConfig
-from como_jax.policies.vla import VlaConfig
+from como_jax.spec.policies import AutoregressiveConfig, DiffusionPolicyConfig, VlaConfig
+from como_jax.spec.towers import DecoderConfig
 from como_jax.weights.tables import DeepTable, Table, array, flat, kernel, linear, norm
 from como_jax.weights.vit_tables import single, stacked, timm_block, timm_blocks
 

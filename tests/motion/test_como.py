@@ -13,8 +13,7 @@ from scipy.special import logsumexp
 
 from como_jax import types
 from como_jax.errors import ConfigError
-from como_jax.motion.bottlenecks import BottleneckConfig
-from como_jax.motion.como import Como, MotionConfig
+from como_jax.motion.como import Como
 from como_jax.motion.dynamics import InverseDynamics
 from como_jax.nn.layers import normalize_frames
 from como_jax.nn.model_def import ModelDef, Params

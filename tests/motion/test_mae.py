@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from como_jax.motion.mae import Mae, MaeConfig
+from como_jax.motion.mae import Mae
 from como_jax.nn.layers import denormalize_frames, normalize_frames, patchify, sincos_position_embedding, unpatchify
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.nn.vit import VitConfig

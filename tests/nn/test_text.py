@@ -9,8 +9,9 @@ from flax import nnx
 
 from como_jax.data.language import ByteTokenizer
 from como_jax.errors import ConfigError
-from como_jax.nn.text import TextConfig, TextFeatures
+from como_jax.nn.text import TextFeatures
 from como_jax.policies.observation import make_text_tower
+from como_jax.spec.towers import TextConfig
 from como_jax.types import Observation
 
 CONFIG = TextConfig(max_length=16, width=8, depth=2, num_heads=2)

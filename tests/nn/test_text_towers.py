@@ -14,8 +14,9 @@ from scipy.special import erf, log_softmax
 
 from como_jax.errors import ConfigError, RunError
 from como_jax.nn.t5 import relative_buckets
-from como_jax.nn.text import TextConfig, TextFeatures
+from como_jax.nn.text import TextFeatures
 from como_jax.policies.observation import make_text_tower
+from como_jax.spec.towers import TextConfig
 from como_jax.weights.text import load_text_tower, text_config_of
 
 Tensors = dict[str, np.ndarray]

@@ -11,8 +11,9 @@ from flax import nnx
 from scipy import stats
 
 from como_jax.policies import latent_heads
-from como_jax.policies.diffusion import DiffusionConfig, alpha_bars
+from como_jax.policies.diffusion import alpha_bars
 from como_jax.policies.latent_heads import CodeHead, DiffusionHead
+from como_jax.spec.policies import DiffusionConfig
 
 MEAN, DEVIATION = np.array([1.0, -0.5]), 0.3
 

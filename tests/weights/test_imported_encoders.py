@@ -15,7 +15,7 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import ConfigError, RunError
-from como_jax.motion.mae import Mae, MaeConfig
+from como_jax.motion.mae import Mae
 from como_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD, sincos_position_embedding
 from como_jax.nn.model_def import ModelDef
 from como_jax.nn.siglip import Siglip
