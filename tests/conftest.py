@@ -15,9 +15,10 @@ from absl import flags
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.labelling.labelling import DatasetLabeller
 from como_jax.labelling.provenance import LabelSettings
-from como_jax.motion.como import Como, MotionConfig
+from como_jax.motion.como import Como
 from como_jax.nn.model_def import ModelDef
-from como_jax.nn.vit import VitConfig
+from como_jax.spec.motion import MotionConfig
+from como_jax.spec.towers import VitConfig
 from como_jax.training import sharding
 from como_jax.training.run import load_run
 from experiments.pretrain import pretrain

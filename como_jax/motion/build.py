@@ -14,7 +14,8 @@ from como_jax.motion.laq import Laq
 from como_jax.motion.mae import Mae
 from como_jax.motion.released import ReleasedComo, ReleasedLaq
 from como_jax.nn.model_def import ModelDef
-from como_jax.nn.vit import VitConfig
+from como_jax.spec.motion import BottleneckConfig, LaqConfig, MaeConfig, MotionConfig
+from como_jax.spec.towers import VitConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -10,14 +10,18 @@ from ml_collections import ConfigDict
 from como_jax.data.language import make_tokenizer
 from como_jax.errors import ConfigError
 from como_jax.motion.build import DTYPES, vit_config
-from como_jax.nn.decoder import DecoderConfig
 from como_jax.nn.model_def import ModelDef
-from como_jax.nn.text import PUBLIC_TOWERS, TextConfig
-from como_jax.policies.autoregressive import AutoregressiveConfig, AutoregressivePolicy
-from como_jax.policies.diffusion import DiffusionConfig
-from como_jax.policies.diffusion_policy import DiffusionPolicy, DiffusionPolicyConfig
-from como_jax.policies.observation import ObservationConfig
-from como_jax.policies.vla import LatentVla, VlaConfig
+from como_jax.policies.autoregressive import AutoregressivePolicy
+from como_jax.policies.diffusion_policy import DiffusionPolicy
+from como_jax.policies.vla import LatentVla
+from como_jax.spec.policies import (
+    AutoregressiveConfig,
+    DiffusionConfig,
+    DiffusionPolicyConfig,
+    ObservationConfig,
+    VlaConfig,
+)
+from como_jax.spec.towers import PUBLIC_TOWERS, DecoderConfig, TextConfig
 from como_jax.weights.paligemma import paligemma_sizes
 from como_jax.weights.text import text_config_of
 

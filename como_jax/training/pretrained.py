@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from como_jax.errors import ConfigError
 from como_jax.motion.perceptual import load_perceptual
 from como_jax.nn.model_def import Params, merge_params
-from como_jax.nn.text import PUBLIC_TOWERS
+from como_jax.spec.towers import PUBLIC_TOWERS
 from como_jax.training.checkpoint import load_matching_params, load_params
 from como_jax.training.train_state import TrainState, replace_params
 from como_jax.weights.paligemma import load_paligemma

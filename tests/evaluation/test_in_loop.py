@@ -13,9 +13,10 @@ from como_jax.evaluation.latents.in_loop import EvaluationConfig, MaeEvaluator, 
 from como_jax.evaluation.latents.probes import linear_probe
 from como_jax.evaluation.latents.spread import effective_rank
 from como_jax.evaluation.latents.transitions import EvaluationSet
-from como_jax.motion.mae import Mae, MaeConfig
+from como_jax.motion.mae import Mae
 from como_jax.nn.model_def import ModelDef
-from como_jax.nn.vit import VitConfig
+from como_jax.spec.motion import MaeConfig
+from como_jax.spec.towers import VitConfig
 from como_jax.training import sharding
 
 GAP_SECONDS, SIZE = 0.3, 16

@@ -14,8 +14,8 @@ from como_jax.data.clips import ClipConfig, gap_steps
 from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
 from como_jax.labelling.streaming import StreamLabeller, single_frames, steps_back
-from como_jax.motion.bottlenecks import BottleneckConfig
 from como_jax.nn.model_def import ModelDef
+from como_jax.spec.motion import BottleneckConfig
 from como_jax.training import sharding
 
 SIZE, EPISODES = 16, 4

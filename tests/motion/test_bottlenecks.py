@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from como_jax.errors import ConfigError
-from como_jax.motion.bottlenecks import BottleneckConfig, Bottlenecked, make_bottleneck, replacement_due
+from como_jax.motion.bottlenecks import Bottlenecked, make_bottleneck, replacement_due
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.motion import BottleneckConfig
 from como_jax.training import sharding
 
 SIZE, CODES = 3, 6

@@ -17,6 +17,7 @@ from como_jax.motion.como import Como
 from como_jax.motion.dynamics import InverseDynamics
 from como_jax.nn.layers import normalize_frames
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.motion import BottleneckConfig, MotionConfig
 
 MakeComo = Callable[..., ModelDef]
 

@@ -10,8 +10,8 @@ import pytest
 
 from como_jax import types
 from como_jax.motion import losses
-from como_jax.motion.bottlenecks import BottleneckConfig
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.motion import BottleneckConfig
 
 MakeComo = Callable[..., ModelDef]
 

@@ -11,8 +11,9 @@ from flax import traverse_util
 
 from como_jax import types
 from como_jax.errors import ConfigError
-from como_jax.motion.laq import Laq, LaqConfig
+from como_jax.motion.laq import Laq
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.motion import LaqConfig
 
 SIZES = {"patch_size": 4, "width": 16, "num_heads": 2, "head_size": 8, "latent_dim": 6, "codebook_size": 5}
 DEPTHS = {"spatial_depth": 1, "temporal_depth": 1, "decoder_depth": 1}

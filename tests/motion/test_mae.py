@@ -10,7 +10,8 @@ from flax import traverse_util
 from como_jax.motion.mae import Mae
 from como_jax.nn.layers import denormalize_frames, normalize_frames, patchify, sincos_position_embedding, unpatchify
 from como_jax.nn.model_def import ModelDef, Params
-from como_jax.nn.vit import VitConfig
+from como_jax.spec.motion import MaeConfig
+from como_jax.spec.towers import VitConfig
 from como_jax.types import FramePairs
 
 SIZE, PATCH, NUM_PATCHES, NUM_IMAGES = 16, 4, 16, 4

@@ -13,7 +13,8 @@ from como_jax.errors import ConfigError
 from como_jax.nn.layers import Block
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.nn.stack import Stack
-from como_jax.nn.vit import Vit, VitConfig
+from como_jax.nn.vit import Vit
+from como_jax.spec.towers import VitConfig
 
 CONFIG = VitConfig(image_size=24, patch_size=8, width=16, depth=2, num_heads=2)
 

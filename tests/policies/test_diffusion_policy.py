@@ -15,11 +15,9 @@ from scipy import stats
 
 from como_jax.errors import ConfigError
 from como_jax.nn.model_def import ModelDef
-from como_jax.nn.text import TextConfig
-from como_jax.nn.vit import VitConfig
-from como_jax.policies.diffusion import DiffusionConfig
-from como_jax.policies.diffusion_policy import DiffusionPolicy, DiffusionPolicyConfig
-from como_jax.policies.observation import ObservationConfig
+from como_jax.policies.diffusion_policy import DiffusionPolicy
+from como_jax.spec.policies import DiffusionConfig, DiffusionPolicyConfig, ObservationConfig
+from como_jax.spec.towers import TextConfig, VitConfig
 from como_jax.types import PolicyBatch, fake_policy_batch
 
 Params = dict[str, Any]

@@ -16,11 +16,10 @@ from flax import nnx, traverse_util
 from como_jax.errors import ConfigError
 from como_jax.nn.layers import normalize_frames
 from como_jax.nn.model_def import ModelDef
-from como_jax.nn.text import TextConfig
-from como_jax.nn.vit import VitConfig
-from como_jax.policies.diffusion import DiffusionConfig
-from como_jax.policies.diffusion_policy import DiffusionPolicy, DiffusionPolicyConfig
-from como_jax.policies.observation import ConvTower, ObservationConfig, ObservationEncoder, ObservationFeatures
+from como_jax.policies.diffusion_policy import DiffusionPolicy
+from como_jax.policies.observation import ConvTower, ObservationEncoder, ObservationFeatures
+from como_jax.spec.policies import DiffusionConfig, DiffusionPolicyConfig, ObservationConfig
+from como_jax.spec.towers import TextConfig, VitConfig
 from como_jax.types import Observation, fake_policy_batch
 
 VIT = VitConfig(image_size=32, patch_size=8, width=16, depth=1, num_heads=2)

@@ -14,13 +14,11 @@ import pytest
 
 from como_jax import types
 from como_jax.errors import ConfigError, DatasetError
-from como_jax.nn.decoder import DecoderConfig
 from como_jax.nn.model_def import ModelDef, Params, merge_params
-from como_jax.nn.text import TextConfig
-from como_jax.nn.vit import VitConfig
-from como_jax.policies.observation import ObservationConfig
 from como_jax.policies.output_tokens import bin_midpoints, to_bins
-from como_jax.policies.vla import LatentVla, VlaConfig, attention_mask
+from como_jax.policies.vla import LatentVla, attention_mask
+from como_jax.spec.policies import ObservationConfig, VlaConfig
+from como_jax.spec.towers import DecoderConfig, TextConfig, VitConfig
 from como_jax.types import fake_policy_batch
 
 BATCH, CHUNK, ACTIONS, QUERIES, LATENT, CODES, TEXT = 6, 2, 3, 4, 5, 8, 12

@@ -11,10 +11,9 @@ import numpy as np
 
 from como_jax import types
 from como_jax.nn.model_def import ModelDef, Params
-from como_jax.nn.text import TextConfig
-from como_jax.nn.vit import VitConfig
-from como_jax.policies.autoregressive import AutoregressiveConfig, AutoregressivePolicy
-from como_jax.policies.observation import ObservationConfig
+from como_jax.policies.autoregressive import AutoregressivePolicy
+from como_jax.spec.policies import AutoregressiveConfig, ObservationConfig
+from como_jax.spec.towers import TextConfig, VitConfig
 
 BATCH, INSTANTS, STRIDE, CHUNK, ACTIONS, QUERIES, LATENT, CODES = 8, 2, 2, 3, 3, 2, 4, 5
 SIZES = {"action_size": ACTIONS, "chunk": CHUNK, "stride": STRIDE, "width": 16, "depth": 2, "num_heads": 2}

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import Mesh
 
 from como_jax import types
-from como_jax.motion.bottlenecks import BottleneckConfig
-from como_jax.motion.laq import Laq, LaqConfig
+from como_jax.motion.laq import Laq
 from como_jax.nn.model_def import ModelDef
+from como_jax.spec.motion import BottleneckConfig, LaqConfig
 from como_jax.training import sharding
 from como_jax.training.train_state import TrainState, abstract_state, create_state, make_train_step
 

@@ -14,11 +14,11 @@ from flax import nnx, traverse_util
 from safetensors.numpy import save_file
 
 from como_jax.errors import RunError
-from como_jax.nn.decoder import Decoder, DecoderConfig
+from como_jax.nn.decoder import Decoder
 from como_jax.nn.model_def import ModelDef, Params
-from como_jax.nn.text import TextConfig
-from como_jax.nn.vit import VitConfig
-from como_jax.policies.observation import ObservationConfig, ObservationEncoder
+from como_jax.policies.observation import ObservationEncoder
+from como_jax.spec.policies import ObservationConfig
+from como_jax.spec.towers import DecoderConfig, TextConfig, VitConfig
 from como_jax.types import Observation
 from como_jax.weights.paligemma import load_paligemma, paligemma_sizes
 
