@@ -1,9 +1,9 @@
-"""A client of the policy server, or of openpi's own, that waits for each answer."""
+"""A client of the policy server, and of openpi's own server, that waits for each answer."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from websockets.sync.client import connect
@@ -11,23 +11,23 @@ from websockets.sync.client import connect
 from como_jax.serving.protocol import RequestError, pack, unpack
 
 
-class PolicyClient:
-    """One connection, and so one session; a context manager that closes it.
+class PolicyClient(contextlib.AbstractContextManager):
+    """One connection, which is one session; use it in a `with` statement, whose end closes it.
 
     Attributes:
-      metadata: what the server said about its policy.
+      metadata: what the server told about its policy.
     """
 
     def __init__(self, url: str, token: str = ""):
-        """Connects.
+        """Connects to a server.
 
         Args:
           url: as in ws://localhost:8000.
           token: that the server asks for.
 
         Raises:
-          OSError: nothing answers there.
-          websockets.exceptions.InvalidStatus: the server refuses; 401 for a wrong token.
+          OSError: no server answers.
+          websockets.exceptions.InvalidStatus: the server refuses the connection; status 401 for a wrong token.
         """
         headers = {"Authorization": f"Api-Key {token}"} if token else None
         # The server is trusted: its answers may have any size.
@@ -35,10 +35,10 @@ class PolicyClient:
         self.metadata: dict[str, Any] = self._receive()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's answer, with `actions` `[n, A]` and `server_timing`.
+        """Sends an observation and returns the answer, with `actions` `[n, A]` and `server_timing`.
 
         Raises:
-          RequestError: the server says what is wrong with the observation; the next may be right.
+          RequestError: the server's account of what is wrong with the observation. The connection stays open.
         """
         self._connection.send(pack(observation))
         return self._receive()
@@ -47,12 +47,7 @@ class PolicyClient:
         """Ends the session."""
         self._connection.close()
 
-    def __enter__(self) -> PolicyClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _receive(self) -> dict[str, Any]:

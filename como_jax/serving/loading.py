@@ -1,27 +1,26 @@
-"""From a folder to the policy in it."""
+"""Loads the policy in a folder, by JAX or PyTorch, whichever the folder is made for."""
 
 from __future__ import annotations
 
 from etils import epath
 
 from como_jax.errors import RunError
-from como_jax.serving.options import PolicyOptions
-from como_jax.serving.policy import ServedPolicy
+from como_jax.serving.policy import PolicyOptions, ServedPolicy
 
-# Of `como_jax.policies.spec`, which cannot be imported without JAX, and of `como_jax.runtime_torch`.
+# Of a run of `experiments.train_policy`, and of an export of `tools.export_torch`.
 _RUN_FILE, _EXPORT_FILE = "policy.json", "model.safetensors"
 
 
 def load_policy(directory: epath.PathLike, options: PolicyOptions) -> ServedPolicy:
-    """The policy that a folder holds, ready to act.
+    """Loads a policy and compiles it.
 
     Raises:
-      RunError: it holds none.
-      UsageError: what it holds cannot be served, or not with these options.
+      RunError: the folder holds no policy.
+      UsageError: the policy cannot be served, or not with these options.
     """
     path = epath.Path(directory)
+    # Imported here, because a machine that serves exports may have no JAX, and one that serves runs no PyTorch.
     if (path / _RUN_FILE).exists():
-        # Each kind of folder needs a library that may not be installed where the others are served.
         from como_jax.serving.jax_policy import JaxPolicy
 
         return JaxPolicy.load(path, options)
@@ -30,6 +29,6 @@ def load_policy(directory: epath.PathLike, options: PolicyOptions) -> ServedPoli
 
         return TorchPolicy.load(path, options)
     raise RunError(
-        f"--model {directory}: no policy there; it must be the directory of a run of experiments.train_policy, which "
-        f"has a {_RUN_FILE}, or one of tools.export_torch, which has a {_EXPORT_FILE}."
+        f"{directory} holds no policy; name the directory of a run of experiments.train_policy, which has a "
+        f"{_RUN_FILE}, or one that tools.export_torch wrote, which has a {_EXPORT_FILE}."
     )

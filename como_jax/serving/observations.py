@@ -1,9 +1,9 @@
-"""From the fields of a robot's message to what a policy sees.
+"""Finds the inputs of a policy in the message of a robot.
 
-Robots name their fields differently. Maps inside a message are flattened: `{"images": {"top": ...}}` is `images/top`. A
-policy's camera NAME is then the first of `observation/NAME`, `images/NAME`, `observation/images/NAME` and `NAME` that
-the message has, its state `observation/state` or `state`, its instruction `prompt`, as openpi's clients for LIBERO and
-ALOHA name them. Any other robot's fields are given by name. Fields that the policy has no use for are left alone.
+Maps inside a message are flattened: `{"images": {"top": ...}}` becomes `images/top`. The image of camera NAME is then
+the first of `observation/NAME`, `images/NAME`, `observation/images/NAME` and `NAME` that the message has, the state is
+`observation/state` or `state`, and the instruction is `prompt`, as openpi's clients for LIBERO and ALOHA name them. For
+any other robot the names of the fields are given. Fields that the policy does not need are ignored.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MAX_DEPTH = 8
 _MAX_PROMPT = 4096
 
 
-class Observation(NamedTuple):
-    """What a message says.
+class PolicyRequest(NamedTuple):
+    """The content of one message.
 
     Attributes:
       images: uint8 RGB `[H, W, 3]` of every camera.
-      state: float32 `[S]`; empty where the policy does not use it.
-      prompt: the instruction; empty where the policy reads none.
-      reset: whether a new episode begins with it.
+      state: float32 `[S]`; empty for a policy that uses no state.
+      prompt: the instruction; empty for a policy that reads none.
+      reset: whether a new episode begins with this message.
     """
 
     images: dict[str, np.ndarray]
@@ -40,53 +40,55 @@ class Observation(NamedTuple):
 
 
 class ObservationReader:
-    """Finds a policy's inputs in messages."""
+    """Reads the inputs of one policy from messages."""
 
     def __init__(
         self, inputs: PolicyInputs, fields: Mapping[str, Sequence[str]] | None = None, default_prompt: str = ""
     ):
-        """Says where the inputs are.
+        """Makes a reader.
 
         Args:
           inputs: of the policy.
-          fields: by camera, "state" or "prompt" the message's field, of the state also several, which are joined; what
-            is left out is found as the module says.
-          default_prompt: for messages without prompt.
+          fields: the field of the message for a camera, "state" or "prompt"; several fields of a state are
+            concatenated. Inputs that are not named here are found as the module's docstring says.
+          default_prompt: the instruction for messages without prompt.
 
         Raises:
-          ConfigError: `fields` names an input that the policy does not have, or no field or too many for one.
+          ConfigError: `fields` names an input that the policy does not have, or gives it no field or too many.
         """
         self._inputs, self._default_prompt = inputs, default_prompt
         given = dict(fields or {})
         known = (*inputs.cameras, *([STATE] if inputs.state_size else []), *([PROMPT] if inputs.uses_text else []))
         for name, sources in given.items():
             if name not in known:
-                raise ConfigError(f"--field {name}: the policy has {', '.join(known)}{closest(name, known)}")
+                raise ConfigError(f"fields has {name!r}, but the policy has {', '.join(known)}{closest(name, known)}")
             if not sources or not all(sources) or (len(sources) > 1 and name != STATE):
-                raise ConfigError(f"--field {name}={','.join(sources)}: must name one field; state may name several.")
-        # Ways of naming an input: of those whose fields the message all has, the first is taken.
+                raise ConfigError(
+                    f"fields[{name!r}] is {','.join(sources)!r} and must name one field; only state may name several."
+                )
+        # Alternatives for every input; the first whose fields are all in the message is taken.
         self._ways = {name: [tuple(given[name])] if name in given else _usual(name, inputs) for name in known}
 
     def describe(self) -> dict[str, str]:
-        """What a message must hold: by field the kind of value, for the client's side."""
+        """Returns the kind of value that a message must hold in each field, for the metadata of clients."""
         kinds = {camera: "uint8 RGB [H, W, 3]" for camera in self._inputs.cameras}
         kinds[STATE] = f"float32 [{self._inputs.state_size}]"
         kinds[PROMPT] = "text, optional" if self._default_prompt else "text"
-        joined = f"part of {kinds[STATE]}, joined in this order"
+        joined = f"part of {kinds[STATE]}, concatenated in this order"
         return {
             field: joined if len(ways[0]) > 1 else kinds[name] for name, ways in self._ways.items() for field in ways[0]
         }
 
-    def read(self, message: Any) -> Observation:
-        """What a message says.
+    def read(self, message: Any) -> PolicyRequest:
+        """Reads one message.
 
         Raises:
-          RequestError: a field is missing or not what it must be; the message names it.
+          RequestError: a field is missing or holds something else; the error names the field.
         """
         if not isinstance(message, dict):
             raise RequestError(f"An observation must be a map of fields, not {type(message).__name__}.")
         found = dict(_flatten(message))
-        return Observation(
+        return PolicyRequest(
             images={camera: self._image(found, camera) for camera in self._inputs.cameras},
             state=self._state(found),
             prompt=self._prompt(found),
@@ -98,7 +100,7 @@ class ObservationReader:
         image = found[name]
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
             raise RequestError(f"{name} must be an array of uint8, RGB from 0 to 255, not {_describe(image)}.")
-        # As robots' drivers for PyTorch give them; openpi takes them too.
+        # Channels first, as PyTorch has them; openpi's server takes such images too.
         if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
             image = np.ascontiguousarray(np.moveaxis(image, 0, 2))
         if image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -132,13 +134,15 @@ class ObservationReader:
         return prompt
 
     def _locate(self, found: Mapping[str, Any], name: str) -> tuple[str, ...]:
-        """The fields of an input that a message has."""
+        """The fields of the message that hold an input."""
         for way in self._ways[name]:
             if all(field in found for field in way):
                 return way
         wanted = " or ".join(" + ".join(way) for way in self._ways[name])
         has = ", ".join(sorted(found)[:20]) or "no fields"
-        raise RequestError(f"{wanted} is missing; the message has {has}. The server's --field maps other names.")
+        raise RequestError(
+            f"{wanted} is missing; the message has {has}. The server can be started with other names of fields."
+        )
 
 
 def _usual(name: str, inputs: PolicyInputs) -> list[tuple[str, ...]]:
@@ -149,7 +153,7 @@ def _usual(name: str, inputs: PolicyInputs) -> list[tuple[str, ...]]:
 
 def _flatten(fields: Mapping[Any, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
     if depth > _MAX_DEPTH:
-        raise RequestError(f"Fields lie in each other deeper than {_MAX_DEPTH}.")
+        raise RequestError(f"Maps in the message are nested deeper than {_MAX_DEPTH} levels.")
     for name, value in fields.items():
         if not isinstance(name, str):
             raise RequestError(f"Names of fields must be text, not {type(name).__name__}.")
@@ -165,7 +169,7 @@ def _numbers(name: str, value: Any) -> np.ndarray:
         numbers = np.atleast_1d(np.asarray(value))
         if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
             raise ValueError
-    # Of NumPy, for lists of lists of different lengths, or numbers of more than 64 bits.
+    # NumPy raises these for lists of different lengths and for integers of more than 64 bits.
     except (ValueError, OverflowError):
         raise RequestError(f"{name} must be a row of numbers, not {_describe(value)}.") from None
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""What the server asks of a policy, whatever computes it."""
+"""The interface between the server and a policy, whichever library computes it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,37 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyInputs:
-    """What a policy must be told to act.
+class PolicyOptions:
+    """How a served policy acts.
 
     Attributes:
-      cameras: names of its pictures.
-      state_size: numbers in the proprioceptive state; 0 where it is not used.
-      uses_text: whether it reads an instruction.
+      execute, ensemble: how action chunks are carried out; see `ControlConfig`. Where both are None, the server sends
+        whole chunks and the client carries them out.
+      dataset: the dataset whose normalisation of actions and states is used; needed by policies of several robots.
+      sampling: sampling settings that replace those of the run; see `como_jax.evaluation.rollouts.sampling`.
+      seed: of the sampling noise.
+    """
+
+    execute: int | None = None
+    ensemble: float | None = None
+    dataset: str = ""
+    sampling: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def whole_chunks(self) -> bool:
+        """Whether the client carries out the chunks."""
+        return self.execute is None and self.ensemble is None
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyInputs:
+    """What a policy needs to know at every step.
+
+    Attributes:
+      cameras: names of its cameras.
+      state_size: length of the proprioceptive state; 0 for a policy that uses none.
+      uses_text: whether the policy reads an instruction.
     """
 
     cameras: tuple[str, ...]
@@ -24,19 +48,19 @@ class PolicyInputs:
     uses_text: bool
 
 
-class Session(Protocol):
-    """The episode of one client: history, action queue and whatever else must not mix with that of another."""
+class ServedSession(Protocol):
+    """The episode of one client: its own history and action queue."""
 
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str) -> np.ndarray:
-        """Actions from now on, float32 `[n, A]`, in the robot's units.
+        """Returns the next actions, float32 `[n, A]`, in the robot's units.
 
         Args:
           images: uint8 RGB `[H, W, 3]` of every camera.
-          state: float32 `[S]`, in the robot's units; empty where the policy does not use it.
-          prompt: the instruction; empty where the policy reads none.
+          state: float32 `[S]`, in the robot's units; empty for a policy that uses no state.
+          prompt: the instruction; empty for a policy that reads none.
 
         Raises:
-          UsageError: the policy cannot act on this; the client is told why.
+          UsageError: the policy cannot act on this; the message goes to the client.
         """
 
     def reset(self) -> None:
@@ -44,15 +68,15 @@ class Session(Protocol):
 
 
 class ServedPolicy(Protocol):
-    """A policy with its weights, which all sessions share.
+    """A policy with its weights, shared by all sessions.
 
     Attributes:
-      inputs: what it must be told.
-      metadata: what clients are told about it as they connect: text, numbers, lists and maps.
+      inputs: what it needs at every step.
+      metadata: what clients are told when they connect: text, numbers, lists and maps.
     """
 
     inputs: PolicyInputs
     metadata: Mapping[str, Any]
 
-    def new_session(self) -> Session:
-        """For one connection. Sessions are called from one thread, one after the other."""
+    def new_session(self) -> ServedSession:
+        """Returns the session of one connection. All sessions are called from one thread, one after the other."""

@@ -1,9 +1,9 @@
-"""Messages of openpi's websocket protocol: msgpack, in which an array is a map with bytes as keys.
+"""Messages of openpi's websocket protocol: msgpack, with arrays as maps whose keys are bytes.
 
-An array is `{b"__ndarray__": True, b"data": bytes in C order, b"dtype": as in "<f4", b"shape": [...]}`, a number with a
-NumPy type `{b"__npgeneric__": True, b"data": value, b"dtype": ...}`; see `openpi_client.msgpack_numpy` of
-https://github.com/Physical-Intelligence/openpi. Arrays hold numbers, truth values or text, never Python objects, so
-that reading a message runs nothing.
+An array is `{b"__ndarray__": True, b"data": bytes in C order, b"dtype": as in "<f4", b"shape": [...]}`, a number of a
+NumPy type is `{b"__npgeneric__": True, b"data": value, b"dtype": ...}`; see `openpi_client.msgpack_numpy` of
+https://github.com/Physical-Intelligence/openpi. Arrays hold numbers, booleans or text, never Python objects, so that
+reading a message cannot run code.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import numpy as np
 
 from como_jax.errors import UsageError
 
-# Booleans, whole numbers, floats, text; not objects, records, dates or complex numbers. The width follows.
+# Booleans, integers, floats and text, with their width; no objects, records, dates or complex numbers.
 _DTYPE = re.compile(r"[<>|=]?[biufSU]\d{1,9}")
 
 
 class RequestError(UsageError):
-    """A message that cannot be answered; the text goes to the client that sent it."""
+    """A message that cannot be answered; the text is sent to the client."""
 
 
 def pack(content: Any) -> bytes:
-    """A message from maps, lists, numbers, text and arrays.
+    """Packs maps, lists, numbers, text and arrays into a message.
 
     Raises:
-      TypeError: something that the protocol has no form for, such as an array of objects.
+      TypeError: the protocol has no form for a value, such as an array of objects.
     """
     return msgpack.packb(content, default=_encode)
 
 
 def unpack(message: bytes) -> Any:
-    """What a message holds; its arrays are read-only views of it.
+    """Returns the content of a message; its arrays are read-only views of the message.
 
     Raises:
-      RequestError: it is damaged, or holds what the protocol does not allow.
+      RequestError: the message is damaged, or holds something that the protocol does not allow.
     """
     try:
         return msgpack.unpackb(message, object_hook=_decode)
     except RequestError:
         raise
-    # Of the library: ValueError and its own, which share no base, for what is cut off, nested too deep or not UTF-8;
-    # TypeError for a map whose key is a map.
+    # msgpack raises these, which share no base class, for messages that are cut off, nested too deep or not UTF-8, and
+    # TypeError for a map that is the key of another.
     except (ValueError, TypeError, RecursionError, OverflowError, msgpack.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise RequestError(f"The message is no msgpack of openpi's protocol: {reason}.") from error

@@ -1,13 +1,13 @@
-"""A server of openpi's websocket protocol: metadata on connecting, then an observation in and actions out.
+"""A server of openpi's websocket protocol: metadata for a new client, then actions for every observation.
 
-Binary messages are `como_jax.serving.protocol`'s. An answer holds `actions`, `[n, A]`, and `server_timing`, a map with
-`infer_ms` of this request and `prev_total_ms` of the one before; a text message says what is wrong instead, and the
-connection stays open. Every connection has a session of its own, and its first observation, one with `reset: True` or
-one with another prompt begins an episode.
+Binary messages are those of `como_jax.serving.protocol`. An answer holds `actions`, `[n, A]`, and `server_timing`, a
+map with `infer_ms` of this request and `prev_total_ms` of the one before. If a request is wrong, a text message says
+why, and the connection stays open. Every connection has its own session. An episode begins with the first observation,
+with one that has `reset: True`, and with one that has another prompt.
 
-GET /healthz answers as long as the event loop runs, /metrics in Prometheus' format. With a token, all but /healthz
-need the header `Authorization: Api-Key TOKEN`. Browsers are refused, since any page that a user visits can connect to a
-server on the same machine.
+GET /healthz answers as long as the event loop runs; /metrics answers in Prometheus' format. If the server has a token,
+everything except /healthz needs the header `Authorization: Api-Key TOKEN`. Browsers are refused, because any web page
+could otherwise connect to a server on its visitor's machine.
 """
 
 from __future__ import annotations
@@ -17,37 +17,43 @@ import dataclasses
 import hmac
 import http
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from como_jax.errors import ConfigError, UsageError
-from como_jax.serving.metrics import CONTENT_TYPE, Metrics
-from como_jax.serving.observations import Observation, ObservationReader
-from como_jax.serving.policy import ServedPolicy, Session
+from como_jax.serving.observations import ObservationReader, PolicyRequest
+from como_jax.serving.policy import ServedPolicy, ServedSession
 from como_jax.serving.protocol import RequestError, pack, unpack
 
 logger = logging.getLogger(__name__)
 
-# Of a client that sends without reading answers.
-_WAITING_MESSAGES = 4
+# Messages that are queued for a client that sends without reading the answers.
+_MAX_QUEUE = 4
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+OUTCOMES = ("answered", "refused", "failed")
+"""Of a request: actions were sent, the request was wrong, or the policy raised an error."""
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # Seconds.
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
-    """How to serve.
+    """Settings of a server.
 
     Attributes:
-      host, port: to listen at; port 0 for any that is free.
+      host, port: address to listen at; port 0 takes any free one.
       token: that clients must send; empty for none.
-      max_message: bytes of the largest message; a client that sends more is disconnected.
-      grace: seconds that requests have to end when the server is stopped.
+      max_message: size of the largest message in bytes; a client that sends more is disconnected.
+      grace: seconds that requests in progress have to end when the server is stopped.
     """
 
     host: str = "127.0.0.1"
@@ -57,11 +63,43 @@ class ServerOptions:
     grace: float = 10.0
 
 
+class Metrics:
+    """Prometheus metrics of one server.
+
+    Attributes:
+      requests: number of requests, by outcome.
+      request_seconds: from the arrival of a message until its answer is sent.
+      policy_seconds: the part of it spent in the policy.
+      connections: number of open connections.
+      opened: number of connections so far.
+      unauthorized: number of attempts without the right token.
+    """
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter("como_serve_requests", "Requests by outcome.", ["outcome"], registry=registry)
+        self.request_seconds = Histogram(
+            "como_serve_request_seconds", "From message to answer.", buckets=_BUCKETS, registry=registry
+        )
+        self.policy_seconds = Histogram(
+            "como_serve_policy_seconds", "Of a request, in the policy.", buckets=_BUCKETS, registry=registry
+        )
+        self.connections = Gauge("como_serve_connections", "Open connections.", registry=registry)
+        self.opened = Counter("como_serve_opened_connections", "Connections so far.", registry=registry)
+        self.unauthorized = Counter("como_serve_unauthorized", "Attempts without the token.", registry=registry)
+        # Counters that exist from the start let Prometheus see the first failure as an increase.
+        for outcome in OUTCOMES:
+            self.requests.labels(outcome)
+
+    def render(self) -> str:
+        """Returns all metrics in Prometheus' text format."""
+        return generate_latest(self._registry).decode()
+
+
 class PolicyServer:
-    """Serves one policy; the policy runs in one thread, one request after the other."""
+    """Serves one policy, which runs in one thread and answers one request after the other."""
 
     def __init__(self, policy: ServedPolicy, reader: ObservationReader, options: ServerOptions):
-        """Takes the policy, what finds its inputs in messages, and how to serve."""
         self._policy, self._reader, self._options = policy, reader, options
         self._metrics = Metrics()
         self._greeting = pack({**policy.metadata, "observation": reader.describe()})
@@ -70,14 +108,14 @@ class PolicyServer:
         self._stopping = False
 
     async def run(self, stop: asyncio.Event, on_listening: Callable[[int], None] = lambda port: None) -> None:
-        """Serves until `stop` is set; requests that are in progress are then answered.
+        """Serves until `stop` is set, then answers the requests in progress.
 
         Args:
-          stop: set in the event loop that runs this.
-          on_listening: gets the port once clients can connect.
+          stop: is set in the event loop that runs this.
+          on_listening: is called with the port as soon as clients can connect.
 
         Raises:
-          ConfigError: the port cannot be listened at.
+          ConfigError: the server cannot listen at this host and port.
         """
         options = self._options
         with ThreadPoolExecutor(1, "policy") as self._executor:
@@ -87,19 +125,37 @@ class PolicyServer:
                 options.port,
                 process_request=self._screen,
                 origins=[None],
-                # Pictures hardly shrink, and openpi's clients do not compress either.
+                # Compression hardly shrinks images, and openpi's clients do not compress either.
                 compression=None,
                 max_size=options.max_message,
-                max_queue=_WAITING_MESSAGES,
+                max_queue=_MAX_QUEUE,
             )
             try:
                 server = await serving
             except (OSError, OverflowError) as error:
-                raise ConfigError(f"--host {options.host} --port {options.port} cannot be used: {error}") from error
+                raise ConfigError(f"host {options.host}, port {options.port} cannot be used: {error}") from error
             async with server:
                 on_listening(next(iter(server.sockets)).getsockname()[1])
                 await stop.wait()
                 await self._finish()
+
+    def run_until_signal(self) -> None:
+        """Serves until SIGTERM or Ctrl-C; a second signal ends a server whose policy does not let it stop."""
+
+        async def run() -> None:
+            stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+            def on_signal() -> None:
+                stop.set()
+                for number in _SIGNALS:
+                    loop.remove_signal_handler(number)
+
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, on_signal)
+            await self.run(stop, lambda port: logger.info("Serving at ws://%s:%d", self._options.host, port))
+
+        asyncio.run(run())
+        logger.info("Stopped.")
 
     async def _finish(self) -> None:
         self._stopping = True
@@ -109,7 +165,7 @@ class PolicyServer:
             logger.warning("Stopped with %d requests in progress.", self._in_progress)
 
     def _screen(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answers plain HTTP and refuses who has no token; None lets a client in."""
+        """Answers plain HTTP requests and refuses clients without the token; returns None to let a client in."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
@@ -119,7 +175,7 @@ class PolicyServer:
         if path == "/metrics":
             response = connection.respond(http.HTTPStatus.OK, self._metrics.render())
             del response.headers["Content-Type"]
-            response.headers["Content-Type"] = CONTENT_TYPE
+            response.headers["Content-Type"] = CONTENT_TYPE_LATEST
             return response
         if self._stopping:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "The server is being stopped.\n")
@@ -130,11 +186,11 @@ class PolicyServer:
             return True
         expected = f"Api-Key {self._options.token}".encode()
         given = request.headers.get_all("Authorization")
-        # In a time that does not tell how much of the token is right.
+        # compare_digest takes the same time however much of the token is right.
         return len(given) == 1 and hmac.compare_digest(given[0].encode(errors="surrogateescape"), expected)
 
     async def _converse(self, connection: ServerConnection) -> None:
-        """All requests of one client."""
+        """Answers all requests of one client."""
         client = "%s:%s" % connection.remote_address[:2]  # noqa: UP031
         logger.info("%s connected", client)
         self._metrics.opened.inc()
@@ -166,20 +222,20 @@ class PolicyServer:
     async def _answer(
         self, message: bytes | str, conversation: _Conversation, timing: Mapping[str, float]
     ) -> bytes | str:
-        """The message to send back: bytes with actions, or text that says what is wrong."""
+        """Returns the message to send back: bytes with actions, or text that says what is wrong."""
         try:
             if isinstance(message, str):
                 raise RequestError("Observations are sent as binary messages of msgpack, not as text.")
-            observation = self._reader.read(unpack(message))
+            request = self._reader.read(unpack(message))
             loop = asyncio.get_running_loop()
-            answer, seconds = await loop.run_in_executor(self._executor, conversation.act, observation)
+            answer, seconds = await loop.run_in_executor(self._executor, conversation.act, request)
             self._metrics.policy_seconds.observe(seconds)
             reply = pack({**answer, "server_timing": {"infer_ms": 1000 * seconds, **timing}})
         except UsageError as error:
             self._metrics.requests.labels("refused").inc()
             logger.info("%s was refused: %s", conversation.client, error)
             return str(error)
-        # Whatever a policy raises must not take the other clients with it.
+        # An error of the policy must not end the connections of the other clients.
         except Exception as error:
             self._metrics.requests.labels("failed").inc()
             logger.exception("The policy failed for %s", conversation.client)
@@ -189,22 +245,22 @@ class PolicyServer:
 
 
 class _Conversation:
-    """One client's session and the episode that it is in."""
+    """The session of one client and the prompt of its current episode."""
 
-    def __init__(self, session: Session, client: str):
+    def __init__(self, session: ServedSession, client: str):
         self.client, self._session = client, session
         self._prompt: str | None = None
 
-    def act(self, observation: Observation) -> tuple[dict[str, Any], float]:
-        """The answer, and the seconds that it took."""
+    def act(self, request: PolicyRequest) -> tuple[dict[str, Any], float]:
+        """Returns the answer and the seconds that it took."""
         begin = time.monotonic()
-        if observation.reset or observation.prompt != self._prompt:
+        if request.reset or request.prompt != self._prompt:
             self._session.reset()
-            self._prompt = observation.prompt
+            self._prompt = request.prompt
         try:
-            actions = self._session.act(observation.images, observation.state, observation.prompt)
+            actions = self._session.act(request.images, request.state, request.prompt)
         except BaseException:
-            # What it has noted of an observation that it did not act on is not known.
+            # The session may have recorded only a part of this observation, so the next one begins an episode.
             self._prompt = None
             raise
         return {"actions": actions}, time.monotonic() - begin

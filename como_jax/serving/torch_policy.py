@@ -1,4 +1,4 @@
-"""An exported policy, computed by PyTorch, as the server asks for it: for machines without JAX."""
+"""Serves an exported policy, computed by PyTorch, on machines without JAX."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from como_jax.errors import ConfigError, RunError
 from como_jax.runtime_torch.errors import InputError, ModelFileError
 from como_jax.runtime_torch.policy import Policy
 from como_jax.runtime_torch.session import Session
-from como_jax.serving.options import PolicyOptions
-from como_jax.serving.policy import PolicyInputs
+from como_jax.serving.policy import PolicyInputs, PolicyOptions
 from como_jax.serving.protocol import RequestError
 
 logger = logging.getLogger("como_jax.serve")
 
 
 class TorchPolicy:
-    """See `como_jax.serving.policy.ServedPolicy`."""
+    """A `ServedPolicy`."""
 
     def __init__(self, policy: Policy, options: PolicyOptions):
-        """Takes the policy and how it acts."""
         described = policy.metadata
         self.inputs = PolicyInputs(policy.cameras, policy.state_size, described["uses_text"])
         self._policy, self._whole_chunks = policy, options.whole_chunks
@@ -34,13 +32,13 @@ class TorchPolicy:
 
     @classmethod
     def load(cls, directory: os.PathLike[str], options: PolicyOptions) -> TorchPolicy:
-        """What `python -m tools.export_torch` wrote, on the GPU if there is one.
+        """Loads what `python -m tools.export_torch` wrote, onto the GPU if there is one.
 
         Raises:
-          UsageError: it is no policy, is damaged, or cannot be served with these options.
+          UsageError: the folder holds no policy, is damaged, or the policy cannot be served with these options.
         """
         if options.sampling:
-            raise ConfigError("--sampling is for runs; an export samples as the config says that it was exported with.")
+            raise ConfigError("sampling is for runs: an exported policy samples as the config of its run says.")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         numbers = {"execute": options.execute or 0, "ensemble": options.ensemble, "seed": options.seed}
         try:
@@ -51,19 +49,18 @@ class TorchPolicy:
         return cls(policy, options)
 
     def new_session(self) -> TorchSession:
-        """See `ServedPolicy`."""
+        """Returns a session of its own for one connection."""
         return TorchSession(self._policy.new_session(), self._whole_chunks)
 
 
 class TorchSession:
-    """See `como_jax.serving.policy.Session`."""
+    """A `ServedSession`."""
 
     def __init__(self, session: Session, whole_chunks: bool):
-        """Takes the session, and whether the client carries chunks out."""
         self._session, self._whole_chunks = session, whole_chunks
 
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str) -> np.ndarray:
-        """See `Session`."""
+        """See `ServedSession`."""
         observation = {"images": images, "state": state}
         try:
             if self._whole_chunks:
@@ -73,5 +70,5 @@ class TorchSession:
             raise RequestError(str(error)) from error
 
     def reset(self) -> None:
-        """See `Session`."""
+        """Begins another episode."""
         self._session.reset()

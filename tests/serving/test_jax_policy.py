@@ -16,7 +16,7 @@ from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.serving.client import PolicyClient
 from como_jax.serving.jax_policy import JaxPolicy
 from como_jax.serving.loading import load_policy
-from como_jax.serving.options import PolicyOptions
+from como_jax.serving.policy import PolicyOptions
 from como_jax.serving.protocol import RequestError
 from tests.policies.smoke_policies import PolicyRun
 from tests.serving.serving_fakes import serving
@@ -94,12 +94,12 @@ def test_two_clients_at_once_have_queues_of_their_own(ensemble: float | None) ->
 
 
 def test_control_that_does_not_suit_the_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--execute 9: the policy predicts chunks of 4 steps"):
+    with pytest.raises(ConfigError, match="execute 9: the policy predicts chunks of 4 steps"):
         JaxPolicy(FakeRunner(), PolicyOptions(execute=9))  # type: ignore[arg-type]
 
 
 def test_a_folder_without_a_policy_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"--model {re.escape(str(tmp_path))}: no policy there"):
+    with pytest.raises(RunError, match=f"{re.escape(str(tmp_path))} holds no policy; name the directory"):
         load_policy(tmp_path, PolicyOptions())
 
 

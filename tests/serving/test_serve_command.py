@@ -79,4 +79,4 @@ def test_a_folder_that_is_no_model_ends_the_command_with_one_line(tmp_path: Path
     command = [sys.executable, "-m", "tools.serve", "--model", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: --model .*: no policy there; .*\n", done.stderr)
+    assert re.fullmatch(r"error: .* holds no policy; .*\n", done.stderr)

@@ -103,9 +103,9 @@ def test_what_is_missing_is_said_beside_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"tip": ["a"]}, "--field tip: the policy has top, wrist, state, prompt; did you mean top?"),
-        ({"top": ["a", "b"]}, "--field top=a,b: must name one field"),
-        ({"state": ["a", ""]}, "--field state=a,: must name one field"),
+        ({"tip": ["a"]}, "fields has 'tip', but the policy has top, wrist, state, prompt; did you mean top?"),
+        ({"top": ["a", "b"]}, "fields['top'] is 'a,b' and must name one field"),
+        ({"state": ["a", ""]}, "fields['state'] is 'a,' and must name one field"),
     ],
 )
 def test_field_names_that_fit_no_input_are_refused(fields: dict[str, list[str]], reason: str) -> None:

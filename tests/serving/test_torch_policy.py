@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from como_jax.export.pytorch.export_policy import write_policy  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
 from como_jax.serving.loading import load_policy  # noqa: E402
-from como_jax.serving.options import PolicyOptions  # noqa: E402
+from como_jax.serving.policy import PolicyOptions  # noqa: E402
 from como_jax.weights.policies import describe_policy  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
@@ -55,7 +55,7 @@ def test_whole_chunks_are_given_by_default(folder: Path) -> None:
 
 
 def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--sampling is for runs"):
+    with pytest.raises(ConfigError, match="sampling is for runs"):
         load_policy(folder, PolicyOptions(dataset="arm", sampling={"temperature": "0.5"}))
     with pytest.raises(RunError, match="robot 'leg' must be one of"):
         load_policy(folder, PolicyOptions(dataset="leg"))

@@ -26,8 +26,7 @@ from como_jax.errors import RunError
 from como_jax.serving.client import PolicyClient
 from como_jax.serving.loading import load_policy
 from como_jax.serving.observations import ObservationReader
-from como_jax.serving.options import PolicyOptions
-from como_jax.serving.policy import PolicyInputs, ServedPolicy
+from como_jax.serving.policy import PolicyInputs, PolicyOptions, ServedPolicy
 from como_jax.serving.server import PolicyServer, ServerOptions
 from tools.benchmarks.machine import describe_machine
 

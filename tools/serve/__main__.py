@@ -5,18 +5,15 @@ r"""Serves a trained policy to robots that speak openpi's protocol.
         --field image=observation/exterior_image_1_left \
         --field state=observation/joint_position,observation/gripper_position
 
-RUN is the directory of a policy's run. Clients get whole chunks, `actions` `[H, A]`, and carry them out themselves, as
-openpi's ActionChunkBroker does. With --execute or --ensemble the server does: it is asked at every control step and
-gives a chunk of one action, `[1, A]`, and each connection has its own queue and history. The README.md beside this file
-says how fields are named; `como_jax.serving.server` what is sent, and what /healthz and /metrics are. SIGTERM and
-Ctrl-C let requests in progress end.
+RUN is the directory of a policy's run or of an export. By default clients get whole chunks, `actions` `[H, A]`, and
+carry them out themselves, as openpi's ActionChunkBroker does. With --execute or --ensemble the server does this:
+clients ask at every control step and get one action, `[1, A]`; each connection has its own queue and history. SIGTERM
+and Ctrl-C let requests in progress end. como_jax/serving/README.md describes fields, messages, /healthz and /metrics.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +23,7 @@ from absl import flags
 from como_jax import cli
 from como_jax.errors import ConfigError
 from como_jax.serving.loading import load_policy
-from como_jax.serving.options import PolicyOptions
+from como_jax.serving.policy import PolicyOptions
 
 try:
     from como_jax.serving.observations import ObservationReader
@@ -38,16 +35,9 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("como_jax.serve")
 
-_LOCAL = ("localhost", "127.0.0.1", "::1")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
-    """Values by name from NAME=VALUE of each.
-
-    Raises:
-      ConfigError: one that is not of this form, or a name twice.
-    """
+    """Values by name of NAME=VALUE texts; raises ConfigError for other texts and for names given twice."""
     pairs: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -58,11 +48,7 @@ def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def read_token(token: str | None, file: str | None) -> str:
-    """The token of --token or --token_file; empty where neither is given.
-
-    Raises:
-      ConfigError: both are given, the file cannot be read, or the token is not one word of ASCII.
-    """
+    """The token of --token or --token_file, or an empty one; raises ConfigError unless it is one word of ASCII."""
     if token is None and file is None:
         return ""
     if token is not None and file is not None:
@@ -77,60 +63,35 @@ def read_token(token: str | None, file: str | None) -> str:
     return token
 
 
-def serve_until_stopped(server: PolicyServer, options: ServerOptions) -> None:
-    """Runs a server until SIGTERM or Ctrl-C."""
-
-    async def run() -> None:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def on_signal() -> None:
-            stop.set()
-            # A second one ends a server that a policy does not let end.
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
-
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, on_signal)
-        await server.run(stop, lambda port: logger.info("Serving at ws://%s:%d", options.host, port))
-
-    asyncio.run(run())
-    logger.info("Stopped.")
-
-
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("model", None, "Directory of an exported policy or of a policy's run.", required=True)
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine's.")
-    flags.DEFINE_integer("port", 8000, "To listen at; 0 for any that is free, which the log then names.")
-    flags.DEFINE_string("token", None, "That clients must send as Authorization: Api-Key TOKEN; all can read it in ps.")
+    flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for any free one, which the log then names.")
+    flags.DEFINE_string("token", None, "Token that clients must send; other users of this machine can see it in ps.")
     flags.DEFINE_string("token_file", None, "File with the token.")
-    flags.DEFINE_integer("max_message_mib", 32, "Of the largest message, in MiB.", lower_bound=1)
-    flags.DEFINE_integer(
-        "execute", None, "Steps of each chunk before the next is asked for; 0 for half. By default whole chunks."
-    )
-    flags.DEFINE_float(
-        "ensemble", None, "Averages all chunks that cover a step, weighted by exp(-ENSEMBLE * steps since the oldest)."
-    )
+    flags.DEFINE_integer("max_message_mib", 32, "Size of the largest message, in MiB.", lower_bound=1)
+    flags.DEFINE_integer("execute", None, "Steps of a chunk to carry out; 0 for half [whole chunks].")
+    flags.DEFINE_float("ensemble", None, "Average chunks, weighted by exp(-ENSEMBLE * steps since the oldest).")
     flags.DEFINE_multi_string("field", [], "NAME=FIELD of a message for a camera, state or prompt; state=FIELD,FIELD.")
     flags.DEFINE_string("default_prompt", "", "Instruction for messages without prompt.")
-    flags.DEFINE_string("dataset", "", "Whose scales of actions and states to use, for policies of several robots.")
+    flags.DEFINE_string("dataset", "", "Dataset whose normalisation to use, for policies of several robots.")
     flags.DEFINE_multi_string("sampling", [], "NAME=VALUE instead of the run's, as for experiments.rollout.")
-    flags.DEFINE_integer("seed", 0, "Another one gives other noise.", lower_bound=0, upper_bound=2**31)
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling noise.", lower_bound=0, upper_bound=2**31)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reads the flags."""
+    """Serves until a signal."""
     cli.no_arguments(arguments)
     given = flags.FLAGS
     token = read_token(given.token, given.token_file)
-    options = ServerOptions(given.host, given.port, token, given.max_message_mib * 2**20)
     sampling = parse_pairs("sampling", given.sampling)
     fields = {name: value.split(",") for name, value in parse_pairs("field", given.field).items()}
     policy = load_policy(given.model, PolicyOptions(given.execute, given.ensemble, given.dataset, sampling, given.seed))
-    server = PolicyServer(policy, ObservationReader(policy.inputs, fields, given.default_prompt), options)
-    if not token and given.host not in _LOCAL:
-        logger.warning("Whoever reaches %s can use this server; ask for a token by --token_file.", given.host)
-    serve_until_stopped(server, options)
+    options = ServerOptions(given.host, given.port, token, given.max_message_mib * 2**20)
+    if not token and given.host not in ("localhost", "127.0.0.1", "::1"):
+        logger.warning("Anyone who reaches %s can use this server; ask for a token by --token_file.", given.host)
+    PolicyServer(policy, ObservationReader(policy.inputs, fields, given.default_prompt), options).run_until_signal()
 
 
 if __name__ == "__main__":
