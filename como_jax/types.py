@@ -148,8 +148,8 @@ class LossOutput(NamedTuple):
     Attributes:
       total: scalar, what is minimised.
       terms: scalars for a dashboard.
-      statistics: batch statistics that `maintain` reads after the update, such as the usage of a codebook: means over
-        the batch, so that those of microbatches average to those of the batch. Empty for most models.
+      statistics: batch statistics that `update_codebook` reads after the update, such as the usage of each code. They
+        are means over the batch, so that those of microbatches average to those of the batch. Empty for most models.
     """
 
     total: jax.Array
@@ -157,7 +157,7 @@ class LossOutput(NamedTuple):
     statistics: dict[str, Any] = {}
 
 
-class MotionLabel(NamedTuple):
+class LatentMotion(NamedTuple):
     """Latent motion `[B, Q, L]`, and where it is discrete the numbers of its codes, int32 `[B, Q]`."""
 
     latent: jax.Array
@@ -170,11 +170,11 @@ class LatentMotionModel(Protocol):
     def encode(self, frames: Array) -> jax.Array:
         """Latent motion `[B, T - 1, Q, L]` between consecutive frames of uint8 `[B, T, H, W, 3]`."""
 
-    def embed(self, frames: Array) -> Any:
+    def encode_frame(self, frames: Array) -> Any:
         """All that can be computed of each frame alone, uint8 `[B, H, W, 3]`: a tree of arrays `[B, ...]`."""
 
-    def label(self, source: Any, target: Any) -> MotionLabel:
-        """The motion from each source to its target, both as `embed` gives them."""
+    def encode_pair(self, source: Any, target: Any) -> LatentMotion:
+        """The motion from each source to its target, both as `encode_frame` gives them."""
 
     def predict(self, frame: Array, latent: Array) -> jax.Array:
         """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""
@@ -182,7 +182,7 @@ class LatentMotionModel(Protocol):
     def loss(self, batch: FramePairs, key: jax.Array) -> LossOutput:
         """What is minimised, and its terms."""
 
-    def maintain(
+    def update_codebook(
         self, statistics: dict[str, Any], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Upkeep after an update, called where `loss` gave statistics.

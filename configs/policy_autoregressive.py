@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.action_weight = 1.0
     config.model.gripper_weight = 0.1
     config.model.latent_weight = 1.0
-    config.model.think = False  # Whether latents are generated before actions.
+    config.model.generate_latents = False  # Whether latents are generated before actions.
     config.model.temperature = 0.0
     config.model.update({"action_size": 0, "latent_queries": 0, "latent_dim": 0, "codebook_size": 0})  # Of the data.
     return common.apply_variant(config, variant, (tiny, smoke))

@@ -24,7 +24,7 @@ from como_jax.data.samples import Samples
 from como_jax.errors import DatasetError
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
-from como_jax.types import MotionLabel
+from como_jax.types import LatentMotion
 
 READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)
 """What ArrayRecord, protobuf and the JPEG decoder raise for a damaged record."""
@@ -80,17 +80,17 @@ class StreamLabeller:
         self.batch_size = -(-batch_size // parts) * parts
         rows, whole = NamedSharding(mesh, sharding.BATCH_SPEC), NamedSharding(mesh, PartitionSpec())
 
-        def step(params: Params, carry: Any, frames: jax.Array, back: jax.Array) -> tuple[Any, MotionLabel]:
+        def step(params: Params, carry: Any, frames: jax.Array, back: jax.Array) -> tuple[Any, LatentMotion]:
             motion = model.bind(params)
-            embedded = motion.embed(frames)
+            embedded = motion.encode_frame(frames)
             window = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), carry, embedded)
             window = jax.lax.with_sharding_constraint(window, whole)
             source = jax.tree.map(lambda x: x[max_gap + jnp.arange(len(frames)) - back], window)
-            label = motion.label(jax.lax.with_sharding_constraint(source, rows), embedded)
+            label = motion.encode_pair(jax.lax.with_sharding_constraint(source, rows), embedded)
             return jax.tree.map(lambda x: x[len(frames) :], window), label
 
         self._step = sharding.jit(step, mesh, donate_argnums=1, out_shardings=(whole, whole))
-        self._embed = lambda params, frames: model.bind(params).embed(frames)
+        self._embed = lambda params, frames: model.bind(params).encode_frame(frames)
 
     def __call__(self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
         """Labels consecutive records `[S]` of the one dataset of a reader.
@@ -102,7 +102,7 @@ class StreamLabeller:
           back: `[S]`, see `steps_back`.
         """
         chex.assert_equal_shape([episode, records, back])
-        found: list[MotionLabel] = []
+        found: list[LatentMotion] = []
         readable: list[np.ndarray] = []
         carry, pending = self._no_frames(reader), None
         for frames, is_readable, part in self._batches(reader, episode, records, back):
@@ -179,7 +179,7 @@ def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
     )
 
 
-def _at_sources(label: MotionLabel, readable: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
+def _at_sources(label: LatentMotion, readable: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
     """Moves every label from the step that its motion leads to, to the one that it starts from."""
     targets = np.flatnonzero(back)
     targets = targets[readable[targets] & readable[targets - back[targets]]]

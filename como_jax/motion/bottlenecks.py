@@ -17,7 +17,7 @@ from flax import nnx
 
 from como_jax.errors import ConfigError
 from como_jax.spec.motion import BottleneckConfig
-from como_jax.types import MotionLabel
+from como_jax.types import LatentMotion
 
 # A code is called dead when its share of the last few hundred updates is under this part of an equal share.
 DEAD_SHARE = 0.01
@@ -32,7 +32,7 @@ class Bottlenecked(NamedTuple):
       latent: `[..., L]`, what the forward dynamics model gets.
       loss: weighted scalar.
       terms: scalars for a dashboard.
-      statistics: means over the batch that `Bottleneck.maintain` reads; empty without a codebook.
+      statistics: means over the batch that `Bottleneck.update_codebook` reads; empty without a codebook.
     """
 
     latent: jax.Array
@@ -47,11 +47,11 @@ class Bottleneck(nnx.Module):
     Attributes:
       input_dim: numbers of a vector that goes in.
       latent_dim: numbers of a vector that comes out.
-      untrained: own parameters that no gradient trains.
+      frozen: own parameters that no gradient trains.
       is_discrete: whether what comes out has codes.
     """
 
-    untrained: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     is_discrete = False
 
     def __init__(self, latent_dim: int):
@@ -66,9 +66,9 @@ class Bottleneck(nnx.Module):
         """The continuous latent `[..., L]` before anything is rounded or drawn."""
         return z
 
-    def label(self, z: jax.Array) -> MotionLabel:
+    def latent_motion(self, z: jax.Array) -> LatentMotion:
         """What a label holds of `[..., input_dim]`."""
-        return MotionLabel(self(z).latent, self.codes(z) if self.is_discrete else None)
+        return LatentMotion(self(z).latent, self.codes(z) if self.is_discrete else None)
 
     def codes(self, z: jax.Array) -> jax.Array:
         """Number of the code of every vector, int32 `[...]`.
@@ -78,7 +78,7 @@ class Bottleneck(nnx.Module):
         """
         raise ConfigError("model.bottleneck.kind is none or kl, whose latents have no codes; choose a discrete one.")
 
-    def maintain(
+    def update_codebook(
         self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """New values of own parameters after an update, and diagnostics."""
@@ -128,7 +128,7 @@ class FiniteScalar(Bottleneck):
         radix = np.concatenate([[1], np.cumprod(self.levels)[:-1]])
         return jnp.sum(digits * radix, axis=-1).astype(jnp.int32)
 
-    def maintain(
+    def update_codebook(
         self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         return {}, _perplexity(statistics["frequency"])
@@ -144,7 +144,7 @@ class FiniteScalar(Bottleneck):
 class Codebook(Bottleneck):
     """Nearest of K learned codes; the kinds differ in how gradients pass and in how the codes learn."""
 
-    untrained = ("usage", "share")
+    frozen = ("usage", "share")
     is_discrete = True
 
     def __init__(self, latent_dim: int, config: BottleneckConfig, *, rngs: nnx.Rngs):
@@ -172,7 +172,7 @@ class Codebook(Bottleneck):
         )
         return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 
-    def maintain(
+    def update_codebook(
         self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         frequency = statistics["frequency"]
@@ -232,7 +232,7 @@ class LossCodebook(Codebook):
 class AveragedCodebook(Codebook):
     """VQ whose codes are the moving averages of their latents."""
 
-    untrained = (*Codebook.untrained, "codebook", "code_count", "code_sum")
+    frozen = (*Codebook.frozen, "codebook", "code_count", "code_sum")
 
     def __init__(self, latent_dim: int, config: BottleneckConfig, *, rngs: nnx.Rngs):
         super().__init__(latent_dim, config, rngs=rngs)

@@ -22,7 +22,7 @@ from como_jax.nn.layers import Linear, denormalize_frames, normalize_frames
 from como_jax.nn.vit import Vit
 from como_jax.spec.motion import MotionConfig
 from como_jax.spec.towers import VitConfig
-from como_jax.types import FramePairs, LossOutput, MotionLabel
+from como_jax.types import FramePairs, LatentMotion, LossOutput
 
 
 class View(NamedTuple):
@@ -90,11 +90,11 @@ class Como(nnx.Module):
         if config.label_weight:
             self.label_head = Linear(latent_size, config.label_size, dtype=jnp.float32, rngs=rngs)
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         """Parameters that the optimiser leaves alone, as prefixes of their paths."""
         frozen = ("encoder",) if self.config.freeze_encoder else ()
         network = ("perceptual",) if self.config.needs_network else ()
-        return (*frozen, *network, *(f"bottleneck/{name}" for name in self.bottleneck.untrained))
+        return (*frozen, *network, *(f"bottleneck/{name}" for name in self.bottleneck.frozen))
 
     def encode(self, frames: jax.Array) -> jax.Array:
         """Latent motion `[B, T - 1, Q, L]` between consecutive frames of uint8 `[B, T, H, W, 3]`."""
@@ -104,18 +104,18 @@ class Como(nnx.Module):
         """Codebook entries int32 `[B, T - 1, Q]` of the latent motion, where the bottleneck is discrete."""
         return self.bottleneck.codes(self._encode(frames))
 
-    def embed(self, frames: jax.Array) -> dict[str, jax.Array]:
+    def encode_frame(self, frames: jax.Array) -> dict[str, jax.Array]:
         """Features `[B, N, D]` of uint8 frames `[B, H, W, 3]`; and the frames, where their difference is encoded."""
         embedded = {"features": self._features(normalize_frames(frames)[:, None])[:, 0]}
         return embedded | ({"frames": frames} if self.config.motion_input == "rgb_difference" else {})
 
-    def label(self, source: dict[str, jax.Array], target: dict[str, jax.Array]) -> MotionLabel:
-        """The motion from each source to its target, both as `embed` gives them."""
+    def encode_pair(self, source: dict[str, jax.Array], target: dict[str, jax.Array]) -> LatentMotion:
+        """The motion from each source to its target, both as `encode_frame` gives them."""
         views = [
             View(normalize_frames(x["frames"]) if "frames" in x else None, x["features"]) for x in (source, target)
         ]
         inferred = self._infer(*jax.tree.map(lambda x: x[:, None], views))[:, 0]
-        return self.bottleneck.label(inferred)
+        return self.bottleneck.latent_motion(inferred)
 
     def predict(self, frame: jax.Array, latent: jax.Array) -> jax.Array:
         """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""
@@ -140,11 +140,11 @@ class Como(nnx.Module):
         statistics = {"bottleneck": passed.statistics} if passed.statistics else {}
         return LossOutput(total, {**terms, **passed.terms}, statistics)
 
-    def maintain(
+    def update_codebook(
         self, statistics: dict[str, Any], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Upkeep of the codebook after an update; see `LatentMotionModel`."""
-        params, metrics = self.bottleneck.maintain(statistics["bottleneck"], step, key)
+        params, metrics = self.bottleneck.update_codebook(statistics["bottleneck"], step, key)
         return {"bottleneck": params}, metrics
 
     def _weight(self, term: str) -> float:

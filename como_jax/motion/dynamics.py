@@ -23,7 +23,7 @@ from como_jax.nn.layers import (
     unpatchify,
     xavier_uniform,
 )
-from como_jax.nn.mixed_precision import spread
+from como_jax.nn.mixed_precision import broadcast_param
 from como_jax.nn.stack import Stack
 
 
@@ -69,14 +69,14 @@ class InverseDynamics(nnx.Module):
         motion = self.input_proj(motion)
 
         def expand(token: nnx.Param) -> jax.Array:
-            return spread(token[...], (len(motion), *token[...].shape[1:]), motion.dtype)
+            return broadcast_param(token[...], (len(motion), *token[...].shape[1:]), motion.dtype)
 
         tokens = [expand(self.queries)]
         if self.conditioned:
             tokens += [self.input_proj(condition) + expand(self.condition_type), expand(self.separator)]
         tokens.append(motion + expand(self.motion_type))
         x = jnp.concatenate(tokens, axis=1)
-        x = x + spread(self.pos_embed[...], x.shape, x.dtype)
+        x = x + broadcast_param(self.pos_embed[...], x.shape, x.dtype)
         x = self.norm(self.blocks(x, num_outputs=self.num_queries))
         return self.latent_out(jnp.tanh(self.latent_hidden(x)))
 
@@ -123,7 +123,7 @@ class ForwardDynamics(nnx.Module):
         queries = self.latent_up(keep_batch_split(latent)).reshape(len(latent), -1)
         motion = keep_batch_split(self.latent_pool(keep_batch_split(queries)))
         x = self.patch_embed(patchify(images, self.patch_size))
-        x = x + spread(self.pos_embed[...], x.shape, x.dtype) + motion[:, None]
+        x = x + broadcast_param(self.pos_embed[...], x.shape, x.dtype) + motion[:, None]
         return self.norm(self.blocks(x))
 
     def pixels(self, tokens: jax.Array, images: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from como_jax.nn.batch_split import keep_batch_split
 from como_jax.nn.layers import LayerNorm, Linear, patchify, unpatchify
 from como_jax.nn.stack import Stack
 from como_jax.spec.motion import LAQ_POOLING, BottleneckConfig, LaqConfig
-from como_jax.types import FramePairs, LossOutput, MotionLabel
+from como_jax.types import FramePairs, LatentMotion, LossOutput
 
 
 class Laq(nnx.Module):
@@ -71,9 +71,9 @@ class Laq(nnx.Module):
         self.decoder_norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
         self.head = Linear(width, pixels, dtype=jnp.float32, rngs=rngs)
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         """Parameters that the optimiser leaves alone, as prefixes of their paths."""
-        return tuple(f"bottleneck/{name}" for name in self.bottleneck.untrained)
+        return tuple(f"bottleneck/{name}" for name in self.bottleneck.frozen)
 
     def encode(self, frames: jax.Array) -> jax.Array:
         """Quantised latent actions `[B, T - 1, Q, L]` between consecutive frames of uint8 `[B, T, H, W, 3]`."""
@@ -83,13 +83,13 @@ class Laq(nnx.Module):
         """Latent actions as numbers of codes, int32 `[B, T - 1, Q]`."""
         return self.bottleneck.codes(self._infer(frames))
 
-    def embed(self, frames: jax.Array) -> jax.Array:
+    def encode_frame(self, frames: jax.Array) -> jax.Array:
         """Patch tokens `[B, I, J, D]` of uint8 frames `[B, H, W, 3]`; all later layers see both frames of a pair."""
         return self._embed(_pixels(frames)[:, None])[:, 0]
 
-    def label(self, source: jax.Array, target: jax.Array) -> MotionLabel:
-        """The motion from each source to its target, both as `embed` gives them."""
-        return self.bottleneck.label(self._change(jnp.stack([source, target], axis=1)))
+    def encode_pair(self, source: jax.Array, target: jax.Array) -> LatentMotion:
+        """The motion from each source to its target, both as `encode_frame` gives them."""
+        return self.bottleneck.latent_motion(self._change(jnp.stack([source, target], axis=1)))
 
     def predict(self, frame: jax.Array, latent: jax.Array) -> jax.Array:
         """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""
@@ -103,11 +103,11 @@ class Laq(nnx.Module):
         mse = losses.mean_squared_error(drawn, _merge(images[:, 1:]))
         return LossOutput(mse + passed.loss, {"mse": mse, **passed.terms}, {"bottleneck": passed.statistics})
 
-    def maintain(
+    def update_codebook(
         self, statistics: dict[str, Any], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Replacement of codes that are hardly used, after an update; see `LatentMotionModel`."""
-        params, metrics = self.bottleneck.maintain(statistics["bottleneck"], step, key)
+        params, metrics = self.bottleneck.update_codebook(statistics["bottleneck"], step, key)
         return {"bottleneck": params}, metrics
 
     def _infer(self, frames: jax.Array) -> jax.Array:

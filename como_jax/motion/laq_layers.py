@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from como_jax.nn.layers import LayerNorm, Linear, xavier_uniform
-from como_jax.nn.mixed_precision import project, spread
+from como_jax.nn.mixed_precision import broadcast_param, project
 
 # Fixed temperature of cosine attention.
 ATTENTION_SCALE = 8.0
@@ -44,7 +44,7 @@ class CosineAttention(nnx.Module):
         query, (key, value) = project(x, self.q.kernel[...]), jnp.moveaxis(project(context, self.kv.kernel[...]), 2, 0)
         if hasattr(self, "null_kv"):
             shape = self.null_kv[...].shape
-            null = spread(self.null_kv[...][:, None], (shape[0], len(x), *shape[1:]), self.dtype)
+            null = broadcast_param(self.null_kv[...][:, None], (shape[0], len(x), *shape[1:]), self.dtype)
             key, value = (jnp.concatenate([null[part], own], axis=1) for part, own in enumerate((key, value)))
         query, key = unit(query) * self.q_scale[...], unit(key) * self.k_scale[...]
         logits = ATTENTION_SCALE * jnp.einsum("bnhk,bmhk->bhnm", query, key)

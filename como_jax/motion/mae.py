@@ -19,7 +19,7 @@ from como_jax.nn.layers import (
     sincos_position_embedding,
     unpatchify,
 )
-from como_jax.nn.mixed_precision import spread
+from como_jax.nn.mixed_precision import broadcast_param
 from como_jax.nn.stack import Stack
 from como_jax.nn.vit import Vit
 from como_jax.spec.motion import MaeConfig
@@ -84,7 +84,7 @@ class Mae(nnx.Module):
 
     def _reconstruct(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Predicted standardised patches `[B, N, p * p * 3]` and the mask `[B, N]`, true where masked."""
-        tokens = self.encoder.embed(images)
+        tokens = self.encoder.embed_patches(images)
         batch, num_patches, width = tokens.shape
         num_visible = max(1, round(num_patches * (1.0 - self.config.mask_ratio)))
         order = jnp.argsort(jax.random.uniform(key, (batch, num_patches)), axis=1)
@@ -93,7 +93,7 @@ class Mae(nnx.Module):
         features = self.decoder_embed(self.encoder.encode_tokens(visible))
 
         hidden_shape = (batch, num_patches - num_visible, features.shape[-1])
-        mask_tokens = spread(self.mask_token[...], hidden_shape, features.dtype)
+        mask_tokens = broadcast_param(self.mask_token[...], hidden_shape, features.dtype)
         patches = jnp.concatenate([features[:, 1:], mask_tokens], axis=1)
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
         grid = self.encoder.config.grid

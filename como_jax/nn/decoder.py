@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
         x, cache = self.blocks.carry(x.astype(self.dtype), cache, positions, mask, index)
         return self.norm(x), cache
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         """What the optimiser leaves alone: all but the low-rank changes, where there are any."""
         if not self.config.lora_rank:
             return ()

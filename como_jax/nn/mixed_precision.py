@@ -31,7 +31,7 @@ def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, n
     inputs = math.prod(kernel.shape[:num_inputs])
     out = matmul(x.reshape(math.prod(leading), inputs), kernel.reshape(inputs, math.prod(outputs)))
     if bias is not None:
-        out = out + spread(bias.reshape(-1), out.shape, out.dtype)
+        out = out + broadcast_param(bias.reshape(-1), out.shape, out.dtype)
     return out.reshape(*leading, *outputs)
 
 
@@ -54,7 +54,7 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def broadcast_param(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """A float32 parameter repeated to `shape`, in the dtype of compute."""
     # Cast last, so that the sum over the repetitions, which is its gradient, is taken in float32.
     return jnp.broadcast_to(parameter, shape).astype(dtype)

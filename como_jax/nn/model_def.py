@@ -20,18 +20,18 @@ class ModelDef:
     Attributes:
       build: makes the module from random streams.
       graphdef: the module's structure.
-      untrained: paths of parameters, or of modules, that the optimiser leaves alone.
+      frozen: paths of parameters, or of modules, that the optimiser leaves alone.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
     graphdef: nnx.GraphDef
-    untrained: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     @classmethod
     def create(cls, build: Callable[[nnx.Rngs], nnx.Module]) -> ModelDef:
-        """Traces `build` once, without computing anything; a module without `untrained_paths` is trained whole."""
+        """Traces `build` once, without computing anything; a module without `frozen_paths` is trained whole."""
         module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        return cls(build, nnx.split(module)[0], getattr(module, "untrained_paths", tuple)())
+        return cls(build, nnx.split(module)[0], getattr(module, "frozen_paths", tuple)())
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters."""
@@ -46,7 +46,7 @@ class ModelDef:
         trained, frozen = {}, {}
         for path, value in traverse_util.flatten_dict(params).items():
             name = "/".join(map(str, path))
-            is_frozen = any(f"{name}/".startswith(f"{prefix}/") for prefix in self.untrained)
+            is_frozen = any(f"{name}/".startswith(f"{prefix}/") for prefix in self.frozen)
             (frozen if is_frozen else trained)[path] = value
         return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.nn.layers import Block, LayerNorm, Linear, patchify
-from como_jax.nn.mixed_precision import spread
+from como_jax.nn.mixed_precision import broadcast_param
 from como_jax.nn.stack import Stack
 from como_jax.spec.towers import VitConfig
 
@@ -39,7 +39,7 @@ class Siglip(nnx.Module):
         size = self.config.image_size
         chex.assert_shape(images, (None, size, size, 3))
         x = self.patch_embed(patchify(images, self.config.patch_size))
-        x = x + spread(self.pos_embed[...], x.shape, x.dtype)
+        x = x + broadcast_param(self.pos_embed[...], x.shape, x.dtype)
         return self.norm(self.blocks(x))
 
 

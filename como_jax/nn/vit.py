@@ -32,7 +32,7 @@ class Vit(nnx.Module):
         )
         self.norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
 
-    def embed(self, images: jax.Array) -> jax.Array:
+    def embed_patches(self, images: jax.Array) -> jax.Array:
         """Patch tokens with positions, `[B, N, D]`, of normalised images `[B, H, W, 3]`."""
         return self.patch_embed(patchify(images, self.config.patch_size)) + self._positions()[:, 1:]
 
@@ -43,7 +43,7 @@ class Vit(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features `[B, 1 + N, D]`, float32, of normalised images `[B, H, W, 3]`; the class token comes first."""
-        return self.encode_tokens(self.embed(images))
+        return self.encode_tokens(self.embed_patches(images))
 
     def _positions(self) -> jax.Array:
         # MAE keeps the sine-cosine positions fixed.

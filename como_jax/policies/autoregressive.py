@@ -18,7 +18,7 @@ from flax import nnx
 
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.layers import LayerNorm, Linear, MaskedBlock
-from como_jax.nn.mixed_precision import spread
+from como_jax.nn.mixed_precision import broadcast_param
 from como_jax.nn.stack import Stack
 from como_jax.policies.autoregressive_mask import attention_mask, make_layout
 from como_jax.policies.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, masked_mean
@@ -83,17 +83,17 @@ class AutoregressivePolicy(nnx.Module):
             self.latent_pos = embedding(config.latent_tokens)
             self.latent_in, self.latent_head = _make_latent_ends(config, dtype, rngs)
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         """What the optimiser leaves alone."""
-        return tuple(f"observation/{path}" for path in self.observation.untrained_paths())
+        return tuple(f"observation/{path}" for path in self.observation.frozen_paths())
 
-    def __call__(self, features: ObservationFeatures, motion: Motion, heed: jax.Array) -> Outputs:
+    def __call__(self, features: ObservationFeatures, motion: Motion, use_latents: jax.Array) -> Outputs:
         """Runs the transformer over the whole sequence.
 
         Args:
           features: of the observations, from `self.observation`.
           motion: latents that the sequence holds; each output at a latent token is for the one after it.
-          heed: bool `[B]`, whether the action queries read the latents.
+          use_latents: bool `[B]`, whether the action queries read the latents.
         """
         config = self.config
         batch, instants, observations, width = features.tokens.shape
@@ -110,7 +110,7 @@ class AutoregressivePolicy(nnx.Module):
         known = jnp.repeat(motion.known, config.latent_tokens, axis=1)
         queries = jnp.ones((batch, instants * config.action_tokens), bool)
         present = jnp.concatenate([features.text.mask, features.mask.reshape(batch, -1), known, queries], axis=1)
-        x = self.blocks(jnp.concatenate(tokens, axis=1), attention_mask(layout, present, heed))
+        x = self.blocks(jnp.concatenate(tokens, axis=1), attention_mask(layout, present, use_latents))
         # Nothing is learned from what comes out at language and observations.
         ends = np.cumsum([part.shape[1] for part in tokens])
         _, _, *outputs = jnp.split(x, ends[:-1], axis=1)
@@ -121,8 +121,8 @@ class AutoregressivePolicy(nnx.Module):
         config = self.config
         drop_key, latent_key = jax.random.split(key)
         motion = self._true_motion(batch)
-        heed = ~jax.random.bernoulli(drop_key, config.latent_dropout, (len(batch.action),))
-        outputs = self(self._see(batch.observation), motion, heed)
+        use_latents = ~jax.random.bernoulli(drop_key, config.latent_dropout, (len(batch.action),))
+        outputs = self(self._see(batch.observation), motion, use_latents)
         total, terms = jnp.zeros(()), {}
         if config.action_size:
             action, action_terms = self._action_loss(outputs.actions, batch)
@@ -141,8 +141,8 @@ class AutoregressivePolicy(nnx.Module):
         if not self.config.action_size:
             raise ConfigError("This policy was trained on latent motion alone; finetune it on robot data first.")
         features = self._see(observation)
-        think = self.config.think and self.config.latent_dim > 0
-        motion = self._generate(features, keys) if think else self._no_motion(len(keys))
+        generate_latents = self.config.generate_latents and self.config.latent_dim > 0
+        motion = self._generate(features, keys) if generate_latents else self._no_motion(len(keys))
         outputs = self(features, motion, jnp.ones(len(keys), bool))
         actions = self.action_head(outputs.actions[:, -1])
         if self.config.gripper_dim < 0:
@@ -237,7 +237,7 @@ class AutoregressivePolicy(nnx.Module):
         if not self.config.latent_dim:
             return jnp.zeros((*motion.known.shape, 0, self.config.width))
         latents = self.latent_in(motion.values)
-        start = spread(self.latent_start[...], latents[:, :, :1].shape, latents.dtype)
+        start = broadcast_param(self.latent_start[...], latents[:, :, :1].shape, latents.dtype)
         placed = self.latent_pos[...] + self.instant_embed[...][:, None]
         return jnp.concatenate([start, latents], axis=2) + placed
 
@@ -245,11 +245,11 @@ class AutoregressivePolicy(nnx.Module):
         """Latents of the last instant, token after token."""
         empty = self._no_motion(len(keys))
         known = empty.known.at[:, -1].set(True)
-        heed = jnp.ones(len(keys), bool)
+        use_latents = jnp.ones(len(keys), bool)
 
         def extend(token: jax.Array, values: jax.Array) -> jax.Array:
             # What is not yet generated stands in the sequence, but no earlier token reads it.
-            output = self(features, Motion(values, known), heed).latents[:, -1, token]
+            output = self(features, Motion(values, known), use_latents).latents[:, -1, token]
             token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, token)
             return values.at[:, -1, token].set(self.latent_head.sample(output, token_keys))
 

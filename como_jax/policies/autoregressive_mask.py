@@ -91,23 +91,23 @@ def actions_read_latents(layout: Layout) -> np.ndarray:
     return _pairs(layout, Kind.ACTION, Kind.LATENT) & (layout.instant[:, None] >= layout.instant)
 
 
-def attention_mask(layout: Layout, present: jax.Array, heed: jax.Array) -> jax.Array:
+def attention_mask(layout: Layout, present: jax.Array, use_latents: jax.Array) -> jax.Array:
     """The mask of a batch, bool `[B, N, N]`.
 
     Args:
       layout: of the sequence.
       present: bool `[B, N]`; a token that is not there (padding of text, a missing camera, an unknown latent) is read
         by none but itself, which keeps every row of the softmax proper.
-      heed: bool `[B]`; where it is False, the sample's action queries do not read the latents.
+      use_latents: bool `[B]`; where it is False, the sample's action queries do not read the latents.
     """
-    chex.assert_shape(present, (len(heed), len(layout.kind)))
+    chex.assert_shape(present, (len(use_latents), len(layout.kind)))
     always = (
         language_is_read_by_all(layout)
         | observations_are_read_from_their_instant_on(layout)
         | latents_read_the_latents_before_them(layout)
         | actions_read_each_other(layout)
     )
-    allowed = always | (actions_read_latents(layout) & heed[:, None, None])
+    allowed = always | (actions_read_latents(layout) & use_latents[:, None, None])
     return (allowed & present[:, None]) | jnp.eye(len(layout.kind), dtype=bool)
 
 

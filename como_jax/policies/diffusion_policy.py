@@ -19,7 +19,7 @@ from flax import nnx
 
 from como_jax.errors import ConfigError
 from como_jax.nn.layers import Attention, CrossAttention, LayerNorm, Linear, Mlp
-from como_jax.nn.mixed_precision import spread
+from como_jax.nn.mixed_precision import broadcast_param
 from como_jax.nn.stack import Stack
 from como_jax.policies.diffusion import add_noise, denoise
 from como_jax.policies.observation import ObservationEncoder
@@ -81,9 +81,9 @@ class DiffusionPolicy(nnx.Module):
         # Last, so that a policy without it starts from an equal trunk.
         self.latent = Heads(config.latent_size, width, dtype=dtype, rngs=rngs) if config.latent_size else None
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         """What the optimiser leaves alone."""
-        return tuple(f"observation/{path}" for path in self.observation.untrained_paths())
+        return tuple(f"observation/{path}" for path in self.observation.frozen_paths())
 
     def loss(self, batch: PolicyBatch, key: jax.Array) -> LossOutput:
         """Mean squared error of what the trunk says of noisy chunks, of actions and of latent motion."""
@@ -185,8 +185,10 @@ class DiffusionPolicy(nnx.Module):
         if hidden is not None:
             nothing, text = self.no_instruction[...], features.text
             text = text._replace(
-                tokens=jnp.where(hidden[..., None], spread(nothing, text.tokens.shape, text.tokens.dtype), text.tokens),
-                pooled=jnp.where(hidden, spread(nothing, text.pooled.shape, text.pooled.dtype), text.pooled),
+                tokens=jnp.where(
+                    hidden[..., None], broadcast_param(nothing, text.tokens.shape, text.tokens.dtype), text.tokens
+                ),
+                pooled=jnp.where(hidden, broadcast_param(nothing, text.pooled.shape, text.pooled.dtype), text.pooled),
             )
             features = features._replace(text=text)
         tokens, mask = features.context()
@@ -199,7 +201,7 @@ class DiffusionPolicy(nnx.Module):
         """
         told = self.time_out(jax.nn.silu(self.time_hidden(_time_features(time))))
         told = jax.nn.silu(told + _tile(context.pooled, len(told) // len(context.pooled)))
-        x = tokens + spread(self.step_embed[...], tokens.shape, tokens.dtype)
+        x = tokens + broadcast_param(self.step_embed[...], tokens.shape, tokens.dtype)
         x = self.blocks(x, told, context.tokens, steps[:, None], context.mask[:, None])
         shift, scale = jnp.split(self.modulation(told)[:, None], 2, axis=-1)
         return self.norm(x) * (1 + scale) + shift

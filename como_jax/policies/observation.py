@@ -101,7 +101,7 @@ class ObservationEncoder(nnx.Module):
             self.state_proj = Linear(config.state_size, width, dtype=dtype, rngs=rngs)
             self.no_state = embedding()
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         """What the optimiser leaves alone."""
         paths = ["images"] if self.config.freeze_images else []
         return (*paths, *(["text"] if self.config.text.is_frozen else []))

@@ -88,11 +88,11 @@ class LatentVla(nnx.Module):
             sizes = (width, config.latent_queries, config.latent_dim)
             self.latent = vector_tokens(*sizes, head=config.latent_head, **flow, rngs=rngs)
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         """What the optimiser leaves alone."""
         return (
-            *(f"observation/{path}" for path in self.observation.untrained_paths()),
-            *(f"decoder/{path}" for path in self.decoder.untrained_paths()),
+            *(f"observation/{path}" for path in self.observation.frozen_paths()),
+            *(f"decoder/{path}" for path in self.decoder.frozen_paths()),
         )
 
     def loss(self, batch: PolicyBatch, key: jax.Array) -> LossOutput:

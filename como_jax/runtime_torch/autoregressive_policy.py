@@ -52,7 +52,7 @@ class AutoregressivePolicy(nn.Module):
         self.instant_embed = nn.Parameter(torch.empty(observation.instants, width))
         self.action_queries = nn.Parameter(torch.empty(config.chunk, width))
         self.action_head = Linear(width, config.action_size)
-        if config.think:
+        if config.generate_latents:
             self.latent_start = nn.Parameter(torch.empty(width))
             self.latent_pos = nn.Parameter(torch.empty(config.latent_queries + 1, width))
             self.latent_in, self.latent_head = _make_latent_ends(config)
@@ -63,7 +63,7 @@ class AutoregressivePolicy(nn.Module):
         Of `noise` it takes what the head of latents needs, token after token, where latents are generated.
         """
         features = self.observation(observation)
-        motion = self._generate(features, noise) if self.config.think else None
+        motion = self._generate(features, noise) if self.config.generate_latents else None
         actions = self.action_head(self(features, motion).actions[:, -1])
         return with_gripper(actions, self.config.gripper_dims)
 

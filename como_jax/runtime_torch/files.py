@@ -19,6 +19,7 @@ from torch import nn
 
 from como_jax.runtime_torch.config import FORMAT, VERSION
 from como_jax.runtime_torch.errors import ModelFileError
+from como_jax.spec.policies import with_new_names
 
 CONFIG_NAME = "config.json"
 
@@ -33,7 +34,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_hook=with_new_names)
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read ({error.strerror}); is {directory} an exported model?") from error
     except ValueError as error:

@@ -108,7 +108,8 @@ class AutoregressiveConfig:
 
     Attributes:
       gripper_dims: of the action those that only open or close a gripper.
-      think: whether latents are generated before actions; without, those fields that describe them mean nothing.
+      generate_latents: whether latents are generated before actions; otherwise the fields that describe latents have
+        no effect.
     """
 
     width: int
@@ -117,7 +118,7 @@ class AutoregressiveConfig:
     chunk: int
     action_size: int
     gripper_dims: tuple[int, ...]
-    think: bool
+    generate_latents: bool
     latent_queries: int
     latent_dim: int
     codebook_size: int

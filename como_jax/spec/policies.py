@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from como_jax.errors import ConfigError
 from como_jax.spec.towers import DecoderConfig, TextConfig, VitConfig
@@ -16,6 +18,13 @@ PREDICTIONS = ("epsilon", "sample")
 LATENT_HEADS = ("regression", "diffusion")
 VECTOR_HEADS = ("regression", "flow")
 ACTION_HEADS = ("bins", *VECTOR_HEADS)
+RENAMED_FIELDS = {"think": "generate_latents"}
+"""Fields that runs and exports of earlier versions hold under another name."""
+
+
+def with_new_names(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a config.json, whose fields of earlier versions get their present names: an `object_hook`."""
+    return {RENAMED_FIELDS.get(name, name): value for name, value in section.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +160,8 @@ class AutoregressiveConfig:
       action_weight: of the action's loss (Moto has 100, with actions in their own units).
       gripper_weight: of the gripper's part in it (0.01 in Moto).
       latent_weight: of the latents' loss.
-      think: whether latents are generated before actions, which then depend on them; without latents there are none.
+      generate_latents: whether latents are generated before actions, which then depend on them. It has no effect in a
+        policy without latents.
       temperature: of generated codes; 0 takes the likeliest.
     """
 
@@ -173,7 +183,7 @@ class AutoregressiveConfig:
     action_weight: float = 1.0
     gripper_weight: float = 0.1
     latent_weight: float = 1.0
-    think: bool = False
+    generate_latents: bool = False
     temperature: float = 0.0
 
     def __post_init__(self) -> None:

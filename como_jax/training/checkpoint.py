@@ -19,6 +19,7 @@ from como_jax import hosts
 from como_jax.errors import RunError
 from como_jax.files import write_text
 from como_jax.nn.model_def import Params, merge_params
+from como_jax.spec.policies import with_new_names
 from como_jax.training.sharding import path_name
 from como_jax.training.train_state import TrainState
 
@@ -197,7 +198,7 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
         return
     except OSError as error:
         raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
-    changes = _differences(json.loads(before), json.loads(_config_text(config)))
+    changes = _differences(json.loads(before, object_hook=with_new_names), json.loads(_config_text(config)))
     if changes:
         raise RunError(
             f"{workdir} holds a run of another config; choose a new --workdir, or resume with equal fields. "

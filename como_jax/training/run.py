@@ -15,6 +15,7 @@ from como_jax import hosts
 from como_jax.errors import RunError
 from como_jax.motion.build import FAMILIES, build_model
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.policies import with_new_names
 from como_jax.training import sharding
 from como_jax.training.checkpoint import load_newest
 
@@ -89,7 +90,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
       RunError: no run, or a damaged one.
     """
     try:
-        return ConfigDict(json.loads((workdir / "config.json").read_text()))
+        return ConfigDict(json.loads((workdir / "config.json").read_text(), object_hook=with_new_names))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"--workdir {workdir} holds no run: it has no config.json.") from error
     except (ValueError, TypeError) as error:

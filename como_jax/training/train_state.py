@@ -24,9 +24,9 @@ class Trainable(Protocol):
     """What the step function needs of a model."""
 
     def loss(self, batch: Any, key: jax.Array) -> LossOutput:
-        """What is minimised, its terms, and statistics for `maintain`."""
+        """What is minimised, its terms, and statistics for `update_codebook`."""
 
-    def maintain(self, statistics: Any, step: jax.Array, key: jax.Array) -> tuple[Params, Metrics]:
+    def update_codebook(self, statistics: Any, step: jax.Array, key: jax.Array) -> tuple[Params, Metrics]:
         """Parameters to replace after an update; only called where the loss gave statistics."""
 
 
@@ -149,7 +149,7 @@ def make_train_step(
         if statistics:
             # The whole batch's statistics, so that all hosts replace the same.
             module = model.bind(merge_params(state.params, state.frozen))
-            replaced, upkeep_metrics = module.maintain(statistics, state.step, upkeep_key)
+            replaced, upkeep_metrics = module.update_codebook(statistics, state.step, upkeep_key)
             state, metrics = replace_params(state, replaced), metrics | upkeep_metrics
         return state, metrics
 

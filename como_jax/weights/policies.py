@@ -29,7 +29,7 @@ _AUTOREGRESSIVE_FIELDS = (
     "num_heads",
     "chunk",
     "action_size",
-    "think",
+    "generate_latents",
     "latent_queries",
     "latent_dim",
     "codebook_size",
@@ -104,7 +104,7 @@ def not_exported(described: Mapping[str, Any]) -> dict[str, str]:
     """Parameters that acting does not need, by prefixes of their paths, and what they are."""
     if described["family"] != "autoregressive_policy":
         return {"latent": "output of latent motion, which acting does not need"}
-    if described["model"]["think"]:
+    if described["model"]["generate_latents"]:
         return {}
     return dict.fromkeys(
         ("latent_start", "latent_pos", "latent_in", "latent_head"), "of latent motion, which no action reads"
@@ -167,7 +167,7 @@ def _describe_autoregressive(config: ConfigDict) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(AutoregressiveConfig)}
     fields = {name: value for name, value in config.model.items() if name in names}
     policy = AutoregressiveConfig(**fields, chunk=config.data.chunk, stride=config.data.stride)
-    if not (policy.think and policy.latent_dim):
+    if not (policy.generate_latents and policy.latent_dim):
         # No action reads its latents, which are left out.
         nothing: dict[str, Any] = {
             "latent_queries": 0,
@@ -175,7 +175,7 @@ def _describe_autoregressive(config: ConfigDict) -> dict[str, Any]:
             "codebook_size": 0,
             "latent_head": "regression",
         }
-        policy = dataclasses.replace(policy, think=False, **nothing)
+        policy = dataclasses.replace(policy, generate_latents=False, **nothing)
     return _fields(policy, _AUTOREGRESSIVE_FIELDS) | _gripper(policy.gripper_dim)
 
 

@@ -17,7 +17,11 @@ def smoke(family: str) -> ConfigDict:
     ("family", "settings", "expected"),
     [
         ("diffusion", {"diffusion.sample_steps": "5", "guidance": "2"}, {"guidance": 2.0}),
-        ("autoregressive", {"think": "true", "temperature": "0.5"}, {"think": True, "temperature": 0.5}),
+        (
+            "autoregressive",
+            {"generate_latents": "true", "temperature": "0.5"},
+            {"generate_latents": True, "temperature": 0.5},
+        ),
         ("vla", {"flow_steps": "3"}, {"flow_steps": 3}),
     ],
 )

@@ -122,7 +122,7 @@ def test_ema_codes_are_moving_averages_of_their_latents() -> None:
     @jax.jit
     def update(params: Params, z: jax.Array) -> Params:
         module = model.bind(params)
-        return {**params, **module.maintain(module(z, KEY).statistics, jnp.int32(1), KEY)[0]}
+        return {**params, **module.update_codebook(module(z, KEY).statistics, jnp.int32(1), KEY)[0]}
 
     codebook = np.asarray(params["codebook"], np.float64)
     count, total = np.full(CODES, 1 / CODES), codebook / CODES
@@ -166,7 +166,7 @@ def test_rare_codes_become_latents_of_the_batch_and_others_stay(kind: str) -> No
     @jax.jit
     def upkeep(params: Params, step: int) -> Params:
         module = model.bind(params)
-        return {**params, **module.maintain(module(z, KEY).statistics, step, KEY)[0]}
+        return {**params, **module.update_codebook(module(z, KEY).statistics, step, KEY)[0]}
 
     waiting, replaced = upkeep(params, 11), upkeep(params, 20)
     usage = np.asarray(waiting["usage"])
@@ -185,7 +185,7 @@ def test_perplexity_and_dead_codes_tell_a_used_codebook_from_a_collapsed_one() -
     @jax.jit
     def settle(frequency: jax.Array) -> dict[str, jax.Array]:
         def step(params: Params, _: None) -> tuple[Params, Any]:
-            new, metrics = model.bind(params).maintain({"frequency": frequency}, jnp.int32(1), KEY)
+            new, metrics = model.bind(params).update_codebook({"frequency": frequency}, jnp.int32(1), KEY)
             return {**params, **new}, metrics
 
         return jax.tree.map(lambda x: x[-1], jax.lax.scan(step, params, None, length=600)[1])

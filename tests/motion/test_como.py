@@ -109,9 +109,9 @@ def test_labels_of_embedded_frames_are_the_latents_of_their_pairs(make_como: Mak
     @jax.jit
     def run(params: Params) -> Any:
         motion = model.bind(params)
-        embedded = [motion.embed(frames[:, k]) for k in range(3)]
+        embedded = [motion.encode_frame(frames[:, k]) for k in range(3)]
         codes = motion.codes(frames) if motion.bottleneck.is_discrete else None
-        return motion.encode(frames), codes, [motion.label(embedded[k], embedded[k + 1]) for k in range(2)]
+        return motion.encode(frames), codes, [motion.encode_pair(embedded[k], embedded[k + 1]) for k in range(2)]
 
     latents, codes, labels = jax.tree.map(np.asarray, run(jax.jit(model.init)(jax.random.key(0))))
     for k, label in enumerate(labels):

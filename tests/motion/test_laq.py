@@ -65,8 +65,8 @@ def test_labels_of_embedded_frames_are_those_of_their_pairs(
     @jax.jit
     def run(params: Params) -> Any:
         model = laq.bind(params)
-        source, target = (model.embed(batch.frames[:, k]) for k in (1, 2))
-        return model.encode(batch.frames)[:, 1], model.codes(batch.frames)[:, 1], model.label(source, target)
+        source, target = (model.encode_frame(batch.frames[:, k]) for k in (1, 2))
+        return model.encode(batch.frames)[:, 1], model.codes(batch.frames)[:, 1], model.encode_pair(source, target)
 
     latent, codes, label = jax.tree.map(np.asarray, run(params))
     np.testing.assert_allclose(label.latent, latent, atol=1e-6)
@@ -92,7 +92,7 @@ def test_gradients_reach_everything_but_the_usage_of_codes(
 ) -> None:
     without = {name for name, value in gradients_of(laq, params, batch).items() if not np.any(value)}
     # A constant that is added to both frames cancels in their difference.
-    assert without - {"pool2/bias"} == {"bottleneck/usage", "bottleneck/share"} == set(laq.untrained)
+    assert without - {"pool2/bias"} == {"bottleneck/usage", "bottleneck/share"} == set(laq.frozen)
 
 
 def test_the_decoder_does_not_train_the_patch_embedding(laq: ModelDef, params: Params, batch: types.FramePairs) -> None:
@@ -116,7 +116,7 @@ def test_rarely_used_codes_are_replaced(laq: ModelDef, params: Params, batch: ty
     @jax.jit
     def upkeep(params: Params, step: int) -> tuple[Params, dict[str, jax.Array]]:
         model = laq.bind(params)
-        return model.maintain(model.loss(batch, jax.random.key(0)).statistics, step, jax.random.key(1))
+        return model.update_codebook(model.loss(batch, jax.random.key(0)).statistics, step, jax.random.key(1))
 
     before = np.asarray(params["bottleneck"]["codebook"])
     waiting, metrics = upkeep(params, 9)

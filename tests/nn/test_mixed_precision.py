@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from como_jax.nn.mixed_precision import matmul, project, spread
+from como_jax.nn.mixed_precision import broadcast_param, matmul, project
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_gradients_of_bfloat16_products_keep_small_terms() -> None:
     direction = jnp.ones((rows, 1), jnp.bfloat16).at[0].set(256)
 
     def along(kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        out = matmul(x, kernel) + spread(bias, (rows, 1), jnp.bfloat16)
+        out = matmul(x, kernel) + broadcast_param(bias, (rows, 1), jnp.bfloat16)
         assert out.dtype == jnp.bfloat16
         return (out * direction).astype(jnp.float32).sum()
 

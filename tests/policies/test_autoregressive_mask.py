@@ -40,7 +40,7 @@ def pairs(mask: np.ndarray) -> set[tuple[Kind, Kind]]:
 
 @pytest.fixture(scope="module")
 def make_mask() -> jax.stages.Wrapped:
-    return jax.jit(lambda present, heed: attention_mask(LAYOUT, present, heed))
+    return jax.jit(lambda present, use_latents: attention_mask(LAYOUT, present, use_latents))
 
 
 def test_tokens_lie_kind_by_kind_and_instant_by_instant() -> None:
@@ -48,11 +48,13 @@ def test_tokens_lie_kind_by_kind_and_instant_by_instant() -> None:
     assert expected.split() == NAMES
 
 
-@pytest.mark.parametrize("heed", [True, False])
+@pytest.mark.parametrize("use_latents", [True, False])
 @pytest.mark.parametrize("name", READS_ALWAYS)
-def test_a_token_reads_what_the_rules_together_allow(make_mask: jax.stages.Wrapped, name: str, heed: bool) -> None:
-    mask = np.asarray(make_mask(np.ones((1, len(NAMES)), bool), np.array([heed])))
-    expected = READS_ALWAYS[name] | (READS_LATENTS.get(name, set()) if heed else set())
+def test_a_token_reads_what_the_rules_together_allow(
+    make_mask: jax.stages.Wrapped, name: str, use_latents: bool
+) -> None:
+    mask = np.asarray(make_mask(np.ones((1, len(NAMES)), bool), np.array([use_latents])))
+    expected = READS_ALWAYS[name] | (READS_LATENTS.get(name, set()) if use_latents else set())
     assert read_by(mask[0], name) == expected
 
 

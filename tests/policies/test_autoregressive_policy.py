@@ -52,7 +52,7 @@ def test_every_variant_gives_a_loss_of_actions_and_of_its_latents(variant: str) 
 @pytest.mark.parametrize("variant", WITH_LATENTS)
 def test_samples_have_the_shapes_of_targets(variant: str) -> None:
     observation = make_batch().observation
-    actions = sample(variant, observation, think=True)
+    actions = sample(variant, observation, generate_latents=True)
     assert actions.shape == (BATCH, CHUNK, ACTIONS) and actions.dtype == np.float32
     latents = sample(variant, observation, "predict_latents")
     if variant == "codes":
@@ -84,7 +84,7 @@ def test_a_policy_that_knows_of_no_latents_acts_like_one_without_them() -> None:
     observation = make_batch().observation
     robot, both = (sample(variant, observation) for variant in ("robot", "codes"))
     np.testing.assert_allclose(both, robot, rtol=1e-4, atol=1e-5)
-    assert np.abs(sample("codes", observation, think=True) - robot).max() > 1e-4
+    assert np.abs(sample("codes", observation, generate_latents=True) - robot).max() > 1e-4
 
 
 @pytest.mark.parametrize("variant", WITH_LATENTS)
@@ -210,7 +210,7 @@ def test_it_learns_a_batch_by_heart_and_generates_it(variant: str) -> None:
         params, state = update(params, state, gradients)
         losses.append(float(total))
     assert losses[-1] < 0.03 * losses[0]
-    actions = sample(variant, batch.observation, params=params, think=True)
+    actions = sample(variant, batch.observation, params=params, generate_latents=True)
     assert relative_error(actions, batch.action[:, STRIDE:]) < 0.1
     latents = sample(variant, batch.observation, "predict_latents", params=params)
     if variant == "codes":
@@ -231,14 +231,14 @@ def test_the_loss_of_a_batch_on_eight_devices_is_that_on_one() -> None:
 
 
 def test_a_frozen_image_tower_is_left_alone() -> None:
-    assert make_model("robot").untrained == ()
-    assert make_model("robot", freeze_images=True).untrained == ("observation/images",)
+    assert make_model("robot").frozen == ()
+    assert make_model("robot", freeze_images=True).frozen == ("observation/images",)
 
 
 def test_bfloat16_gives_float32_actions_like_those_of_float32() -> None:
     observation = make_batch().observation
     actions, coarse = (
-        sample("regression", observation, think=True, **changes) for changes in ({}, {"dtype": jnp.bfloat16})
+        sample("regression", observation, generate_latents=True, **changes) for changes in ({}, {"dtype": jnp.bfloat16})
     )
     assert coarse.dtype == np.float32
     np.testing.assert_allclose(coarse, actions, atol=0.1)

@@ -29,9 +29,9 @@ Inputs = tuple[types.Observation, Motion, np.ndarray]
 def outputs_function() -> Callable[..., Any]:
     model = make_model("regression")
 
-    def run(params: Params, observation: types.Observation, motion: Motion, heed: jax.Array) -> Any:
+    def run(params: Params, observation: types.Observation, motion: Motion, use_latents: jax.Array) -> Any:
         policy = model.bind(params)
-        return policy(policy.observation(observation), motion, heed)
+        return policy(policy.observation(observation), motion, use_latents)
 
     return functools.partial(jax.jit(run), init("regression"))
 
@@ -45,9 +45,9 @@ def changed(inputs: Inputs, others: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return latents, actions.any(axis=-1)
 
 
-def make_inputs(heed: bool = True, known: bool = True) -> Inputs:
+def make_inputs(use_latents: bool = True, known: bool = True) -> Inputs:
     values = np.random.default_rng(2).normal(size=(BATCH, INSTANTS, QUERIES, LATENT)).astype(np.float32)
-    return make_batch().observation, Motion(values, np.full((BATCH, INSTANTS), known)), np.full(BATCH, heed)
+    return make_batch().observation, Motion(values, np.full((BATCH, INSTANTS), known)), np.full(BATCH, use_latents)
 
 
 def with_pixels(inputs: Inputs, sample: int, instant: int, camera: int = 0) -> Inputs:
@@ -58,10 +58,10 @@ def with_pixels(inputs: Inputs, sample: int, instant: int, camera: int = 0) -> I
 
 
 def with_latent(inputs: Inputs, instant: int, token: int) -> Inputs:
-    observation, motion, heed = inputs
+    observation, motion, use_latents = inputs
     values = motion.values.copy()
     values[0, instant, token] += 1.0
-    return observation, motion._replace(values=values), heed
+    return observation, motion._replace(values=values), use_latents
 
 
 @pytest.mark.parametrize("instant", range(INSTANTS))
@@ -73,15 +73,17 @@ def test_a_picture_changes_all_from_its_instant_on_and_nothing_before_it(instant
     assert not latents[1:].any() and not actions[1:].any()
 
 
-@pytest.mark.parametrize("heed", [True, False])
+@pytest.mark.parametrize("use_latents", [True, False])
 @pytest.mark.parametrize(("instant", "token"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_latent_changes_later_latents_and_the_actions_that_heed_it(instant: int, token: int, heed: bool) -> None:
-    inputs = make_inputs(heed)
+def test_a_latent_changes_later_latents_and_the_actions_that_heed_it(
+    instant: int, token: int, use_latents: bool
+) -> None:
+    inputs = make_inputs(use_latents)
     latents, actions = changed(inputs, with_latent(inputs, instant, token))
     # The start token comes first: latent q stands in slot q + 1, whose output is for the next.
     place = np.arange(INSTANTS * (QUERIES + 1)) >= instant * (QUERIES + 1) + token + 1
     np.testing.assert_array_equal(latents[0], place.reshape(INSTANTS, QUERIES + 1))
-    np.testing.assert_array_equal(actions[0], (np.arange(INSTANTS) >= instant) & heed)
+    np.testing.assert_array_equal(actions[0], (np.arange(INSTANTS) >= instant) & use_latents)
     assert not latents[1:].any() and not actions[1:].any()
 
 
@@ -93,7 +95,7 @@ def test_an_unknown_latent_changes_no_action(instant: int) -> None:
 
 def test_the_actions_know_the_difference_between_latents_and_none() -> None:
     assert changed(make_inputs(known=True), make_inputs(known=False))[1].all()
-    assert not changed(make_inputs(known=True, heed=False), make_inputs(known=False, heed=False))[1].any()
+    assert not changed(make_inputs(known=True, use_latents=False), make_inputs(known=False, use_latents=False))[1].any()
 
 
 def test_a_missing_camera_changes_nothing() -> None:

@@ -220,7 +220,7 @@ def test_gradients_reach_all_but_a_frozen_tower(tower: str, frozen: bool) -> Non
     fixed = {"images/pos_embed"} if tower == "vit" else set()
     assert unmoved == (images if frozen else fixed)
     model, params = make_encoder(config)
-    assert model.bind(params).untrained_paths() == (("images",) if frozen else ())
+    assert model.bind(params).frozen_paths() == (("images",) if frozen else ())
 
 
 @pytest.mark.parametrize("pool", [2, 4])

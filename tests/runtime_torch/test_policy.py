@@ -44,7 +44,7 @@ GUIDED_FLOW = {
     "data.stride": 2,
 }
 LATENTS = {"model.latent_queries": 2, "model.latent_dim": 3}
-THINKING = {**LATENTS, "model.think": True, "model.gripper_dim": 2}
+THINKING = {**LATENTS, "model.generate_latents": True, "model.gripper_dim": 2}
 DIFFUSED = {"model.latent_head": "diffusion", "model.diffusion_steps": 3}
 CODED = {"model.codebook_size": 5, "model.temperature": 1.0}
 TOKENS = {"text.tower": "tokens", "text.max_length": 16, "data.state_size": 0}

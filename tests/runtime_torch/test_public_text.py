@@ -30,7 +30,7 @@ from como_jax.training.run import Run  # noqa: E402
 from tests.runtime_torch.stored_policies import CLIP, T5, store  # noqa: E402
 
 # Without anything that is drawn.
-THINKING = {"model.think": True, "model.latent_queries": 2, "model.latent_dim": 3}
+THINKING = {"model.generate_latents": True, "model.latent_queries": 2, "model.latent_dim": 3}
 WRITING = {"model.action_head": "regression", "data.chunk": 2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip": ("diffusion", CLIP | {"text.prompt": "push {}"}),

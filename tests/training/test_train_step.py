@@ -26,7 +26,7 @@ class Line(nnx.Module):
         self.body = nnx.Dict(slope=nnx.Param(jnp.ones(())))
         self.anchor = nnx.Dict(point=nnx.Param(jnp.full((), 5.0)))
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         return ("anchor",)
 
     def loss(self, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
@@ -43,13 +43,13 @@ class MaintainedLine(Line):
         super().__init__(rngs)
         self.seen = nnx.Param(jnp.zeros(()))
 
-    def untrained_paths(self) -> tuple[str, ...]:
+    def frozen_paths(self) -> tuple[str, ...]:
         return ("anchor", "seen")
 
     def loss(self, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
         return super().loss(batch, key)._replace(statistics={"mean_x": jnp.mean(batch["x"])})
 
-    def maintain(
+    def update_codebook(
         self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         seen = self.seen[...] + statistics["mean_x"]

@@ -174,7 +174,7 @@ def test_laq_computes_as_lapa_s_code_does() -> None:
 
     def compute(laq: Any, frames: jax.Array) -> Any:
         inferred = laq._infer(frames)[:, 0]
-        label = laq.bottleneck.label(inferred)
+        label = laq.bottleneck.latent_motion(inferred)
         return inferred, label.codes, laq._draw(frames[:, 0] / 255.0, label.latent)
 
     inferred, codes, drawn = run(params, foreign, compute, frames)

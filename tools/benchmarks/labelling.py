@@ -88,8 +88,8 @@ class Programs:
     """The parts of a model that are timed, compiled, with its parameters."""
 
     def __init__(self, model: ModelDef, params: Params):
-        self.embed = functools.partial(jax.jit(lambda params, x: model.bind(params).embed(x)), params)
-        self.label = functools.partial(jax.jit(lambda params, *x: model.bind(params).label(*x)), params)
+        self.encode_frame = functools.partial(jax.jit(lambda params, x: model.bind(params).encode_frame(x)), params)
+        self.encode_pair = functools.partial(jax.jit(lambda params, *x: model.bind(params).encode_pair(*x)), params)
         self.encode = functools.partial(jax.jit(lambda params, x: model.bind(params).encode(x)), params)
 
 
@@ -98,7 +98,7 @@ def contestants(programs: Programs, labeller: StreamLabeller, reader: FrameReade
     frames = read_frames(reader, single_frames(steps.episode, steps.records))[0]
     batches = list(_whole_batches(frames, labeller.batch_size))
     count = len(batches) * labeller.batch_size
-    embedded = jax.block_until_ready(programs.embed(batches[0]))
+    embedded = jax.block_until_ready(programs.encode_frame(batches[0]))
     targets = np.flatnonzero(steps.back)
     pairs = list(_whole_batches(np.stack([targets - steps.back[targets], targets], axis=1), labeller.batch_size))
 
@@ -107,8 +107,8 @@ def contestants(programs: Programs, labeller: StreamLabeller, reader: FrameReade
 
     return {
         "labelling": (len(steps.records), lambda: labeller(reader, *steps)),
-        "encoder alone": (count, lambda: [programs.embed(batch) for batch in batches]),
-        "inverse dynamics alone": (count, lambda: [programs.label(embedded, embedded) for _ in batches]),
+        "encoder alone": (count, lambda: [programs.encode_frame(batch) for batch in batches]),
+        "inverse dynamics alone": (count, lambda: [programs.encode_pair(embedded, embedded) for _ in batches]),
         "every pair by itself": (len(pairs) * labeller.batch_size, encode_pairs),
     }
 

@@ -99,7 +99,10 @@ def _make_step(config: ConfigDict) -> Callable[[], Any]:
 def ways_of_sampling(config: ConfigDict, sample_steps: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Changes of the config by their name in the table."""
     if config.family == "autoregressive_policy":
-        return {"actions at once": {"model.think": False}, "latent motion first": {"model.think": True}}
+        return {
+            "actions at once": {"model.generate_latents": False},
+            "latent motion first": {"model.generate_latents": True},
+        }
     if config.family == "latent_vla":
         return {f"{config.model.action_head}, token after token": {}}
     diffusion = config.model.diffusion

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError, closest
 
-FIELDS = ("temperature", "think", "guidance", "flow_steps", "diffusion.sample_steps", "diffusion.eta")
+FIELDS = ("temperature", "generate_latents", "guidance", "flow_steps", "diffusion.sample_steps", "diffusion.eta")
 """Fields of `config.model` that change no parameter; each family has some of them."""
 
 

@@ -99,18 +99,18 @@ def _autoregressive_jax(config: ConfigDict) -> Any:
 
     def evaluate(params: Params, observation: Observation, keys: jax.Array) -> dict[str, jax.Array]:
         module, (batch, instants) = model.bind(params), observation.images.shape[:2]
-        known = jnp.full((batch, instants), policy.think and policy.latent_dim > 0)
+        known = jnp.full((batch, instants), policy.generate_latents and policy.latent_dim > 0)
         values = _latents(keys, instants, policy.latent_queries, policy.latent_dim, policy.codebook_size)
         outputs = module(module.observation(observation), jax_policy.Motion(values, known), jnp.ones(batch, bool))
         found = {NETWORK: module.action_head(outputs.actions)}
-        return found | ({_LATENTS: outputs.latents} if policy.think and policy.latent_dim else {})
+        return found | ({_LATENTS: outputs.latents} if policy.generate_latents and policy.latent_dim else {})
 
     return evaluate
 
 
 def _autoregressive_torch(module: AutoregressivePolicy, observation: TorchObservation, keys: jax.Array) -> dict:
     config, motion = module.config, None
-    if config.think:
+    if config.generate_latents:
         values = _latents(keys, module.instants, config.latent_queries, config.latent_dim, config.codebook_size)
         known = torch.ones((len(keys), module.instants), dtype=torch.bool)
         motion = torch_policy.Motion(_to_torch(values), known)

@@ -73,7 +73,7 @@ def check_formats(formats: Sequence[str], described: Mapping[str, Any]) -> None:
         if name not in _WRITERS:
             raise ConfigError(f"--formats {name!r} must be one of {', '.join(_WRITERS)}.")
         check_installed(name)
-    if formats and (described["family"] not in STEPS or described["model"].get("think")):
+    if formats and (described["family"] not in STEPS or described["model"].get("generate_latents")):
         raise ConfigError(
             f"--formats {','.join(formats)}: this policy writes token after token, which is no single program; leave "
             "--formats out."

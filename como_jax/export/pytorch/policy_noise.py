@@ -32,7 +32,7 @@ def draw_noise(config: ModelConfig, keys: jax.Array) -> Iterator[np.ndarray]:
     if isinstance(config, DiffusionPolicyConfig):
         yield from _denoising_noise(config.diffusion, keys, keys, (config.chunk, config.action_size))
     elif isinstance(config, AutoregressiveConfig):
-        if config.think:
+        if config.generate_latents:
             yield from _written_noise(config, keys, config.latent_queries, config.latent_dim, config.codebook_size)
     elif config.action_head == "bins":
         yield from _written_noise(config, keys, config.chunk * config.action_size, 0, config.num_bins)
