@@ -9,11 +9,11 @@ import numpy as np
 
 from como_jax.data.instructions import InstructionTable
 from como_jax.data.mixture import MixtureEntry
-from como_jax.data.normalization import Normalizer
 from como_jax.data.order import ClipOrder
 from como_jax.data.samples import ALL_ROWS, Augmentation, Rows
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
+from como_jax.spec.normalization import Normalizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,11 @@ import numpy as np
 from como_jax.data.flow import optical_flow
 from como_jax.data.labels import Labels
 from como_jax.data.mixture import Mixture, MixturePart
-from como_jax.data.normalization import Normalizer, load_normalizer
+from como_jax.data.normalization import load_normalizer
 from como_jax.data.samples import Samples
 from como_jax.data.transforms import FrameDecoder, View
 from como_jax.errors import DatasetError
+from como_jax.spec.normalization import Normalizer
 
 _CHUNK = 16
 """Clips that a thread takes at once: enough to read in one go, few enough to share out evenly."""
@@ -43,7 +44,7 @@ class FrameReader(grain.transforms.Map):
           mixture: datasets and their clips.
           image_size: side of the square frames.
           num_threads: that decode.
-          fit: how pictures become square, where a dataset's entry does not say; see `transforms.FITS`.
+          fit: how pictures become square, where a dataset's entry does not say; see `como_jax.spec.images.FITS`.
           actions: whether a batch has `action` `[B, P, A]`, the mean of the true actions taken between the two frames
             of a pair, and `has_action` `[B, P, A]`, which is 0 where the dataset has no action or a shorter one.
           normalization: of actions, where a dataset's entry does not say; "none" leaves the dataset's units.

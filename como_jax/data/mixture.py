@@ -11,10 +11,10 @@ import numpy as np
 from etils import epath
 
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
-from como_jax.data.normalization import KINDS
 from como_jax.data.sources import EpisodeSource
-from como_jax.data.transforms import FITS
 from como_jax.errors import DatasetError, closest
+from como_jax.spec.images import FITS
+from como_jax.spec.normalization import KINDS
 
 
 @dataclasses.dataclass(frozen=True)

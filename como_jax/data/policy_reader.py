@@ -11,9 +11,10 @@ import grain
 import numpy as np
 
 from como_jax.data.chunks import ChunkConfig, PolicyPart, PolicySamples
-from como_jax.data.normalization import Normalizer
-from como_jax.data.transforms import FITS, FrameDecoder, View
+from como_jax.data.transforms import FrameDecoder, View
 from como_jax.errors import ConfigError, DatasetError, closest
+from como_jax.spec.images import FITS
+from como_jax.spec.normalization import Normalizer
 from como_jax.types import Observation, PolicyBatch
 
 _CHUNK = 16
@@ -42,7 +43,7 @@ class PolicyReader(grain.transforms.Map):
           image_size: side of the square pictures.
           action_size, state_size: least sizes.
           num_threads: that decode.
-          fit: how pictures become square, where a dataset's entry does not say; see `transforms.FITS`.
+          fit: how pictures become square, where a dataset's entry does not say; see `como_jax.spec.images.FITS`.
 
         Raises:
           ConfigError: an unknown fit.

@@ -1,4 +1,4 @@
-"""Pictures to square frames: decode, crop, resize, shift, in plain NumPy, OpenCV and libjpeg-turbo."""
+"""JPEGs to square frames, with the random crops and shifts of training, in NumPy, OpenCV and libjpeg-turbo."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ import cv2
 import numpy as np
 import simplejpeg
 
-FITS = ("crop", "stretch")
-"""How a picture becomes square: its central square, or all of it, distorted."""
-
-# Below this ratio a bilinear filter of two by two pixels misses none of them by much, and costs a fifth of area's.
-_MAX_BILINEAR_RATIO = 1.5
+from como_jax.spec.images import FITS, fitting_part, resize
 
 
 class View(NamedTuple):
-    """The part of a picture that becomes a frame; all frames of a clip have the same.
+    """The part of an image that becomes a frame; all frames of a clip have the same view.
 
     Attributes:
-      fit: one of `FITS`.
-      scale: side of the part, as a share of the fitted picture's.
+      fit: one of `como_jax.spec.images.FITS`.
+      scale: side of the part, as a share of the side of what `fit` keeps of the image.
       top, left: where the part lies, as shares of the room that `scale` leaves.
-      down, right: shift in pixels of the frame; what comes in at the border repeats it.
+      down, right: shift in pixels of the frame; the border's pixels are repeated where the shift leaves a gap.
     """
 
     fit: str = FITS[0]
@@ -37,16 +33,16 @@ WHOLE = View()
 
 
 class FrameDecoder:
-    """Decodes JPEGs to frames. Keeps its working memory, so each thread needs a decoder of its own."""
+    """Decodes JPEGs to frames. It keeps its working memory, so each thread needs a decoder of its own."""
 
     def __init__(self) -> None:
         self._pixels = np.empty(0, np.uint8)
         self._frame = np.empty(0, np.uint8)
 
     def __call__(self, data: bytes, frame: np.ndarray, view: View = WHOLE) -> None:
-        """Fills `frame`, uint8 RGB `[S, S, 3]`, with the part of a picture that `view` names.
+        """Fills `frame`, uint8 RGB `[S, S, 3]`, with the part of an image that `view` names.
 
-        Pictures more than twice as large are halved while decoding, which is cheaper and free of aliasing.
+        Images more than twice as large are halved while decoding, which is cheaper and free of aliasing.
 
         Raises:
           ValueError: not a JPEG.
@@ -56,11 +52,11 @@ class FrameDecoder:
         if self._pixels.size < height * width * 3:
             self._pixels = np.empty(height * width * 3, np.uint8)
         needed = round(size / view.scale)
-        # Fresh memory for every picture would cost a third of the decoding.
-        picture = simplejpeg.decode_jpeg(
+        # Fresh memory for every image would cost a third of the decoding.
+        image = simplejpeg.decode_jpeg(
             data, "RGB", min_height=needed, min_width=needed, min_factor=2, buffer=self._pixels
         )
-        part = cut(picture, view)
+        part = cut(image, view)
         if view.down or view.right:
             if self._frame.shape != frame.shape:
                 self._frame = np.empty(frame.shape, np.uint8)
@@ -71,7 +67,7 @@ class FrameDecoder:
 
 
 def decode_jpeg(data: bytes, size: int, view: View = WHOLE) -> np.ndarray:
-    """One picture as a frame, uint8 RGB `[size, size, 3]`; see `FrameDecoder`.
+    """One image as a frame, uint8 RGB `[size, size, 3]`; see `FrameDecoder`.
 
     Raises:
       ValueError: not a JPEG.
@@ -81,30 +77,17 @@ def decode_jpeg(data: bytes, size: int, view: View = WHOLE) -> np.ndarray:
     return frame
 
 
-def cut(picture: np.ndarray, view: View) -> np.ndarray:
-    """The part of `[H, W, C]` that a view names, without its shift."""
-    height, width = picture.shape[:2]
-    if view.fit == "crop":
-        height = width = min(height, width)
-    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+def cut(image: np.ndarray, view: View) -> np.ndarray:
+    """The part of an image `[H, W, C]` that a view names, without its shift."""
+    whole = fitting_part(image, view.fit)
+    height, width = whole.shape[:2]
     rows, columns = max(1, round(height * view.scale)), max(1, round(width * view.scale))
-    top, left = top + round((height - rows) * view.top), left + round((width - columns) * view.left)
-    return picture[top : top + rows, left : left + columns]
-
-
-def resize(picture: np.ndarray, frame: np.ndarray) -> None:
-    """Fills `frame` `[S, S, C]` with all of `[H, W, C]`, without aliasing when it shrinks."""
-    size = len(frame)
-    if picture.shape == frame.shape:
-        np.copyto(frame, picture)
-        return
-    ratio = max(picture.shape[:2]) / size
-    interpolation = cv2.INTER_LINEAR if ratio < _MAX_BILINEAR_RATIO else cv2.INTER_AREA
-    cv2.resize(picture, (size, size), dst=frame, interpolation=interpolation)
+    top, left = round((height - rows) * view.top), round((width - columns) * view.left)
+    return whole[top : top + rows, left : left + columns]
 
 
 def shift(source: np.ndarray, down: int, right: int, frame: np.ndarray) -> None:
-    """Fills `frame` so that `frame[y, x]` is `source[y + down, x + right]`, or the nearest pixel there is."""
+    """Fills `frame` so that `frame[y, x]` is `source[y + down, x + right]`, or the nearest pixel of the source."""
     height, width = source.shape[:2]
     inner = source[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
     borders = max(0, -down), max(0, down), max(0, -right), max(0, right)

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import numpy as np
 
-from como_jax.data.transforms import resize
 from como_jax.envs.base import EnvironmentSpec, Sight, StepResult, check_action
 from como_jax.envs.build import EnvironmentOptions, missing_extra
 from como_jax.errors import ConfigError
 from como_jax.names import DEFAULT_CAMERA
+from como_jax.spec.images import resize
 
 TASKS = ("PushT",)
 ACTION_SIZE = 2

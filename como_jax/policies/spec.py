@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from como_jax.data.normalization import Normalizer, normalizer_from_json
 from como_jax.errors import ConfigError, RunError, closest
 from como_jax.files import write_json
+from como_jax.spec.normalization import Normalizer, normalizer_from_json
 
 FILE_NAME = "policy.json"
 

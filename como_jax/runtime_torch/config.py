@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from como_jax.runtime_torch.errors import ModelFileError
+from como_jax.spec.images import FITS
 
 FORMAT = "como_jax"
 VERSION = 1
 
 T = TypeVar("T")
 
-FITS = ("crop", "stretch")
 MOTION_INPUTS = ("difference", "future", "future_only", "rgb_difference")
 BOTTLENECKS = ("none", "kl", "vq", "vq_ema", "nsvq", "fsq")
 

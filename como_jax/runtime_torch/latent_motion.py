@@ -21,9 +21,9 @@ from como_jax.runtime_torch.como import Como
 from como_jax.runtime_torch.config import LaqConfig, MotionModelConfig, parse_motion_model
 from como_jax.runtime_torch.errors import InputError
 from como_jax.runtime_torch.files import CONFIG_NAME, load_module, read_config
-from como_jax.runtime_torch.images import fit_frames
 from como_jax.runtime_torch.laq import Laq
 from como_jax.runtime_torch.layers import set_compute_dtype
+from como_jax.spec.images import fit_frames
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -26,7 +26,6 @@ from como_jax.runtime_torch.chunks import ControlConfig
 from como_jax.runtime_torch.diffusion_policy import DiffusionPolicy
 from como_jax.runtime_torch.errors import InputError
 from como_jax.runtime_torch.files import CONFIG_NAME, load_module, read_config
-from como_jax.runtime_torch.images import fit_frames
 from como_jax.runtime_torch.instructions import Reader, make_reader
 from como_jax.runtime_torch.latent_motion import DTYPES
 from como_jax.runtime_torch.latent_vla import LatentVla
@@ -41,6 +40,7 @@ from como_jax.runtime_torch.policy_config import (
     parse_policy,
 )
 from como_jax.runtime_torch.session import Scene, Session
+from como_jax.spec.images import fit_frames
 
 Module = DiffusionPolicy | AutoregressivePolicy | LatentVla
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from como_jax.runtime_torch.config import FITS, EncoderConfig, check_choice, parse_section
+from como_jax.runtime_torch.config import EncoderConfig, check_choice, parse_section
 from como_jax.runtime_torch.errors import ModelFileError
-from como_jax.runtime_torch.normalization import Normalizer, read_normalizer
 from como_jax.runtime_torch.text_layers import ACTIVATIONS, GATED
+from como_jax.spec.images import FITS
+from como_jax.spec.normalization import Normalizer, normalizer_from_json
 
 IMAGE_TOWERS = ("vit", "siglip", "conv")
 TEXT_TOWERS = ("bytes", "clip", "t5", "embedding", "tokens")
@@ -241,7 +242,9 @@ def _parse_robots(content: Any, path: Path) -> dict[str, Robot]:
     for name, scales in content.items():
         try:
             state = scales["state"]
-            robots[name] = Robot(read_normalizer(scales["action"]), None if state is None else read_normalizer(state))
+            robots[name] = Robot(
+                normalizer_from_json(scales["action"]), None if state is None else normalizer_from_json(state)
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{path}: robots.{name} holds no scales of actions and states: {error}.") from error
     return robots

@@ -14,8 +14,8 @@ import torch
 
 from como_jax.runtime_torch.chunks import ActionQueue, ControlConfig
 from como_jax.runtime_torch.errors import InputError, NonFiniteError
-from como_jax.runtime_torch.images import fit_frames
 from como_jax.runtime_torch.noise import DrawnNoise, Noise
+from como_jax.spec.images import fit_frames
 
 if TYPE_CHECKING:
     from como_jax.runtime_torch.policy import Policy

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from como_jax.data.label_info import LabelInfo
 from como_jax.data.language import write_embeddings
-from como_jax.data.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.data.policy_build import (
     PolicyData,
     make_spec,
@@ -27,6 +26,7 @@ from como_jax.data.policy_build import (
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.policies.spec import PolicySpec
+from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 from tests.data.robots import add_labels, make_robot
 from tests.policies.smoke_policies import smoke
 

@@ -2,7 +2,6 @@
 
 import io
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -64,23 +63,6 @@ def test_a_part_is_cut_out_where_the_view_says(top: float, left: float) -> None:
     part = transforms.cut(image[..., None], transforms.View("crop", 0.6, top, left))[..., 0]
     rows, columns = round(4 * top), 3 + round(4 * left)
     np.testing.assert_array_equal(part, image[rows : rows + 6, columns : columns + 6])
-
-
-def test_shrinking_averages_areas() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    expected, frame = image.reshape(3, 4, 3, 4, 3).mean(axis=(1, 3)), np.empty((3, 3, 3), np.uint8)
-    transforms.resize(image, frame)
-    np.testing.assert_allclose(frame, expected, atol=0.51)
-
-
-def test_shrinking_a_little_is_close_to_averaging_areas() -> None:
-    """Pictures have little at the finest scale; there the cheaper filter must not differ visibly."""
-    rng = np.random.default_rng(0)
-    image = cv2.GaussianBlur(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8), (0, 0), 1.5)
-    frame = np.empty((224, 224, 3), np.uint8)
-    transforms.resize(image, frame)
-    exact = cv2.resize(image, (224, 224), interpolation=cv2.INTER_AREA)
-    assert cv2.PSNR(frame, exact) > 40
 
 
 def test_a_shift_equals_a_loop_over_pixels() -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.normalization import AffineNormalizer
 from como_jax.data.policy_build import make_spec, open_policy_data, policy_evaluation_batches, with_sizes
 from como_jax.data.transforms import decode_jpeg
 from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy
 from como_jax.policies.spec import FILE_NAME, PolicySpec, Scales, Scene
+from como_jax.spec.normalization import AffineNormalizer
 from como_jax.training import sharding
 from como_jax.types import Observation
 from tests.policies.smoke_policies import FAMILIES, PolicyRun, smoke
@@ -38,7 +38,7 @@ class FakeModel(NamedTuple):
 
 
 def normalizer(offset: list[float], scale: list[float]) -> AffineNormalizer:
-    return AffineNormalizer("mean_std", {"mean": offset, "std": scale})
+    return AffineNormalizer.fit("mean_std", {"mean": offset, "std": scale})
 
 
 SPEC = PolicySpec(

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from como_jax.data.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.errors import ConfigError, RunError
 from como_jax.policies.spec import FILE_NAME, PolicySpec, Scales
+from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 
 ARM = Scales(
-    AffineNormalizer("mean_std", {"mean": [1, 2], "std": [3, 0]}),
-    AffineNormalizer("mean_std", {"mean": [1], "std": [2]}),
+    AffineNormalizer.fit("mean_std", {"mean": [1, 2], "std": [3, 0]}),
+    AffineNormalizer.fit("mean_std", {"mean": [1], "std": [2]}),
 )
-HAND = Scales(AffineNormalizer("none", {"mean": [0, 0, 0]}), None)
+HAND = Scales(AffineNormalizer.fit("none", {"mean": [0, 0, 0]}), None)
 SPEC = PolicySpec(
     cameras=("front", "wrist"),
     image_size=64,
@@ -54,7 +54,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_quantiles_are_read_as_they_were_written(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
-    scale = UniformNormalizer(values)
+    scale = UniformNormalizer.fit(values)
     dataclasses.replace(SPEC, scales={"arm": Scales(scale, None)}).save(tmp_path)
     found = PolicySpec.load(tmp_path).scales_of().action
     np.testing.assert_array_equal(found(values), scale(values))
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: bytes) -> None:
         {"scales": {"arm": {"action": None, "state": None}}},
         {"scales": {"arm": {"action": {"offset": [0], "scale": [1, 2], "varies": [True]}, "state": None}}},
         {"scales": {"arm": {"action": {"offset": ["x"], "scale": [1], "varies": [True]}, "state": None}}},
-        {"scales": {"arm": {"action": {"edges": [[0, 1]]}, "state": None}}},
+        {"scales": {"arm": {"action": {"edges": [[1, 0]]}, "state": None}}},
         {"number_of_arms": 2},
     ],
 )

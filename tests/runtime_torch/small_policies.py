@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from como_jax.data.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.policies.build import build_policy
 from como_jax.policies.spec import PolicySpec, Scales
+from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.training import sharding
 from como_jax.training.run import Run
 
@@ -40,9 +40,9 @@ def _spec(config: Any, rng: np.random.Generator) -> PolicySpec:
     # One number that never changes.
     values[:, 1] = 0.25
     affine = {"min": values.min(axis=0), "max": values.max(axis=0), "mean": values.mean(axis=0)}
-    action = AffineNormalizer("min_max", {name: value[:ACTION_SIZE] for name, value in affine.items()})
-    state = UniformNormalizer(values[:, ACTION_SIZE:]) if config.data.state_size else None
-    smaller = UniformNormalizer(values[:, : ACTION_SIZE - 1])
+    action = AffineNormalizer.fit("min_max", {name: value[:ACTION_SIZE] for name, value in affine.items()})
+    state = UniformNormalizer.fit(values[:, ACTION_SIZE:]) if config.data.state_size else None
+    smaller = UniformNormalizer.fit(values[:, : ACTION_SIZE - 1])
     data = config.data
     return PolicySpec(
         cameras=tuple(data.cameras) or ("top",),

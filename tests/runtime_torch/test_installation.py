@@ -32,7 +32,7 @@ motion = LatentMotion.from_pretrained(sys.argv[1]).encode(np.load(sys.argv[2]))
 np.save(sys.argv[3], motion.latent.numpy())
 found = [name for name in ("jax", "jaxlib", "flax", "chex", "etils", "absl") if importlib.util.find_spec(name)]
 parts = {name.split(".")[1] for name in sys.modules if name.startswith("como_jax.")}
-assert not found and parts <= {"runtime_torch", "spec"}, (found, parts)
+assert not found and parts <= {"errors", "runtime_torch", "spec"}, (found, parts)
 import como_jax, importlib.metadata
 print(como_jax.__file__, *importlib.metadata.requires("como_jax"), sep="\\n")
 """

@@ -293,10 +293,12 @@ def test_drawn_noise_is_of_its_distributions() -> None:
 
 def test_the_runtime_imports_nothing_that_a_robot_may_lack() -> None:
     needed = {"torch", "numpy", "cv2", "safetensors"}
-    for path in Path(policy_module.__file__).parent.glob("*.py"):
+    runtime = Path(policy_module.__file__).parent
+    for path in (*runtime.glob("*.py"), *runtime.with_name("spec").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 known = name.split(".")[0] in sys.stdlib_module_names | needed
-                assert known or name.startswith("como_jax.runtime_torch"), f"{path.name} imports {name}"
+                own = name.startswith(("como_jax.runtime_torch", "como_jax.spec", "como_jax.errors"))
+                assert known or own, f"{path.name} imports {name}"

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from como_jax.data.transforms import resize
 from como_jax.envs.base import EnvironmentSpec, Sight, StepResult, check_action
 from como_jax.envs.build import EnvironmentOptions, missing_extra
 from como_jax.errors import ConfigError, closest
+from como_jax.spec.images import resize
 
 ACTION_SIZE = 7
 CONTROL_RATE_HZ = 20.0

@@ -13,12 +13,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.transforms import View, cut, resize
 from como_jax.errors import RunError
 from como_jax.evaluation.rollouts.sampling import with_sampling
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.policies.build import POLICY_FAMILIES, build_policy
 from como_jax.policies.spec import PolicySpec, Scales, Scene
+from como_jax.spec.images import fitting_part, resize
 from como_jax.training import sharding
 from como_jax.training.run import open_run
 from como_jax.types import Observation
@@ -80,7 +80,7 @@ class PolicyRunner:
         for row, scene in enumerate(scenes):
             for instant, sight in enumerate(scene.images):
                 for slot, camera in enumerate(spec.cameras):
-                    resize(cut(sight[camera], View(spec.fit)), images[row, instant, slot])
+                    resize(fitting_part(sight[camera], spec.fit), images[row, instant, slot])
         return Observation(
             images=images,
             has_camera=np.ones((count, len(spec.cameras)), np.float32),

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import torch
 
-from como_jax.data.transforms import View, cut, resize
 from como_jax.errors import ConversionError
 from como_jax.motion.bottlenecks import Bottleneck
 from como_jax.motion.build import build_model, codebook_size
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.runtime_torch.latent_motion import LatentMotion, Motion
+from como_jax.spec.images import fit_frames
 from como_jax.training.run import Run
 
 TOLERANCE = 1e-4
@@ -41,9 +41,7 @@ class Reference:
     def __init__(self, run: Run):
         size, rng = run.config.data.image_size, np.random.default_rng(0)
         self.pictures = _moving_pictures(rng)
-        fitted = np.empty((len(self.pictures), size, size, 3), np.uint8)
-        for picture, frame in zip(self.pictures, fitted, strict=True):
-            resize(cut(picture, View(run.config.data.fit)), frame)
+        fitted = fit_frames(self.pictures, size, run.config.data.fit)
         self.frames = np.stack([rng.integers(0, 256, fitted.shape, dtype=np.uint8), fitted])
         model, is_discrete = _in_float32(run), codebook_size(run.config) > 0
 

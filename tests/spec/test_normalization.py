@@ -1,23 +1,20 @@
 """Actions on a common scale and back."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from como_jax.data.normalization import (
+from como_jax.errors import ConfigError
+from como_jax.spec.normalization import (
     KINDS,
     NUM_BINS,
     AffineNormalizer,
     Normalizer,
     UniformNormalizer,
-    load_normalizer,
     normalizer_from_json,
 )
-from como_jax.data.sources import EpisodeSource
-from como_jax.errors import ConfigError, DatasetError
 
 VALUES = np.random.default_rng(0).normal([0, 5, -3], [1, 0.01, 100], (2000, 3))
 
@@ -35,7 +32,7 @@ def statistics(values: np.ndarray) -> dict[str, Any]:
 
 
 def make(kind: str, values: np.ndarray) -> Normalizer:
-    return UniformNormalizer(values) if kind == "uniform" else AffineNormalizer(kind, statistics(values))
+    return UniformNormalizer.fit(values) if kind == "uniform" else AffineNormalizer.fit(kind, statistics(values))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,17 +64,6 @@ def test_a_constant_dimension_becomes_zero_and_comes_back(kind: str) -> None:
     np.testing.assert_allclose(normalizer.inverse(scaled + [0, 9, 0])[:, 1], 7.0)
 
 
-def test_a_dataset_brings_its_statistics(tabletop_dataset: Path, tmp_path: Path) -> None:
-    assert load_normalizer(tabletop_dataset, "action", "quantile").size == 4
-    with pytest.raises(ConfigError, match="'quantil' must be one of none, .*, uniform; did you mean quantile?"):
-        load_normalizer(tabletop_dataset, "action", "quantil")
-    with pytest.raises(DatasetError, match="statistics.json cannot be read"):
-        load_normalizer(tmp_path, "action", "quantile")
-    (tmp_path / "statistics.json").write_text('{"action": null}')
-    with pytest.raises(DatasetError, match="has no statistics of any action"):
-        load_normalizer(tmp_path, "action", "quantile")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scale_written_down_is_the_same_scale(kind: str) -> None:
     values = VALUES.copy()
@@ -92,13 +78,13 @@ def test_a_scale_written_down_is_the_same_scale(kind: str) -> None:
 @pytest.mark.parametrize("changes", [{"offset": None}, {"scale": [1, 2]}, {"varies": True}])
 def test_a_damaged_scale_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="offset, scale and varies must be equally long lists"):
-        normalizer_from_json({**AffineNormalizer("mean_std", statistics(VALUES)).to_json(), **changes})
+        normalizer_from_json({**AffineNormalizer.fit("mean_std", statistics(VALUES)).to_json(), **changes})
 
 
 def test_equal_bins_of_a_uniform_scale_are_quantile_bins() -> None:
     values = VALUES.astype(np.float32)
     edges = np.stack([np.quantile(column.astype(np.float64), np.arange(257) / 256) for column in values.T], axis=-1)
-    normalizer = UniformNormalizer(values)
+    normalizer = UniformNormalizer.fit(values)
     bins = np.clip(np.floor((normalizer(values) + 1) / 2 * 256), 0, 255).astype(int)
     for dimension in range(3):
         inner = edges[1:-1, dimension]
@@ -115,7 +101,7 @@ def test_values_that_are_frequent_go_to_the_middle_of_their_share_and_come_back_
     gripper = np.where(np.arange(1000) < 300, 0.0, 0.085)
     still = np.where(np.arange(1000) < 500, 0.0, rng.normal(size=1000) / 3)
     values = rng.permutation(np.stack([gripper, still], axis=1)).astype(np.float32)
-    normalizer = UniformNormalizer(values)
+    normalizer = UniformNormalizer.fit(values)
     scaled = normalizer(values)
     is_open = values[:, 0] == 0
     assert np.unique(scaled[:, 0]).size == 2
@@ -135,29 +121,20 @@ def test_values_that_are_frequent_go_to_the_middle_of_their_share_and_come_back_
 
 def test_values_beyond_those_of_training_go_to_the_ends() -> None:
     # The largest value is frequent, and what is larger is not taken for it.
-    normalizer = UniformNormalizer(np.array([[0.0], [0.5], [1.0], [1.0], [1.0]]))
+    normalizer = UniformNormalizer.fit(np.array([[0.0], [0.5], [1.0], [1.0], [1.0]]))
     assert normalizer(np.array([-0.1, 1.1])[:, None]).ravel().tolist() == [-1, 1]
     assert 0 < normalizer(np.array([1.0])) < 1
     assert np.isnan(normalizer(np.array([np.nan]))) and np.isnan(normalizer.inverse(np.array([np.nan])))
 
 
-def test_a_uniform_scale_is_of_the_training_episodes(arm: Path, coded_clips: Path) -> None:
-    train = EpisodeSource(arm, "train")
-    for field in ("action", "state"):
-        values = getattr(train, field)
-        expected = UniformNormalizer(values)(values)
-        np.testing.assert_array_equal(load_normalizer(arm, field, "uniform")(values), expected)
-    labelled = EpisodeSource(coded_clips, "train")
-    latents = labelled.latent_motion[labelled.latent_valid]
-    found = load_normalizer(coded_clips, "latent_motion", "uniform")
-    np.testing.assert_array_equal(found(latents), UniformNormalizer(latents)(latents))
-    with pytest.raises(DatasetError, match=f"{coded_clips} has no action in its training episodes"):
-        load_normalizer(coded_clips, "action", "uniform")
-    with pytest.raises(ConfigError, match="'uniform' must be one of none, mean_std, quantile, min_max"):
-        AffineNormalizer("uniform", {})
-
-
-@pytest.mark.parametrize("edges", [None, [], [[0.0] * 256], [[0.0] * 257, [0.0]], [[1.0] + [0.0] * 256], [["a"] * 257]])
+@pytest.mark.parametrize("edges", [None, [], [[0.0]], [[0.0] * 257, [0.0]], [[1.0] + [0.0] * 256], [["a"] * 257]])
 def test_a_damaged_uniform_scale_is_refused(edges: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
         normalizer_from_json({"edges": edges})
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="'uniform' must be one of none, mean_std, quantile, min_max"):
+        AffineNormalizer.fit("uniform", {})
+    with pytest.raises(ConfigError, match="did you mean min_max"):
+        AffineNormalizer.fit("min_ma", {})
