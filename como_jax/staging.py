@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import platform
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -183,18 +184,62 @@ def make_parent(out: epath.Path) -> None:
         raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
 
 
-def check_output(out: epath.Path, overwrite: bool) -> None:
-    """Raises OutputError if something is in the way that is not to be replaced."""
+def check_output(out: epath.Path, overwrite: bool | None, marks: Sequence[str] = ("dataset_info.json",)) -> None:
+    """Raises OutputError if something exists at an output path that may not be replaced; removes an empty folder.
+
+    Args:
+      out: the path.
+      overwrite: whether a dataset may be replaced; None if nothing ever may.
+      marks: files of which a folder has at least one if it is a dataset.
+    """
     if not out.exists():
         return
     if not out.is_dir():
         raise OutputError(f"{out} exists already and is not a directory")
     if not any(out.iterdir()):
         out.rmdir()
+    elif overwrite is None:
+        raise OutputError(f"{out} exists already; remove it or choose another directory")
     elif not overwrite:
         raise OutputError(f"{out} exists already; --overwrite replaces it")
-    elif not (out / "dataset_info.json").exists():
+    elif not any((out / mark).exists() for mark in marks):
         raise OutputError(f"{out} is not a dataset, so --overwrite will not replace it")
+
+
+@contextlib.contextmanager
+def new_folder(out: epath.PathLike, overwrite: bool | None = None, marks: Sequence[str] = ()) -> Iterator[epath.Path]:
+    """Makes a folder that appears complete or not at all.
+
+    Args:
+      out: the folder to be made, on this machine.
+      overwrite, marks: see `check_output`; the older folder stays until the new one is complete.
+
+    Yields:
+      A temporary folder beside `out`, which is renamed to `out` at the end, or removed after an error.
+
+    Raises:
+      OutputError: `out` is in a bucket, exists already, or cannot be made.
+    """
+    if not is_local(out):
+        raise OutputError(f"{out} must be a folder of this machine; copy it to the bucket afterwards")
+    target = epath.Path(out).expanduser().resolve()
+    check_output(target, overwrite, marks)
+    partial, replaced = (target.with_name(f".{target.name}.{part}-{uuid.uuid4().hex[:8]}") for part in ("new", "old"))
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
+    try:
+        yield partial
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        raise
+    finally:
+        _delete(partial, replaced)
 
 
 def is_local(path: epath.PathLike) -> bool:

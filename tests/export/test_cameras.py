@@ -92,5 +92,5 @@ def test_lerobot_refuses_pictures_of_several_sizes(tmp_path, with_changed_rows, 
     (tmp_path / "rlds").mkdir()
     write_rlds(source, epath.Path(tmp_path / "rlds"))
     assert tfds.builder_from_directory(tmp_path / "rlds").info.splits["train"].num_examples == 2
-    with pytest.raises(DatasetError, match=r"'top' has pictures of several sizes.*33x47 and, in episode b, 40x47"):
+    with pytest.raises(DatasetError, match=r"'top' has images of several sizes.*33x47 and, in episode b, 40x47"):
         write_lerobot(source, epath.Path(tmp_path / "out"))

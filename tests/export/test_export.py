@@ -3,11 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from como_jax.errors import OutputError
-from como_jax.export.labels.output import new_folder
+from como_jax.export import labels
+from como_jax.export.labels import export_labels
+from como_jax.staging import new_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,7 +47,7 @@ def test_the_format_must_be_known(tmp_path):
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
-    with new_folder(tmp_path / "out", tmp_path / "source", overwrite=False) as folder:
+    with new_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("new")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
@@ -53,11 +56,11 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 def test_what_failed_leaves_the_older_dataset_alone(tmp_path):
     (tmp_path / "out/meta").mkdir(parents=True)
     (tmp_path / "out/meta/info.json").write_text("old")
-    with pytest.raises(ValueError), new_folder(tmp_path / "out", tmp_path / "source", overwrite=True) as folder:
+    with pytest.raises(ValueError), new_folder(tmp_path / "out", True, ["meta/info.json"]) as folder:
         (folder / "file").write_text("new")
         raise ValueError
     assert (tmp_path / "out/meta/info.json").read_text() == "old"
-    with new_folder(tmp_path / "out", tmp_path / "source", overwrite=True) as folder:
+    with new_folder(tmp_path / "out", True, ["meta/info.json"]) as folder:
         (folder / "file").write_text("new")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
@@ -74,15 +77,16 @@ def test_what_failed_leaves_the_older_dataset_alone(tmp_path):
         ("file/out", False, "cannot write to"),
     ],
 )
-def test_an_output_that_is_in_the_way(tmp_path, out, overwrite, message):
+def test_an_output_that_is_in_the_way(tmp_path, monkeypatch, out, overwrite, message):
     (tmp_path / "data").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("")
-    with pytest.raises(OutputError, match=message), new_folder(tmp_path / out, tmp_path / "data", overwrite):
-        pytest.fail("there should be no folder")
+    monkeypatch.setattr(labels, "WRITERS", {"rlds": lambda *_: pytest.fail("there should be no folder")})
+    with pytest.raises(OutputError, match=message):
+        export_labels(SimpleNamespace(directory=tmp_path / "data"), "rlds", tmp_path / out, overwrite)
 
 
 def test_buckets_are_refused(tmp_path):
-    with pytest.raises(OutputError, match="a folder of this machine"), new_folder("gs://bucket/out", tmp_path, False):
-        pytest.fail("there should be no folder")
+    with pytest.raises(OutputError, match="a folder of this machine"):
+        export_labels(SimpleNamespace(directory=tmp_path), "rlds", "gs://bucket/out")

@@ -1,4 +1,4 @@
-"""A labelled dataset, episode by episode, for those who write it in another format."""
+"""Reads a labelled dataset episode by episode, for the writers of other formats."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SOMETIMES_MISSING = ("state", "action", "latent_codes")
 
 @dataclasses.dataclass(frozen=True)
 class LabelledEpisode:
-    """One episode with T steps.
+    """One episode of T steps.
 
     Attributes:
       episode_id, source_file, instruction, control_rate: see `schema.Episode`.
-      images: `[T]` JPEGs by camera.
+      images: the T JPEG images of every camera.
       state, action: float32 `[T, size]`, or None.
       latent_motion, latent_valid: float32 `[T, D]` and bool `[T]`, see `schema.EPISODE_TABLE_SCHEMA`.
       latent_codes: int32 `[T, Q]`, or None for a model without codes.
@@ -42,7 +42,7 @@ class LabelledEpisode:
     latent_codes: np.ndarray | None
 
     def __len__(self) -> int:
-        """Number of steps."""
+        """Number of steps T."""
         return len(self.latent_valid)
 
 
@@ -51,16 +51,16 @@ class LabelledDataset:
 
     Attributes:
       directory, name: of the dataset.
-      cameras: the main camera first.
-      splits: the sources by name, `train` first.
-      sizes: numbers in one step's `state`, `action`, `latent_motion` and `latent_codes`, as far as there are any.
+      cameras: their names, the main camera first.
+      splits: the episodes of every split, `train` first.
+      sizes: length of one step's `state`, `action`, `latent_motion` and `latent_codes`, of those that exist.
     """
 
     def __init__(self, directory: epath.PathLike):
-        """Reads everything small.
+        """Reads everything except the images.
 
         Raises:
-          DatasetError: not a dataset, not labelled throughout, or damaged.
+          DatasetError: the directory is no dataset, is damaged, or has episodes without labels.
         """
         self.directory = epath.Path(directory)
         if not (self.directory / "dataset_info.json").exists():
@@ -80,7 +80,7 @@ class LabelledDataset:
 
     @property
     def num_steps(self) -> int:
-        """Steps of all splits."""
+        """Number of steps of all splits."""
         return sum(map(len, self.splits.values()))
 
     def lengths(self, split: str) -> list[int]:
@@ -88,11 +88,11 @@ class LabelledDataset:
         return self.splits[split].length.tolist()
 
     def steps(self, field: str) -> np.ndarray:
-        """A field of `EpisodeSource` with one entry a step, over all splits."""
+        """A field of `EpisodeSource` that has one row per step, over all splits."""
         return np.concatenate([getattr(source, field) for source in self.splits.values()])
 
     def episodes(self, split: str) -> Iterator[LabelledEpisode]:
-        """Yields the episodes of a split in their order, with one of them in memory."""
+        """Yields the episodes of a split in order; only one is in memory at a time."""
         source = self.splits[split]
         views = {camera: _view(source, camera) for camera in self.cameras}
         for row, (start, length) in enumerate(zip(source.start.tolist(), source.length.tolist(), strict=True)):
@@ -124,7 +124,10 @@ class LabelledDataset:
 
 
 def file_numbers(lengths: Sequence[int], max_steps: int) -> list[int]:
-    """In which file every episode goes, if a file takes episodes in a row up to a number of steps, and at least one."""
+    """The number of the file of every episode, where files are filled in order with at most `max_steps` steps.
+
+    An episode longer than that gets a file of its own.
+    """
     numbers, number, filled = [], 0, 0
     for length in lengths:
         if filled and filled + length > max_steps:
@@ -136,20 +139,20 @@ def file_numbers(lengths: Sequence[int], max_steps: int) -> list[int]:
 
 def _cameras(info: tfds.core.DatasetInfo, first: str) -> tuple[str, ...]:
     observation = info.features["observation"]
-    pictures = [key for key, feature in observation.items() if isinstance(feature, tfds.features.Image)]
+    images = [key for key, feature in observation.items() if isinstance(feature, tfds.features.Image)]
     order = (info.metadata or {}).get("cameras") or [first]
-    return tuple(dict.fromkeys([*order, *pictures]))
+    return tuple(dict.fromkeys([*order, *images]))
 
 
 def _view(source: EpisodeSource, camera: str) -> EpisodeSource:
-    """The same episodes through another camera; the arrays are shared."""
+    """The same episodes seen by another camera; the arrays are shared."""
     view = copy.copy(source)
     view.camera = camera
     return view
 
 
 def _check(name: str, source: EpisodeSource, table: pa.Table) -> None:
-    """Raises DatasetError unless every step of a split has its labels."""
+    """Raises DatasetError unless every step of a split is labelled."""
     unlabelled = table["latent_motion"].null_count
     if unlabelled:
         raise DatasetError(f"{name} is not labelled: {unlabelled} of {len(table)} episodes have no latent_motion")

@@ -1,6 +1,6 @@
-"""Writes a labelled dataset as LeRobot v3.0: tables in Parquet, and videos that several episodes share.
+"""Writes a labelled dataset as LeRobot v3.0: Parquet tables, and videos shared by several episodes.
 
-The format is that of https://github.com/huggingface/lerobot (src/lerobot/datasets).
+The format is defined by https://github.com/huggingface/lerobot (src/lerobot/datasets).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from etils import epath
 from como_jax.data.label_info import LABELS_NAME
 from como_jax.errors import DatasetError
 from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
-from como_jax.export.labels.lerobot_statistics import PictureStatistics, number_statistics
 from como_jax.export.labels.video import VideoWriter
 from como_jax.files import write_text
 
@@ -29,9 +28,9 @@ _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 _FILES_PER_CHUNK = 1000
-# About what fits in the 200 MB that LeRobot gives a video, at the default size of pictures.
+# At the default image size, a video of about this many steps has the 200 MB that LeRobot allows.
 _MAX_STEPS_PER_FILE = 16384
-# Key and type of what a step holds besides its pictures, in the order of the columns, by the name it has with us.
+# Key and type of the numbers of a step, in the order of the columns, by the name that they have here.
 _NUMBERS = {
     "state": ("observation.state", "float32"),
     "action": ("action", "float32"),
@@ -39,6 +38,8 @@ _NUMBERS = {
     "latent_valid": ("latent_valid", "bool"),
     "latent_codes": ("latent_codes", "int64"),
 }
+# Percentiles in stats.json, as shares.
+_QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _BOOKKEEPING = {
     "timestamp": "float32",
     "frame_index": "int64",
@@ -50,7 +51,7 @@ _BOOKKEEPING = {
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Which episode it is, and where its steps lie."""
+    """The number of an episode and the place of its steps."""
 
     episode: int
     file: int
@@ -59,7 +60,7 @@ class _Place:
 
     @property
     def fields(self) -> dict[str, int]:
-        """The fields of the path templates."""
+        """Fields of the path templates."""
         return {"chunk_index": self.file // _FILES_PER_CHUNK, "file_index": self.file % _FILES_PER_CHUNK}
 
 
@@ -72,31 +73,31 @@ def write_lerobot(
     """Writes a LeRobot dataset.
 
     Args:
-      dataset: what to write.
-      folder: exists and is empty.
+      dataset: the dataset to write.
+      folder: an empty folder.
       on_episode: is called after every episode.
-      max_steps_per_file: a file with more holds one episode.
+      max_steps_per_file: maximum length of a file; only a longer episode, in a file of its own, exceeds it.
 
     Raises:
-      DatasetError: the dataset has several control rates, or a camera has pictures of several sizes.
+      DatasetError: the dataset has several control rates, or a camera has images of several sizes.
     """
     _Writer(dataset, folder, max_steps_per_file).write(on_episode)
 
 
 class _Writer:
-    """One pass over a dataset."""
+    """Writes one dataset in one pass over it."""
 
     def __init__(self, dataset: LabelledDataset, folder: epath.Path, max_steps_per_file: int):
         self._dataset = dataset
         self._folder = folder
         self._max_steps = max_steps_per_file
         self._rate = _control_rate(dataset)
-        self._sizes = _picture_sizes(dataset)
+        self._sizes = _image_sizes(dataset)
         self._features = _features(dataset, self._sizes, self._rate)
         self._schema = _table_schema(self._features)
         instructions = itertools.chain.from_iterable(source.instruction for source in dataset.splits.values())
         self._tasks = {task: index for index, task in enumerate(dict.fromkeys(instructions))}
-        self._pictures = {camera: PictureStatistics() for camera in dataset.cameras}
+        self._image_statistics = {camera: _ImageStatistics() for camera in dataset.cameras}
 
     def write(self, on_episode: Callable[[], object]) -> None:
         """Writes all files."""
@@ -112,7 +113,7 @@ class _Writer:
             labels.copy(self._folder / "meta" / LABELS_NAME)
 
     def _places(self) -> Iterator[tuple[_Place, LabelledEpisode]]:
-        """Yields all episodes, those of `train` first, and where they go."""
+        """Yields all episodes with their places, those of `train` first."""
         lengths = [length for split in self._dataset.splits for length in self._dataset.lengths(split)]
         files = file_numbers(lengths, self._max_steps)
         first_steps = [0, *itertools.accumulate(lengths)]
@@ -124,16 +125,16 @@ class _Writer:
     def _write_file(
         self, episodes: Iterator[tuple[_Place, LabelledEpisode]], on_episode: Callable[[], object]
     ) -> list[dict[str, Any]]:
-        """Writes the table and the videos that some episodes share; returns the rows of the list of episodes."""
+        """Writes the table and the videos of the episodes of one file; returns their rows of the episode table."""
         rows, first = [], next(episodes)
         with contextlib.ExitStack() as stack:
             table = stack.enter_context(self._open_table(first[0]))
             videos = {camera: stack.enter_context(self._open_video(first[0], camera)) for camera in self._sizes}
             for place, episode in itertools.chain([first], episodes):
-                # A group of rows an episode, so that one can be read without the others.
+                # One row group per episode, so that an episode can be read alone.
                 table.write_table(self._table(place, episode))
                 for camera, video in videos.items():
-                    self._add_pictures(video, camera, episode)
+                    self._add_images(video, camera, episode)
                 rows.append(self._episode_row(place, episode))
                 on_episode()
         return rows
@@ -150,22 +151,22 @@ class _Writer:
         self._features[_camera_key(camera)]["info"] |= {"video.codec": video.codec, "video.pix_fmt": video.pix_fmt}
         return video
 
-    def _add_pictures(self, video: VideoWriter, camera: str, episode: LabelledEpisode) -> None:
+    def _add_images(self, video: VideoWriter, camera: str, episode: LabelledEpisode) -> None:
         for step, jpeg in enumerate(episode.images[camera]):
             try:
                 image = simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
             except ValueError as error:
                 raise DatasetError(
-                    f"episode {episode.episode_id}, step {step}: the picture of camera {camera!r} is damaged: {error}"
+                    f"episode {episode.episode_id}, step {step}: the image of camera {camera!r} is damaged: {error}"
                 ) from error
             if image.shape[:2] != self._sizes[camera]:
                 raise DatasetError(
-                    f"camera {camera!r} has pictures of several sizes, which a LeRobot dataset cannot hold: "
+                    f"camera {camera!r} has images of several sizes, which a LeRobot dataset cannot hold: "
                     f"{_size_text(self._sizes[camera])} and, in episode {episode.episode_id}, "
                     f"{_size_text(image.shape[:2])} pixels"
                 )
             video.add(image)
-            self._pictures[camera].add(image)
+            self._image_statistics[camera].add(image)
 
     def _table(self, place: _Place, episode: LabelledEpisode) -> pa.Table:
         """The rows of an episode."""
@@ -194,7 +195,7 @@ class _Writer:
             **{f"data/{name}": number for name, number in place.fields.items()},
             "meta/episodes/chunk_index": 0,
             "meta/episodes/file_index": 0,
-            # LeRobot has no place for these two, and reads on over them.
+            # LeRobot has no columns for these two and ignores them.
             "source_episode_id": episode.episode_id,
             "source_file": episode.source_file,
         }
@@ -205,10 +206,10 @@ class _Writer:
         return row
 
     def _statistics(self) -> dict[str, Any]:
-        """Statistics of every feature; those of the labels over the steps that have any."""
+        """Statistics of every feature; those of labels are taken over the steps with valid labels."""
         valid = self._dataset.steps("latent_valid")
         statistics: dict[str, Any] = {
-            _camera_key(camera): pictures.summary() for camera, pictures in self._pictures.items()
+            _camera_key(camera): images.summary() for camera, images in self._image_statistics.items()
         }
         for field, (key, _) in _NUMBERS.items():
             if key not in self._features:
@@ -216,11 +217,11 @@ class _Writer:
             values = self._dataset.steps(field)
             values = values[valid] if field in ("latent_motion", "latent_codes") else values
             if len(values):
-                statistics[key] = number_statistics(values.reshape(len(values), -1))
+                statistics[key] = _number_statistics(values.reshape(len(values), -1))
         table = pa.concat_tables(
             pq.read_table(path, columns=list(_BOOKKEEPING)) for path in (self._folder / "data").glob("*/*.parquet")
         )
-        return statistics | {key: number_statistics(table[key].to_numpy()[:, None]) for key in _BOOKKEEPING}
+        return statistics | {key: _number_statistics(table[key].to_numpy()[:, None]) for key in _BOOKKEEPING}
 
     def _info(self) -> dict[str, Any]:
         sources = self._dataset.splits
@@ -243,7 +244,7 @@ class _Writer:
 
 
 def _control_rate(dataset: LabelledDataset) -> float:
-    """The control rate of all episodes (Hz); raises DatasetError if they have several."""
+    """The control rate of all episodes in Hz; raises DatasetError if it differs between them."""
     rates = np.unique(dataset.steps("control_rate"))
     if len(rates) > 1:
         listed = ", ".join(f"{rate:g}" for rate in rates)
@@ -255,13 +256,13 @@ def _control_rate(dataset: LabelledDataset) -> float:
 
 
 def _write_parquet(path: epath.Path, table: pa.Table) -> None:
-    """Writes a table, and the folders it lies in."""
+    """Writes a table and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
 
 
 def _features(dataset: LabelledDataset, sizes: Mapping[str, tuple[int, int]], rate: float) -> dict[str, Any]:
-    """What info.json says of every feature, but for the codecs."""
+    """The section `features` of info.json, without the codecs."""
     features: dict[str, Any] = {}
     for camera, (height, width) in sizes.items():
         features[_camera_key(camera)] = {
@@ -287,7 +288,7 @@ def _features(dataset: LabelledDataset, sizes: Mapping[str, tuple[int, int]], ra
 
 
 def _table_schema(features: Mapping[str, Any]) -> pa.Schema:
-    """The columns of the steps: a feature with one number is a plain number, as in LeRobot."""
+    """The columns of the step tables: as in LeRobot, a feature of one number is a plain number, not a list."""
     fields = []
     for key, feature in features.items():
         if feature["dtype"] == "video":
@@ -306,7 +307,7 @@ def _column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def _task_table(tasks: Mapping[str, int]) -> pa.Table:
-    """The instructions as the index of a data frame, which is how LeRobot takes them from Pandas."""
+    """The table of instructions, with the metadata by which Pandas, and so LeRobot, takes them as the index."""
     table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks, pa.string())})
     columns = [
         {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
@@ -316,8 +317,8 @@ def _task_table(tasks: Mapping[str, int]) -> pa.Table:
     return table.replace_schema_metadata({"pandas": json.dumps(description)})
 
 
-def _picture_sizes(dataset: LabelledDataset) -> dict[str, tuple[int, int]]:
-    """Height and width of the first picture of every camera."""
+def _image_sizes(dataset: LabelledDataset) -> dict[str, tuple[int, int]]:
+    """Height and width of the first image of every camera."""
     episode = next(dataset.episodes(next(iter(dataset.splits))))
     return {camera: simplejpeg.decode_jpeg_header(jpegs[0])[:2] for camera, jpegs in episode.images.items()}
 
@@ -337,3 +338,48 @@ def _plain(rate: float) -> int | float:
 def _write_json(path: epath.Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _number_statistics(values: np.ndarray) -> dict[str, list[float]]:
+    """Statistics of numbers `[N, size]` over N, which is at least 1."""
+    values = values.astype(np.float64)
+    quantiles = np.quantile(values, _QUANTILES, axis=0)
+    return {
+        "min": values.min(axis=0).tolist(),
+        "max": values.max(axis=0).tolist(),
+        "mean": values.mean(axis=0).tolist(),
+        "std": values.std(axis=0).tolist(),
+        "count": [len(values)],
+        **{f"q{round(100 * share):02d}": row.tolist() for share, row in zip(_QUANTILES, quantiles, strict=True)},
+    }
+
+
+class _ImageStatistics:
+    """Statistics of each colour channel over many images, with values from 0 to 1."""
+
+    def __init__(self) -> None:
+        self._histogram = np.zeros((3, 256), np.int64)
+        self._num_images = 0
+
+    def add(self, image: np.ndarray) -> None:
+        """Adds an image, uint8 `[H, W, 3]`."""
+        for channel in range(3):
+            self._histogram[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
+        self._num_images += 1
+
+    def summary(self) -> dict[str, list[Any]]:
+        """Returns every statistic as `[3, 1, 1]`, and the number of images, which must be at least 1, as `[1]`."""
+        levels = np.arange(256) / 255
+        share = self._histogram / self._histogram.sum(axis=1, keepdims=True)
+        mean = share @ levels
+        std = np.sqrt(share @ levels**2 - mean**2)
+        present = [np.flatnonzero(row) for row in self._histogram]
+        statistics = {
+            "min": [levels[row[0]] for row in present],
+            "max": [levels[row[-1]] for row in present],
+            "mean": mean,
+            "std": np.nan_to_num(std),
+        }
+        # LeRobot keeps images with the channels first.
+        shaped = {name: np.reshape(value, (3, 1, 1)).tolist() for name, value in statistics.items()}
+        return {**shaped, "count": [self._num_images]}

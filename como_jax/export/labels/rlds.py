@@ -1,7 +1,7 @@
-"""Writes a labelled dataset as RLDS: one record an episode, in ArrayRecord files that TFDS reads.
+"""Writes a labelled dataset as RLDS: one record per episode, in ArrayRecord files that TFDS reads.
 
-The layout is that of https://github.com/google-research/rlds. What a recording does not tell (rewards, discounts,
-whether the last step is a terminal state) is left out.
+The layout is defined by https://github.com/google-research/rlds. Rewards, discounts and terminal states, which a
+recording does not contain, are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from como_jax.convert.record_files import StableSerializer, disk_errors
 from como_jax.data.label_info import LABELS_NAME
 from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
 
-# Half a gigabyte of pictures of the default size.
+# About half a gigabyte of images at the default size.
 _MAX_STEPS_PER_FILE = 16384
 _VERSION = "1.0.0"
 _FORMAT = file_adapters.FileFormat.ARRAY_RECORD
@@ -34,10 +34,10 @@ def write_rlds(
     """Writes a TFDS directory.
 
     Args:
-      dataset: what to write.
-      folder: exists and is empty.
+      dataset: the dataset to write.
+      folder: an empty folder.
       on_episode: is called after every episode.
-      max_steps_per_file: a file with more holds one episode.
+      max_steps_per_file: maximum length of a file; only a longer episode, in a file of its own, exceeds it.
 
     Raises:
       OSError: the folder cannot be written to.
@@ -58,7 +58,7 @@ def write_rlds(
         for path, length in zip(paths, lengths, strict=True):
             with disk_errors(path):
                 shards.write(itertools.islice(examples, length), path)
-        # The generator does its last work after the last example.
+        # Lets the generator finish the last example.
         next(examples, None)
         num_bytes = sum(path.stat().length for path in paths)
         splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=template))
@@ -98,7 +98,7 @@ def _examples(
     for episode in dataset.episodes(split):
         example = _example(episode)
         yield episode.episode_id, example
-        # TFDS keeps every example of a file to count them in the end.
+        # TFDS keeps the examples of a file until it has counted them, so their content is freed here.
         example.clear()
         on_episode()
 

@@ -1,4 +1,4 @@
-"""Writing of video files with PyAV, which carries its own FFmpeg."""
+"""Writes video files with PyAV, which comes with its own FFmpeg."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from etils import epath
 
 from como_jax.errors import ConversionError
 
-# Nearly lossless to the eye. A group of two frames makes every frame quick to seek.
+# The quality looks lossless; groups of two frames make it quick to seek any frame.
 _ENCODERS = {
     "libx264": {"crf": "18", "g": "2", "bf": "0"},
     "libsvtav1": {"crf": "20", "g": "2", "preset": "8"},
 }
-# Beyond it, the clock of MP4 (32 bits) would run out of numbers.
+# Larger denominators would overflow the 32-bit clock of MP4.
 _MAX_DENOMINATOR = 10_000
 
 
 class VideoWriter:
-    """An MP4 file in which frame t is shown from t / rate seconds on.
+    """Writes an MP4 file in which frame t is shown from t / rate seconds on.
 
     Attributes:
-      codec: name of the format of the frames, such as `h264`.
+      codec: name of the codec, such as `h264`.
       pix_fmt: FFmpeg's name of the pixel format.
-      num_frames: written so far.
+      num_frames: number of frames written so far.
     """
 
     def __init__(self, path: epath.PathLike, rate: float, height: int, width: int):
-        """Opens the file; use the writer in a `with` statement, whose end completes it.
+        """Opens the file; the end of a `with` statement completes it.
 
         Args:
           path: a local file.
           rate: frames per second.
-          height: of every frame.
-          width: of every frame.
+          height, width: of every frame.
 
         Raises:
-          ConversionError: PyAV has no encoder.
+          ConversionError: PyAV has no suitable encoder.
         """
         encoder = next((name for name in _ENCODERS if name in av.codecs_available), None)
         if encoder is None:
@@ -51,7 +50,7 @@ class VideoWriter:
         self._container = av.open(str(path), "w")
         self._stream = self._container.add_stream(encoder, rate=exact)
         self._stream.height, self._stream.width = height, width
-        # Half the resolution of colour needs an even number of pixels.
+        # yuv420p, with half the resolution of colour, needs an even number of pixels.
         self._stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
         self._stream.options = _ENCODERS[encoder]
         self._time_base = 1 / exact
@@ -75,7 +74,7 @@ class VideoWriter:
             self._check_count()
 
     def add(self, image: np.ndarray) -> None:
-        """Appends an RGB picture, uint8 `[height, width, 3]`."""
+        """Appends an RGB image, uint8 `[height, width, 3]`."""
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
         frame.pts, frame.time_base = self.num_frames, self._time_base
         self._container.mux(self._stream.encode(frame))

@@ -13,10 +13,10 @@ from como_jax.errors import ConfigError, ConversionError
 from como_jax.export.pytorch import graphs, hf_encoder
 from como_jax.export.pytorch.card import model_card
 from como_jax.export.pytorch.contents import describe_origin, write_contents
-from como_jax.export.pytorch.output import new_folder
 from como_jax.export.pytorch.parity import Reference, check_parity, compare
 from como_jax.files import write_json, write_text
 from como_jax.runtime_torch.latent_motion import LatentMotion
+from como_jax.staging import new_folder
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run
 from como_jax.weights.motion import NOT_EXPORTED, describe_motion_model, motion_table
@@ -43,7 +43,7 @@ def export_torch(workdir: epath.PathLike, out: epath.PathLike, formats: Sequence
         if name not in FORMATS:
             raise ConfigError(f"--formats {name!r} must be one of {', '.join(FORMATS)}.")
         graphs.check_installed(name)
-    with new_folder(out, workdir) as folder:
+    with new_folder(out) as folder:
         # On the processor, whatever else there is: accelerators round float32 products.
         run = load_run(workdir, sharding.make_mesh(devices=jax.devices("cpu")[:1]))
         described, left_out = write_model(run, folder)

@@ -16,7 +16,6 @@ from como_jax.data.language import read_embeddings
 from como_jax.errors import ConfigError
 from como_jax.export.pytorch import policy_graphs
 from como_jax.export.pytorch.contents import describe_origin, save_tensors, write_contents
-from como_jax.export.pytorch.output import new_folder
 from como_jax.export.pytorch.policy_card import policy_card
 from como_jax.export.pytorch.policy_parity import PolicyReference, check_policy, check_scales
 from como_jax.files import write_atomic, write_json, write_text
@@ -24,6 +23,7 @@ from como_jax.policies.build import POLICY_FAMILIES, build_policy
 from como_jax.policies.spec import PolicySpec
 from como_jax.runtime_torch.instructions import EMBEDDINGS_NAME
 from como_jax.runtime_torch.policy import Policy
+from como_jax.staging import new_folder
 from como_jax.training import sharding
 from como_jax.training.run import Run, open_run, read_config
 from como_jax.weights.policies import describe_policy, not_exported, policy_table
@@ -51,7 +51,7 @@ def export_policy(workdir: epath.PathLike, out: epath.PathLike, formats: Sequenc
     spec = PolicySpec.load(workdir)
     described = describe_policy(read_config(epath.Path(workdir)), spec)
     policy_graphs.check_formats(formats, described)
-    with new_folder(out, workdir) as folder:
+    with new_folder(out) as folder:
         # On the processor, whatever else there is: accelerators round float32 products.
         mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
         run = open_run(workdir, mesh, POLICY_FAMILIES, build_policy, "is not a policy")
