@@ -63,7 +63,7 @@ def connect(*, share_sigterm: bool = False) -> None:
 
     Args:
       share_sigterm: SIGTERM to any process no longer ends it, but asks all for a step to stop at; see
-        `como_jax.training.loop`.
+        `como_jax.training.monitors.StopRequest`.
 
     Raises:
       ConfigError: flags or environment say half of what is needed, or the other processes are not there.

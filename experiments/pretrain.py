@@ -16,17 +16,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli, hosts
-from como_jax.data import pipeline
-from como_jax.data.build import TrainingData, build_training_data
+from como_jax.data.build import build_training_data
 from como_jax.data.mixture import mixture_text, parse_mixture
-from como_jax.errors import ConfigError
+from como_jax.data.pipeline import to_frame_pairs
 from como_jax.evaluation.latents.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
-from como_jax.motion.build import build_model, pairs_of_clip
 from como_jax.nn.model_def import ModelDef
-from como_jax.training import session, sharding
+from como_jax.training import sharding
+from como_jax.training.models import make_model, resolve, unit_of
+from como_jax.training.monitors import CollapseWatch
 from como_jax.training.pretrained import check_perceptual_file, load_pretrained
 from como_jax.training.train_state import TrainState
-from como_jax.training.watch import CollapseWatch
+from como_jax.training.trainer import Task, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing run of an equal config is resumed.")
@@ -48,38 +48,23 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
     check_perceptual_file(config)
     data = build_training_data(config, sharding.batch_rows(mesh, config.data.batch_size))
-    config = with_label_size(config, data)
-    model = build_model(config)
-    evaluator = make_evaluator(config, model, mesh)
-    return session.train(
-        config,
-        workdir,
-        model,
-        mesh,
+    config = resolve(config, data.sizes())
+    model = make_model(config)
+    task = Task(
+        model=model,
         batches=data.batches,
-        name_batch=pipeline.to_frame_pairs,
-        initialize=lambda state: load_pretrained(config, state),
-        evaluate=evaluator,
+        to_batch=to_frame_pairs,
+        initialise=lambda state: load_pretrained(config, state),
+        evaluate=make_evaluator(config, model, mesh),
+        unit=unit_of(config),
         data_lines=data.describe(),
-        samples_per_step=config.data.batch_size * pairs_of_clip(config),
-        unit="pairs",
         watch=CollapseWatch(config.train.collapse_steps),
     )
-
-
-def with_label_size(config: ConfigDict, data: TrainingData) -> ConfigDict:
-    """The config with the size of the labels that the data has, where it leaves it open."""
-    if data.labels is None:
-        return config
-    if config.model.label_size not in (0, data.labels.size):
-        raise ConfigError(f"model.label_size is {config.model.label_size}, but the data's is {data.labels.size}.")
-    config = config.copy_and_resolve_references()
-    config.model.label_size = data.labels.size
-    return config
+    return train(task, config, workdir, mesh)
 
 
 def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEvaluator | MaeEvaluator:
-    """What judges the run while it trains."""
+    """What evaluates the run while it trains."""
     sets = EvaluationSet.open_all(
         parse_mixture(config.data.mixture),
         gap_seconds=config.data.gap_seconds,

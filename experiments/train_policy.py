@@ -19,15 +19,16 @@ from como_jax import cli, hosts
 from como_jax.data.instructions import InstructionReader
 from como_jax.data.language import EMBEDDINGS_NAME, InstructionEmbeddings, write_embeddings
 from como_jax.data.mixture import mixture_text
-from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, policy_train_batches, with_sizes
+from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, policy_train_batches
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.nn.model_def import ModelDef
-from como_jax.policies.build import build_policy, with_public_sizes
-from como_jax.training import session, sharding
+from como_jax.training import sharding
+from como_jax.training.models import make_model, resolve, unit_of
 from como_jax.training.pretrained import load_policy_parts
 from como_jax.training.train_state import TrainState
+from como_jax.training.trainer import Task, train
 
 
 def train_policy(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -44,28 +45,25 @@ def train_policy(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
     data = open_policy_data(config)
-    config = with_public_sizes(with_sizes(config, data))
-    model = build_policy(config)
-    return session.train(
-        config,
-        workdir,
-        model,
-        mesh,
+    config = resolve(config, data.sizes())
+    model = make_model(config)
+    task = Task(
+        model=model,
         batches=policy_train_batches(data, config, sharding.batch_rows(mesh, config.data.batch_size)),
-        name_batch=to_policy_batch,
-        initialize=lambda state: load_policy_parts(config, state),
+        to_batch=to_policy_batch,
+        initialise=lambda state: load_policy_parts(config, state),
         evaluate=make_evaluator(config, model, data, workdir, mesh),
+        unit=unit_of(config),
         data_lines=data.describe(),
-        samples_per_step=config.data.batch_size,
-        unit="samples",
         prepare=lambda: write_inputs(config, data, workdir),
     )
+    return train(task, config, workdir, mesh)
 
 
 def make_evaluator(
     config: ConfigDict, model: ModelDef, data: PolicyData, workdir: epath.PathLike, mesh: Mesh
 ) -> PolicyEvaluator:
-    """What judges the run while it trains."""
+    """What evaluates the run while it trains."""
     evaluation = PolicyEvaluationConfig(**{**config.evaluation, "env_settings": tuple(config.evaluation.env_settings)})
     spec, runner = make_spec(data, config), None
     if spec.scales:

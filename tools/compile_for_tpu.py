@@ -22,7 +22,7 @@ from como_jax.files import write_json, write_text
 from como_jax.tpu.compiling import DoesNotFitError, compile_step, largest, with_batch_per_chip
 from como_jax.tpu.report import Report, format_report, make_report
 from como_jax.tpu.topology import Topology, open_topology
-from como_jax.training.abstract_batch import DataSizes
+from como_jax.training.batches import DataSizes
 
 logger = logging.getLogger("como_jax.compile_for_tpu")
 

@@ -26,6 +26,10 @@ class TrainingData(NamedTuple):
         """One line a dataset, and one for the labels."""
         return self.mixture.describe() + ([] if self.labels is None else [self.labels.describe()])
 
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the config that follow from the data, by the field's full name."""
+        return {} if self.labels is None else {"model.label_size": self.labels.size}
+
 
 def build_training_data(config: ConfigDict, rows: Rows = ALL_ROWS) -> TrainingData:
     """The data of a pretraining config: it holds what the loss terms need that are on, and nothing else.

@@ -21,7 +21,7 @@ from como_jax.data.pipeline import train_batches
 from como_jax.data.policy_reader import PolicyReader
 from como_jax.data.samples import ALL_ROWS, Augmentation, Rows
 from como_jax.data.sources import EpisodeSource
-from como_jax.errors import ConfigError, DatasetError, closest
+from como_jax.errors import DatasetError, closest
 from como_jax.policies.spec import PolicySpec, Scales
 
 
@@ -52,6 +52,20 @@ class PolicyData(NamedTuple):
         """All that the datasets hold, of instructions of other episodes too, where the text tower takes them."""
         parts = [part for part in self.parts if part.instructions.key == "text_embedding"]
         return {text: vector for part in parts for text, vector in read_embeddings(part.source.directory).items()}
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the config that follow from the data, by the field's full name."""
+        queries, latent_dim = self.labels.latent_shape if self.labels else (0, 0)
+        found = {
+            "model.action_size": self.reader.action_size,
+            "model.latent_queries": queries,
+            "model.latent_dim": latent_dim,
+            "model.codebook_size": self.labels.codebook_size if self.labels else 0,
+            "data.state_size": self.reader.state_size,
+        }
+        if self.parts[0].instructions.key == "text_embedding":
+            found["text.embedding_size"] = self.parts[0].instructions.rows.shape[1]
+        return found
 
     @property
     def robots(self) -> list[PolicyPart]:
@@ -252,28 +266,3 @@ def _check_codes(part: PolicyPart, labels: LabelInfo) -> None:
             f"the code {part.codes[record, token]}, but labels.json tells of {labels.codebook_size} codes, from 0; "
             f"{remedy}"
         )
-
-
-def with_sizes(config: ConfigDict, data: PolicyData) -> ConfigDict:
-    """The config with the sizes that follow from the data, where it leaves them open by 0.
-
-    Raises:
-      ConfigError: it gives a size that is not the data's.
-    """
-    queries, size = data.labels.latent_shape if data.labels else (0, 0)
-    found = {
-        "model.action_size": data.reader.action_size,
-        "model.latent_queries": queries,
-        "model.latent_dim": size,
-        "model.codebook_size": data.labels.codebook_size if data.labels else 0,
-        "data.state_size": data.reader.state_size,
-    }
-    if config.text.tower == "embedding":
-        found["text.embedding_size"] = data.parts[0].instructions.rows.shape[1]
-    config = config.copy_and_resolve_references()
-    for name, size in found.items():
-        section, _, field = name.partition(".")
-        if config[section][field] not in (0, size):
-            raise ConfigError(f"{name} is {config[section][field]}, but the data's is {size}; set it to 0.")
-    config.update_from_flattened_dict(found)
-    return config

@@ -20,7 +20,7 @@ class FusableAttention(nnx.Module):
     """Base of the modules whose attention cuDNN can compute: without learned biases or shared keys.
 
     Attributes:
-      implementation: one of IMPLEMENTATIONS; `como_jax.training.attention` sets it for a train step.
+      implementation: one of IMPLEMENTATIONS; `como_jax.training.train_step` sets it for a train step.
       head_size: numbers in a head.
       dtype: of queries, keys and values.
     """

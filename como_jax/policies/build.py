@@ -7,7 +7,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from como_jax.data.language import make_tokenizer
 from como_jax.errors import ConfigError
 from como_jax.motion.build import DTYPES, vit_config
 from como_jax.nn.model_def import ModelDef
@@ -21,15 +20,13 @@ from como_jax.spec.policies import (
     ObservationConfig,
     VlaConfig,
 )
-from como_jax.spec.towers import PUBLIC_TOWERS, DecoderConfig, TextConfig
-from como_jax.weights.paligemma import paligemma_sizes
-from como_jax.weights.text import text_config_of
+from como_jax.spec.towers import DecoderConfig, TextConfig
 
 POLICY_FAMILIES = ("diffusion_policy", "autoregressive_policy", "latent_vla")
 
 
 def build_policy(config: ConfigDict) -> ModelDef:
-    """The policy that a config describes, once `with_sizes` has filled in what follows from the data.
+    """The policy that a config with all sizes describes.
 
     Raises:
       ConfigError: a name or size in the config makes no model; the message names it.
@@ -72,27 +69,6 @@ def text_config(config: ConfigDict) -> TextConfig:
         # What reads the tokens is the model itself.
         fields["width"] = config.model.width
     return TextConfig(**fields)
-
-
-def with_public_sizes(config: ConfigDict) -> ConfigDict:
-    """The config with the sizes of the public weights that it names, and of its tokenizer.
-
-    Raises:
-      RunError: weights are missing, unreadable or of no known kind.
-      ConfigError: a tower needs weights or a tokenizer, and the config names none.
-    """
-    config = config.copy_and_resolve_references()
-    if config.model.get("weights"):
-        if not config.text.tokenizer_file:
-            raise ConfigError("model.weights needs text.tokenizer_file, the tokenizer.model that comes with them.")
-        for section, fields in paligemma_sizes(config.model.weights).items():
-            config[section].update(fields)
-    if config.text.tower in PUBLIC_TOWERS:
-        config.text.update(dataclasses.asdict(text_config_of(config.text.weights, text_config(config))))
-    if config.text.tower == "tokens":
-        tokenizer = make_tokenizer("tokens", config.text.max_length, config.text.tokenizer_file)
-        config.text.vocabulary_size = max(config.text.vocabulary_size, tokenizer.vocabulary_size)
-    return config
 
 
 def diffusion_policy_config(config: ConfigDict) -> DiffusionPolicyConfig:

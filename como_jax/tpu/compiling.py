@@ -10,13 +10,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from como_jax.motion.build import FAMILIES, build_model
-from como_jax.policies.build import build_policy, with_public_sizes
 from como_jax.tpu.topology import Topology
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
-from como_jax.training.build import build_training
+from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes
+from como_jax.training.models import make_model, resolve
 from como_jax.training.train_state import TrainState
+from como_jax.training.train_step import build_training
 
 
 class DoesNotFitError(RuntimeError):
@@ -54,15 +53,10 @@ def compile_step(config: ConfigDict, topology: Topology, sizes: DataSizes) -> Co
       UsageError: config and slice do not fit together.
       DoesNotFitError: the step needs more memory than there is.
     """
-    config = with_assumed_sizes(config, sizes)
+    config = resolve(config, assumed_sizes(config, sizes))
     mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
-    if config.family in FAMILIES:
-        model = build_model(config)
-    else:
-        config = with_public_sizes(config)
-        model = build_policy(config)
-    training = build_training(config, model, mesh)
+    training = build_training(config, make_model(config), mesh)
     begin = time.monotonic()
     lowered = training.step.lower(training.abstract, abstract_batch(config, mesh))
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of state and data iterator together, and the guard that keeps two runs out of one directory."""
+"""Checkpoints, each of a state and the position in its data."""
 
 from __future__ import annotations
 
@@ -13,36 +13,16 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from como_jax import hosts
 from como_jax.errors import RunError
-from como_jax.files import write_text
 from como_jax.nn.model_def import Params, merge_params
-from como_jax.spec.policies import with_new_names
 from como_jax.training.sharding import path_name
 from como_jax.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Fields that may differ between a run and its resumption: they change nothing that is computed, nor the iterator's
-# state, as data.num_workers does. The size of a label follows from the data fields.
-FREE_FIELDS = (
-    "data.num_threads",
-    "evaluation.",
-    "mesh.",
-    "model.label_size",
-    "profile",
-    "train.attention",
-    "train.checkpoint_every",
-    "train.collapse_steps",
-    "train.evaluate_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.stop_after",
-)
 
 
 class Checkpointer:
@@ -108,6 +88,12 @@ class Checkpointer:
         """Waits, too, and leaves the directory to others."""
         self.wait()
         self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _put_aside(self, steps: Sequence[int]) -> None:
         """Moves damaged checkpoints out of the way of those that will be saved."""
@@ -186,44 +172,6 @@ def load_matching_params(workdir: epath.PathLike, abstract: Params) -> Matched:
     flat = traverse_util.flatten_dict(abstract)
     chosen = {path: value for path, value in flat.items() if "/".join(map(str, path)) in fitting}
     return Matched(load_params(workdir, traverse_util.unflatten_dict(chosen)), *names)
-
-
-def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Raises RunError if the run directory cannot be made, or holds a run of another config."""
-    workdir = epath.Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        before = (workdir / "config.json").read_text()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
-    changes = _differences(json.loads(before, object_hook=with_new_names), json.loads(_config_text(config)))
-    if changes:
-        raise RunError(
-            f"{workdir} holds a run of another config; choose a new --workdir, or resume with equal fields. "
-            f"Different: {'; '.join(changes)}."
-        )
-
-
-def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Makes the directory one of a run of this config, unless it is.
-
-    Raises:
-      RunError: the directory cannot be written, or belongs to another config.
-    """
-    check_workdir(workdir, config)
-    path = epath.Path(workdir) / "config.json"
-    if path.exists():
-        return
-    try:
-        write_text(path, _config_text(config))
-    except OSError as error:
-        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
-
-
-def _config_text(config: ConfigDict) -> str:
-    return config.to_json_best_effort(indent=2, sort_keys=True)
 
 
 def _saved_steps(workdir: epath.PathLike) -> tuple[epath.Path, list[int]]:
@@ -339,15 +287,3 @@ def _intersect(abstract: Any, saved: Any) -> Any:
         return abstract
     shared = {key: _intersect(abstract[key], saved[str(key)]) for key in abstract if str(key) in saved}
     return {key: value for key, value in shared.items() if not (isinstance(value, dict) and not value)}
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    changes = []
-    for key in sorted({*old, *new}):
-        name = f"{prefix}{key}"
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            changes += _differences(before, now, f"{name}.")
-        elif before != now and not name.startswith(FREE_FIELDS):
-            changes.append(f"config.{name} was {before!r} and is {now!r}")
-    return changes

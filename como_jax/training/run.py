@@ -1,10 +1,10 @@
-"""Opens a finished or running training run for what comes after it."""
+"""The directory of a run: claimed by the run that trains there, opened by whatever comes after it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from como_jax import hosts
 from como_jax.errors import RunError
+from como_jax.files import write_text
 from como_jax.motion.build import FAMILIES, build_model
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.spec.policies import with_new_names
@@ -20,6 +21,24 @@ from como_jax.training import sharding
 from como_jax.training.checkpoint import load_newest
 
 LATENT_FAMILIES = tuple(family for family in FAMILIES if family != "mae")
+
+
+# Fields that may differ between a run and its resumption: they change nothing that is computed, nor the iterator's
+# state, as data.num_workers does. The size of a label follows from the data fields.
+FREE_FIELDS = (
+    "data.num_threads",
+    "evaluation.",
+    "mesh.",
+    "model.label_size",
+    "profile",
+    "train.attention",
+    "train.checkpoint_every",
+    "train.collapse_steps",
+    "train.evaluate_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.stop_after",
+)
 
 
 class Run(NamedTuple):
@@ -95,3 +114,53 @@ def read_config(workdir: epath.Path) -> ConfigDict:
         raise RunError(f"--workdir {workdir} holds no run: it has no config.json.") from error
     except (ValueError, TypeError) as error:
         raise RunError(f"{workdir}/config.json is damaged: {error}") from error
+
+
+def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Raises RunError if the run directory cannot be made, or holds a run of another config."""
+    workdir = epath.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        before = (workdir / "config.json").read_text()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
+    changes = _differences(json.loads(before, object_hook=with_new_names), json.loads(_config_text(config)))
+    if changes:
+        raise RunError(
+            f"{workdir} holds a run of another config; choose a new --workdir, or resume with equal fields. "
+            f"Different: {'; '.join(changes)}."
+        )
+
+
+def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Makes the directory one of a run of this config, unless it is.
+
+    Raises:
+      RunError: the directory cannot be written, or belongs to another config.
+    """
+    check_workdir(workdir, config)
+    path = epath.Path(workdir) / "config.json"
+    if path.exists():
+        return
+    try:
+        write_text(path, _config_text(config))
+    except OSError as error:
+        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
+
+
+def _config_text(config: ConfigDict) -> str:
+    return config.to_json_best_effort(indent=2, sort_keys=True)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    changes = []
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes += _differences(before, now, f"{name}.")
+        elif before != now and not name.startswith(FREE_FIELDS):
+            changes.append(f"config.{name} was {before!r} and is {now!r}")
+    return changes

@@ -20,8 +20,8 @@ from como_jax.motion.build import FAMILIES, build_model, vit_config
 from como_jax.nn.siglip import Siglip
 from como_jax.nn.vit import Vit
 from como_jax.spec.towers import VitConfig
-from como_jax.training.checkpoint import claim_workdir, load_params
-from como_jax.training.run import read_config
+from como_jax.training.checkpoint import load_params
+from como_jax.training.run import claim_workdir, read_config
 from como_jax.weights.importing import Flat
 
 REPORT_NAME = "import_report.json"

@@ -21,12 +21,12 @@ from como_jax.data.policy_build import (
     open_policy_data,
     policy_evaluation_batches,
     policy_train_batches,
-    with_sizes,
 )
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.policies.spec import PolicySpec
 from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
+from como_jax.training.models import resolve
 from tests.data.robots import add_labels, make_robot
 from tests.policies.smoke_policies import smoke
 
@@ -182,7 +182,7 @@ def test_embeddings_of_two_sizes_are_refused(arm: Path, hand: Path, tmp_path: Pa
     config.data.mixture = str(copies[0])
     data = open_policy_data(config)
     [batch], found = take(stream(config), 1), data.embeddings()
-    assert with_sizes(config, data).text.embedding_size == 4
+    assert resolve(config, data.sizes()).text.embedding_size == 4
     # "wave" is what a held-out episode asks for.
     assert set(found) == {"push", "pull it", "lift", "wave"}
     for row, episode in zip(batch["text_embedding"], batch["episode"], strict=True):
@@ -191,11 +191,11 @@ def test_embeddings_of_two_sizes_are_refused(arm: Path, hand: Path, tmp_path: Pa
 
 def test_sizes_follow_from_the_data(arm: Path, hand: Path, coded_clips: Path) -> None:
     config = make_config(arm, hand, coded_clips)
-    found = with_sizes(config, open_policy_data(config))
+    found = resolve(config, open_policy_data(config).sizes())
     model = found.model
     assert (model.action_size, model.latent_queries, model.latent_dim, model.codebook_size) == (5, 2, 3, 16)
     assert found.data.state_size == 2 and config.model.action_size == 0
-    again = with_sizes(found, open_policy_data(found))
+    again = resolve(found, open_policy_data(found).sizes())
     assert again.to_dict() == found.to_dict()
     # Held-out episodes have the sizes of the run.
     found.data.mixture = str(arm)
@@ -208,11 +208,12 @@ def test_a_larger_size_may_be_asked_for_and_a_smaller_one_not(arm: Path) -> None
     [batch] = take(stream(config), 1)
     assert batch["action"].shape[-1] == 6 and batch["state"].shape[-1] == 4
     assert (
-        not batch["has_action"][..., 3:].any() and with_sizes(config, open_policy_data(config)).model.action_size == 6
+        not batch["has_action"][..., 3:].any()
+        and resolve(config, open_policy_data(config).sizes()).model.action_size == 6
     )
     config.model.action_size = 2
     with pytest.raises(ConfigError, match=r"model\.action_size is 2, but the data's is 3; set it to 0"):
-        with_sizes(config, open_policy_data(config))
+        resolve(config, open_policy_data(config).sizes())
 
 
 def test_the_spec_says_how_to_act(arm: Path, hand: Path, clips: Path) -> None:

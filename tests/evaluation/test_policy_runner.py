@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.policy_build import make_spec, open_policy_data, policy_evaluation_batches, with_sizes
+from como_jax.data.policy_build import make_spec, open_policy_data, policy_evaluation_batches
 from como_jax.data.transforms import decode_jpeg
 from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy
 from como_jax.policies.spec import FILE_NAME, PolicySpec, Scales, Scene
 from como_jax.spec.normalization import AffineNormalizer
 from como_jax.training import sharding
+from como_jax.training.models import resolve
 from como_jax.types import Observation
 from tests.policies.smoke_policies import FAMILIES, PolicyRun, smoke
 
@@ -108,7 +109,7 @@ def test_other_parameters_take_the_place_of_the_first_in_a_runner_of_their_own()
 def test_a_policy_sees_in_an_environment_what_it_saw_in_training(family: str, robot_dataset: Path) -> None:
     config = smoke(family, robot_dataset)
     data = open_policy_data(config)
-    spec = make_spec(data, with_sizes(config, data))
+    spec = make_spec(data, resolve(config, data.sizes()))
     [part] = data.parts
     # One batch over the dataset's steps, of which the first have a history that is cut short by the episode's start.
     [(batch, count)] = policy_evaluation_batches(data, 0, 8, 8)
@@ -201,7 +202,7 @@ def test_a_run_that_is_no_policy_is_refused(
 def test_a_spec_comes_back_as_it_was_written(robot_dataset: Path, tmp_path: Path) -> None:
     config = smoke("autoregressive", robot_dataset)
     data = open_policy_data(config)
-    spec = make_spec(data, with_sizes(config, data))
+    spec = make_spec(data, resolve(config, data.sizes()))
     spec.save(tmp_path)
     found, values = PolicySpec.load(tmp_path), np.linspace(-1, 1, 8).reshape(2, 4)
     assert dataclasses.replace(found, scales={}) == dataclasses.replace(spec, scales={})

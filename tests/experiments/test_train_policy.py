@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax.data.language import EMBEDDINGS_NAME, write_embeddings
-from como_jax.data.policy_build import open_policy_data, policy_train_batches, with_sizes
+from como_jax.data.policy_build import open_policy_data, policy_train_batches
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, RunError, UsageError
@@ -24,8 +24,9 @@ from como_jax.nn.model_def import Params
 from como_jax.policies.build import build_policy
 from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.training import sharding
-from como_jax.training.build import build_training
+from como_jax.training.models import resolve
 from como_jax.training.train_state import create_state, evaluation_params
+from como_jax.training.train_step import build_training
 from como_jax.types import PolicyBatch
 from experiments.train_policy import train_policy
 from tests.policies.smoke_policies import (
@@ -116,7 +117,7 @@ def test_the_robot_only_baseline_starts_from_equal_parameters_and_differs_by_con
 def first_batch(config: ConfigDict) -> tuple[ConfigDict, PolicyBatch]:
     """The config with sizes, and what a run of it is trained on first."""
     data = open_policy_data(config)
-    return with_sizes(config, data), to_policy_batch(next(iter(policy_train_batches(data, config))))
+    return resolve(config, data.sizes()), to_policy_batch(next(iter(policy_train_batches(data, config))))
 
 
 def test_videos_never_reach_the_action_head(

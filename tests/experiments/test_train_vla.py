@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.policy_build import open_policy_data, policy_train_batches, with_sizes
+from como_jax.data.policy_build import open_policy_data, policy_train_batches
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError
@@ -20,8 +20,9 @@ from como_jax.evaluation.rollouts.policy_runner import load_policy
 from como_jax.policies.build import build_policy
 from como_jax.policies.spec import Scene
 from como_jax.training import sharding
-from como_jax.training.build import build_training
+from como_jax.training.models import resolve
 from como_jax.training.train_state import TrainState, create_state, evaluation_params
+from como_jax.training.train_step import build_training
 from configs import policy_vla
 from experiments.train_policy import train_policy
 from tests.policies.smoke_policies import read_metrics, start
@@ -81,7 +82,7 @@ def test_a_finetuned_model_acts_within_the_range_of_its_demonstrations(robot_dat
 def test_latent_pretraining_is_the_same_on_one_device_and_on_eight(coded_videos: Path) -> None:
     config = recipe("latent", coded_videos)
     data = open_policy_data(config)
-    config = with_sizes(config, data)
+    config = resolve(config, data.sizes())
     batch = to_policy_batch(next(iter(policy_train_batches(data, config))))
     model, found = build_policy(config), []
     for shape in ((1, 1, 1), (8, 1, 1), (2, 2, 2)):

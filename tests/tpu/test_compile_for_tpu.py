@@ -19,7 +19,7 @@ from como_jax.tpu.hlo import Module
 from como_jax.tpu.report import Report, describe_whole, format_report, kept_whole, make_report
 from como_jax.tpu.topology import Topology, TopologyError, open_topology
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes
+from como_jax.training.batches import DataSizes
 from como_jax.training.flops import train_flops
 from tools import compile_for_tpu as command
 

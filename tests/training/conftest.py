@@ -15,7 +15,8 @@ from como_jax.motion.laq import Laq
 from como_jax.nn.model_def import ModelDef
 from como_jax.spec.motion import BottleneckConfig, LaqConfig
 from como_jax.training import sharding
-from como_jax.training.train_state import TrainState, abstract_state, create_state, make_train_step
+from como_jax.training.train_state import TrainState, abstract_state, create_state
+from como_jax.training.train_step import make_train_step
 
 # Adam's usual epsilon would blow up the rounding of gradients that are 0 in exact arithmetic.
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, eps=1e-3))

@@ -19,6 +19,7 @@ from como_jax.errors import RunError
 from como_jax.nn.model_def import ModelDef
 from como_jax.training import checkpoint
 from como_jax.training.checkpoint import Checkpointer
+from como_jax.training.run import claim_workdir
 from como_jax.training.train_state import TrainState, abstract_state, evaluation_params
 
 
@@ -122,38 +123,38 @@ def config() -> ConfigDict:
 
 
 def test_a_new_directory_gets_the_config(tmp_path: Path, config: ConfigDict) -> None:
-    checkpoint.claim_workdir(tmp_path / "new" / "run", config)
+    claim_workdir(tmp_path / "new" / "run", config)
     assert json.loads((tmp_path / "new" / "run" / "config.json").read_text()) == config.to_dict()
 
 
 def test_a_directory_of_another_config_is_refused_with_every_differing_field(
     tmp_path: Path, config: ConfigDict
 ) -> None:
-    checkpoint.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     config.model.latent_dim, config.train.num_steps = 32, 20
     with pytest.raises(RunError, match="config.model.latent_dim was 16 and is 32; config.train.num_steps was 10"):
-        checkpoint.claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, config)
 
 
 def test_fields_that_change_no_result_may_differ(tmp_path: Path, config: ConfigDict) -> None:
-    checkpoint.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     config.train.log_every, config.mesh.fsdp, config.data.num_threads = 50, 8, 16
-    checkpoint.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
 
 
 def test_the_number_of_workers_may_not_differ_since_the_iterator_is_saved_for_it(
     tmp_path: Path, config: ConfigDict
 ) -> None:
-    checkpoint.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     config.data.num_workers = 2
     with pytest.raises(RunError, match="config.data.num_workers was 0 and is 2"):
-        checkpoint.claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, config)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, config: ConfigDict) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot be written"):
-        checkpoint.claim_workdir(tmp_path / "file" / "run", config)
+        claim_workdir(tmp_path / "file" / "run", config)
 
 
 def test_what_fits_of_another_model_is_loaded_and_the_rest_is_named(

@@ -15,15 +15,13 @@ from jax._src.cudnn import fused_attention_stablehlo
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.motion.build import FAMILIES, build_model
 from como_jax.nn import layers
 from como_jax.nn.attention import FusableAttention
 from como_jax.nn.model_def import ModelDef
-from como_jax.policies.build import build_policy
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
-from como_jax.training.attention import choose_attention, with_cudnn
-from como_jax.training.build import build_training
+from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes
+from como_jax.training.models import make_model, resolve
+from como_jax.training.train_step import build_training, choose_attention, with_cudnn
 
 GPU: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
 
@@ -34,8 +32,8 @@ def build(name: str, **changes: Any) -> tuple[ConfigDict, ModelDef]:
     config = importlib.import_module(f"configs.{name}").get_config("smoke")
     config.train.update({"dtype": "bfloat16", "attention": "cudnn"})
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    config = with_assumed_sizes(config, DataSizes())
-    return config, (build_model if config.family in FAMILIES else build_policy)(config)
+    config = resolve(config, assumed_sizes(config, DataSizes()))
+    return config, make_model(config)
 
 
 def recipe(name: str, *, train: dict[str, str] | None = None, **changes: Any) -> tuple[ConfigDict, ModelDef]:

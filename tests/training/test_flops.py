@@ -10,12 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.motion.build import FAMILIES, build_model
 from como_jax.nn.model_def import merge_params
-from como_jax.policies.build import build_policy
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
+from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes
 from como_jax.training.flops import train_flops
+from como_jax.training.models import make_model, resolve
 
 BATCH = 8
 
@@ -24,7 +23,7 @@ def recipe(name: str, **changes: Any) -> ConfigDict:
     """The full recipe with changes; keys have two underscores for a point."""
     config = importlib.import_module(f"configs.{name}").get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return with_assumed_sizes(config, DataSizes())
+    return resolve(config, assumed_sizes(config, DataSizes()))
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[ConfigDict], float]:
     monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
 
     def count(config: ConfigDict) -> float:
-        model = (build_model if config.family in FAMILIES else build_policy)(config)
+        model = make_model(config)
         trained, frozen = model.partition(jax.eval_shape(model.init, jax.random.key(0)))
 
         def loss(trained: Any, frozen: Any, batch: Any) -> jax.Array:

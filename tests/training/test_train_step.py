@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from como_jax.nn.model_def import ModelDef
-from como_jax.training import train_state
+from como_jax.training import train_state, train_step
 from como_jax.training.train_state import TrainState
 from como_jax.types import LossOutput
 
@@ -79,7 +79,7 @@ def make_trainer(mesh_of: Callable[..., Mesh]) -> Callable[..., Trainer]:
         model, optimizer, mesh = ModelDef.create(line), optax.sgd(0.1), mesh_of(1, 1, 1)
         abstract = train_state.abstract_state(model, optimizer, mesh, use_ema=ema_decay > 0)
         state = train_state.create_state(model, optimizer, abstract, seed=seed)
-        step = train_state.make_train_step(
+        step = train_step.make_train_step(
             model, optimizer, mesh, abstract, seed=seed, ema_decay=ema_decay, accumulation=accumulation
         )
         return Trainer(state, step)

@@ -18,9 +18,9 @@ import pytest
 from como_jax.data.build import build_training_data
 from como_jax.motion.build import build_model
 from como_jax.training import sharding
-from como_jax.training.build import build_training
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.train_state import TrainState
+from como_jax.training.train_step import build_training
 from tests.training.two_hosts import CASES, MESHES, NUM_STEPS, Job, Problem, run_config
 
 pytestmark = pytest.mark.slow

@@ -26,12 +26,14 @@ from ml_collections import ConfigDict
 from como_jax import cli, hosts
 from como_jax.data.build import build_training_data
 from como_jax.data.pipeline import to_frame_pairs
-from como_jax.data.policy_build import open_policy_data, policy_train_batches, with_sizes
+from como_jax.data.policy_build import open_policy_data, policy_train_batches
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.motion.build import build_model
 from como_jax.policies.build import build_policy
-from como_jax.training import session, sharding
-from como_jax.training.train_state import TrainState, abstract_state, make_train_step
+from como_jax.training import sharding, trainer
+from como_jax.training.models import resolve
+from como_jax.training.train_state import TrainState, abstract_state
+from como_jax.training.train_step import make_train_step
 from como_jax.types import FramePairs, PolicyBatch
 from experiments.pretrain import pretrain
 from experiments.train_policy import train_policy
@@ -121,7 +123,7 @@ class Problem:
         config = smoke(recipe, data)
         if recipe.startswith("policy"):
             self._policy_data = open_policy_data(config)
-            config = with_sizes(config, self._policy_data)
+            config = resolve(config, self._policy_data.sizes())
             self._model = build_policy(config)
         else:
             config.model.update({"idm_depth": 1, "tcl_weight": 0.0})
@@ -165,13 +167,13 @@ def write_gradients(out: Path, data: str) -> None:
 
 def train_slowly(out: Path, data: str) -> None:
     """A run that takes long enough for a signal to come in between."""
-    put = session.sharding.shard_batch
+    put = trainer.sharding.shard_batch
 
     def put_slowly(batch: object, mesh: jax.sharding.Mesh) -> object:
         time.sleep(0.15)
         return put(batch, mesh)
 
-    session.sharding.shard_batch = put_slowly
+    trainer.sharding.shard_batch = put_slowly
     train(out, data)
 
 

@@ -21,11 +21,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
-from como_jax.policies.build import build_policy, with_public_sizes
+from como_jax.policies.build import build_policy
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes, random_samples, with_assumed_sizes
-from como_jax.training.build import build_training
+from como_jax.training.batches import DataSizes, assumed_sizes, random_samples
+from como_jax.training.models import resolve
 from como_jax.training.train_state import create_state
+from como_jax.training.train_step import build_training
 from como_jax.types import PolicyBatch
 from tools.benchmarks.machine import describe_machine
 
@@ -49,7 +50,7 @@ class Timing:
 
 def with_fake_sizes(config: ConfigDict, *, latents: bool) -> ConfigDict:
     """The config with the sizes that follow from data, where it leaves them open; without latents, with none at all."""
-    config = with_assumed_sizes(with_public_sizes(config), DataSizes())
+    config = resolve(config, assumed_sizes(config, DataSizes()))
     if not latents:
         config.model.update(_NO_LATENTS)
     return config

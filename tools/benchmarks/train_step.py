@@ -29,14 +29,13 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.errors import UsageError
 from como_jax.files import write_json
-from como_jax.motion.build import FAMILIES, build_model, pairs_of_clip
 from como_jax.nn.model_def import ModelDef
-from como_jax.policies.build import build_policy, with_public_sizes
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes, abstract_batch, random_batch, with_assumed_sizes
-from como_jax.training.build import Training, build_training
+from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes, random_batch
 from como_jax.training.flops import train_flops
+from como_jax.training.models import Unit, make_model, resolve, unit_of
 from como_jax.training.train_state import TrainState, create_state
+from como_jax.training.train_step import Training, build_training
 from como_jax.types import FramePairs, PolicyBatch
 from tools.benchmarks.machine import describe_machine
 from tools.benchmarks.memory import peak_resident_bytes
@@ -44,13 +43,6 @@ from tools.benchmarks.memory import peak_resident_bytes
 logger = logging.getLogger("como_jax.benchmarks.train_step")
 
 _GIB = 2**30
-
-
-class Unit(NamedTuple):
-    """What rates count: its name, and how many one element of a batch holds."""
-
-    name: str
-    per_element: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +118,7 @@ class Prepared(NamedTuple):
 
 def with_all_sizes(config: ConfigDict) -> ConfigDict:
     """The config with sizes in place of what it leaves to data and to public weights."""
-    if config.family not in FAMILIES:
-        config = with_public_sizes(config)
-    return with_assumed_sizes(config, DataSizes())
-
-
-def unit_of(config: ConfigDict) -> Unit:
-    """Frame pairs of clips, or samples of a policy."""
-    return Unit("pairs", pairs_of_clip(config)) if config.family in FAMILIES else Unit("samples", 1)
+    return resolve(config, assumed_sizes(config, DataSizes()))
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -151,7 +136,7 @@ def prepare(config: ConfigDict) -> Prepared:
 
 
 def _training(config: ConfigDict, mesh: Mesh) -> tuple[ModelDef, Training]:
-    model = (build_model if config.family in FAMILIES else build_policy)(config)
+    model = make_model(config)
     return model, build_training(config, model, mesh)
 
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import NullLocator
 from como_jax.errors import RunError
 from como_jax.evaluation.sweeps.cells import Cell
 from como_jax.files import write_atomic, write_text
-from como_jax.training.checkpoint import claim_workdir
+from como_jax.training.run import claim_workdir
 
 LATENT_DIM = "model.latent_dim"
 RELATIVE_LP_MSE = "lp_mse_relative"

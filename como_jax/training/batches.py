@@ -1,4 +1,4 @@
-"""What a config's batches look like, without any data: for compiling or timing a step before there is a dataset."""
+"""Batches of a config without any data, for compiling or timing a step: their shapes, or random numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from como_jax.types import FramePairs, PolicyBatch, fake_frame_pairs, fake_polic
 
 @dataclasses.dataclass(frozen=True)
 class DataSizes:
-    """What a dataset would decide, where a config leaves it open by 0.
+    """The sizes that a dataset would decide, where a config leaves them open by 0.
 
     Attributes:
       action_size, state_size: numbers in an action and in a proprioceptive state.
@@ -35,31 +35,32 @@ class DataSizes:
     embedding_size: int = 512
 
 
-def with_assumed_sizes(config: ConfigDict, sizes: DataSizes) -> ConfigDict:
-    """The config with `sizes` where it says 0, as a run takes them from its data."""
-    assumed = {
-        "model.action_size": sizes.action_size,
-        "model.latent_queries": sizes.latent_shape[0],
-        "model.latent_dim": sizes.latent_shape[1],
-        "model.codebook_size": sizes.codebook_size,
-        "data.state_size": sizes.state_size if config.data.get("proprioception") else 0,
-        "text.embedding_size": sizes.embedding_size,
-    }
+def assumed_sizes(config: ConfigDict, sizes: DataSizes) -> dict[str, int]:
+    """The sizes that a config leaves open, as `resolve` takes them, where there is no data to decide them."""
     if config.family in FAMILIES:
         assumed = {"model.label_size": sizes.label_size if config.model.get("label_weight") else 0}
-    config = config.copy_and_resolve_references()
-    for name, size in assumed.items():
+    else:
+        assumed = {
+            "model.action_size": sizes.action_size,
+            "model.latent_queries": sizes.latent_shape[0],
+            "model.latent_dim": sizes.latent_shape[1],
+            "model.codebook_size": sizes.codebook_size,
+            "data.state_size": sizes.state_size if config.data.proprioception else 0,
+            "text.embedding_size": sizes.embedding_size,
+        }
+
+    def is_open(name: str) -> bool:
         section, _, field = name.partition(".")
-        if config.get(section, {}).get(field) == 0:
-            config[section][field] = size
-    return config
+        return config[section].get(field) == 0
+
+    return {name: size for name, size in assumed.items() if is_open(name)}
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> FramePairs | PolicyBatch:
     """A global batch as `jax.ShapeDtypeStruct`s, split over the mesh as `sharding.shard_batch` splits one.
 
     Args:
-      config: of a pretraining recipe, or of a policy after `with_assumed_sizes`.
+      config: after `resolve`.
       mesh: of devices, which need not exist.
     """
     one = random_batch(config, 1)
@@ -72,7 +73,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> FramePairs | PolicyBatch:
 
 
 def random_batch(config: ConfigDict, count: int) -> FramePairs | PolicyBatch:
-    """Random numbers in the shapes of a batch: clips or, after `with_assumed_sizes`, samples of a policy."""
+    """Random numbers in the shapes of a batch of clips or of a policy's samples, for a config after `resolve`."""
     return _random_clips(config, count) if config.family in FAMILIES else random_samples(config, count)
 
 
@@ -89,7 +90,7 @@ def _random_clips(config: ConfigDict, count: int) -> FramePairs:
 
 
 def random_samples(config: ConfigDict, count: int) -> PolicyBatch:
-    """Random numbers in the shapes of a policy after `with_assumed_sizes`: first robots, then as many videos."""
+    """Random samples of a policy: the first half of robots, the second half of videos."""
     data, model, text = config.data, config.model, config.text
     latent_shape = (model.latent_queries, model.latent_dim)
     batch = fake_policy_batch(

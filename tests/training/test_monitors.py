@@ -1,4 +1,4 @@
-"""The trace of a few steps."""
+"""The trace of a few steps, numbers that are not finite, and codebooks that collapse."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from como_jax.errors import RunError
-from como_jax.training.checkpoint import check_workdir, claim_workdir
-from como_jax.training.profiling import TRACED_STEPS, WARM_UP_STEPS, StepTrace
-from como_jax.training.session import loop_config
+from como_jax.errors import NonFiniteError, RunError
+from como_jax.training.monitors import TRACED_STEPS, WARM_UP_STEPS, CollapseWatch, StepTrace, check_finite
+from como_jax.training.run import check_workdir, claim_workdir
 from configs import pretrain_mae
 
 
@@ -67,10 +66,43 @@ def test_a_run_may_be_traced_when_it_is_resumed(tmp_path: Path) -> None:
     claim_workdir(tmp_path, config)
     config.profile = "trace"
     check_workdir(tmp_path, config)
-    assert loop_config(config).profile == "trace"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="--config.profile .*file/trace cannot be written"):
+    with pytest.raises(RunError, match="config.profile: .*file/trace cannot be written"):
         StepTrace(tmp_path / "file" / "trace")
+
+
+def test_all_terms_that_are_not_finite_are_named() -> None:
+    metrics = {"mse": jnp.float32("nan"), "tcl": jnp.zeros(()), "grad_norm": jnp.float32("inf")}
+    with pytest.raises(NonFiniteError, match="Step 7: mse, grad_norm not finite"):
+        check_finite(7, metrics)
+
+
+def warnings_of(shares: list[float], patience: int, caplog: pytest.LogCaptureFixture) -> list[str]:
+    watch = CollapseWatch(patience)
+    with caplog.at_level(logging.WARNING, logger="como_jax"):
+        for step, share in enumerate(shares, start=1):
+            # The loop may hand over a step twice.
+            watch(step, {"perplexity_share": share})
+            watch(step, {"perplexity_share": share})
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_codebook_that_stays_collapsed_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    [message] = warnings_of([0.5, 0.09, 0.05, 0.02, 0.02, 0.02], 3, caplog)
+    assert "Step 4" in message and "now 2.0 %" in message
+
+
+def test_a_short_dip_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings_of([0.05, 0.05, 0.5, 0.05, 0.05], 3, caplog) == []
+
+
+def test_a_second_collapse_is_warned_of_again(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(warnings_of([0.05, 0.05, 0.5, 0.05, 0.05], 2, caplog)) == 2
+
+
+def test_a_model_without_a_codebook_is_never_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    CollapseWatch(1)(1, {"loss": 0.0})
+    assert not caplog.records

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from como_jax.data import pipeline
 from como_jax.data.build import build_training_data
-from como_jax.data.policy_build import open_policy_data, policy_train_batches, with_sizes
+from como_jax.data.policy_build import open_policy_data, policy_train_batches
 from como_jax.data.policy_reader import to_policy_batch
 from como_jax.training import sharding
-from como_jax.training.abstract_batch import DataSizes, abstract_batch, with_assumed_sizes
-from experiments.pretrain import with_label_size
+from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes
+from como_jax.training.models import resolve
 
 
 def recipe(name: str, mixture: Any, **changes: Any) -> ConfigDict:
@@ -44,7 +44,7 @@ def test_clips_are_those_of_the_data(tabletop_dataset: Path, changes: dict[str, 
     config = recipe("pretrain_como", str(tabletop_dataset), data__gap_seconds=0.3, **changes)
     mesh, data = sharding.make_mesh(), build_training_data(config)
     batch = pipeline.to_frame_pairs(next(iter(data.batches)))
-    assert shapes(abstract_batch(with_label_size(config, data), mesh)) == shapes(batch)
+    assert shapes(abstract_batch(resolve(config, data.sizes()), mesh)) == shapes(batch)
 
 
 @pytest.mark.parametrize(
@@ -59,15 +59,16 @@ def test_samples_of_policies_are_those_of_the_data(
     mesh, data = sharding.make_mesh(), open_policy_data(config)
     rows = sharding.batch_rows(mesh, config.data.batch_size)
     batch = to_policy_batch(next(iter(policy_train_batches(data, config, rows))))
-    config = with_sizes(config, data)
+    config = resolve(config, data.sizes())
     assert shapes(abstract_batch(config, mesh)) == shapes(batch)
     # What the data has decided stays.
-    assert with_assumed_sizes(config, DataSizes(action_size=99, state_size=99)).model.action_size != 99
+    assert "model.action_size" not in assumed_sizes(config, DataSizes(action_size=99, state_size=99))
 
 
 def test_sizes_that_are_open_are_assumed(mesh_of: Callable[..., Mesh]) -> None:
     sizes = DataSizes(action_size=5, state_size=6, latent_shape=(2, 3))
-    config = with_assumed_sizes(recipe("policy_diffusion", ""), sizes)
+    config = recipe("policy_diffusion", "")
+    config = resolve(config, assumed_sizes(config, sizes))
     batch = abstract_batch(config, mesh_of(2, 2, 2))
     assert batch.action.shape == (8, 4, 5)
     assert batch.observation.state.shape == (8, 1, 6)
@@ -76,7 +77,8 @@ def test_sizes_that_are_open_are_assumed(mesh_of: Callable[..., Mesh]) -> None:
 
 
 def test_embedded_instructions_take_the_place_of_text(mesh_of: Callable[..., Mesh]) -> None:
-    config = with_assumed_sizes(recipe("policy_diffusion", "", text__tower="embedding"), DataSizes(embedding_size=33))
+    config = recipe("policy_diffusion", "", text__tower="embedding")
+    config = resolve(config, assumed_sizes(config, DataSizes(embedding_size=33)))
     observation = abstract_batch(config, mesh_of(8, 1, 1)).observation
     assert observation.text is None
     assert observation.text_embedding.shape == (8, 33)

@@ -1,0 +1,221 @@
+"""The training loop of all models. `train` reads from top to bottom; a `Task` says what is trained, and on what."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import jax
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from como_jax import hosts
+from como_jax.nn.model_def import ModelDef, Params
+from como_jax.training import sharding
+from como_jax.training.checkpoint import Checkpointer
+from como_jax.training.models import Unit
+from como_jax.training.monitors import Progress, StepTrace, StopRequest, Watch
+from como_jax.training.run import check_workdir, claim_workdir
+from como_jax.training.train_state import TrainState, create_state, evaluation_params
+from como_jax.training.train_step import build_training
+from como_jax.training.writers import MetricWriter, NullWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All that differs between one kind of training and another.
+
+    Attributes:
+      model: what is trained.
+      batches: this host's endless stream of batches, as dictionaries of NumPy arrays.
+      to_batch: makes the argument of the model's loss from such a dictionary.
+      initialise: puts parameters from elsewhere into the state of a fresh run.
+      evaluate: takes all parameters, the step and the writer; writes metrics, and returns those that are to be shown.
+      unit: what is counted in the rates that are shown.
+      data_lines: lines that describe the data.
+      prepare: writes what else belongs into the directory of a run, before the first step.
+      watch: gets every step and its metrics, on the first host alone.
+    """
+
+    model: ModelDef
+    batches: grain.IterDataset
+    to_batch: Callable[[dict[str, Any]], Any]
+    initialise: Callable[[TrainState], TrainState]
+    evaluate: Callable[[Params, int, MetricWriter | NullWriter], dict[str, float]]
+    unit: Unit
+    data_lines: Sequence[str] = ()
+    prepare: Callable[[], None] = lambda: None
+    watch: Watch | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When a run logs, evaluates, saves and ends.
+
+    Attributes:
+      num_steps: updates of the whole run; the learning-rate schedule ends there.
+      stop_after: updates after which this process saves and stops, to be resumed later; 0 for `num_steps`.
+      log_every, evaluate_every, checkpoint_every: in steps; with 0, only the last step is evaluated or saved.
+    """
+
+    num_steps: int
+    stop_after: int = 0
+    log_every: int = 50
+    evaluate_every: int = 0
+    checkpoint_every: int = 1000
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process stops."""
+        return min(self.num_steps, self.stop_after or self.num_steps)
+
+    def log_due(self, step: int) -> bool:
+        """Whether the metrics of this step are written."""
+        return _due(step, self.log_every) or step == self.num_steps
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the state after this step is evaluated."""
+        return _due(step, self.evaluate_every) or step == self.num_steps
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether the state after this step is saved."""
+        return _due(step, self.checkpoint_every) or step == self.last_step
+
+
+def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -> TrainState:
+    """Runs or resumes a training run, until its last step, SIGTERM or a number that is not finite.
+
+    A step that is both saved and evaluated is saved first. On SIGTERM the run saves and stops; an evaluation that is
+    due then is left to the run that resumes it.
+
+    Args:
+      task: what is trained, and on what.
+      config: with the sections `train`, `optim`, `mesh` and `data`; no size is 0 any more (see `resolve`).
+      workdir: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and pictures/.
+      mesh: the devices.
+
+    Returns:
+      The last state, which is also saved.
+
+    Raises:
+      UsageError: config, data and workdir do not fit together.
+      NonFiniteError: a loss or gradient is not finite; the last checkpoint is from before that step.
+    """
+    with hosts.in_step():
+        if hosts.is_first():
+            check_workdir(workdir, config)
+    schedule = read_schedule(config)
+    training, batches = build_training(config, task.model, mesh), iter(task.batches)
+    with Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
+        resumed = checkpointer.latest_step() is not None
+        if resumed:
+            state = checkpointer.restore(training.abstract, batches)
+        else:
+            state = task.initialise(create_state(task.model, training.optimizer, training.abstract, seed=config.seed))
+        step = int(state.step)
+        writer = _open_run(task, config, workdir, step)
+        missed = resumed and schedule.evaluation_due(step) and bool(hosts.which(not writer.has_evaluation(step)))
+        _describe(task, config, workdir, mesh, state)
+
+        with (
+            StopRequest() as stop,
+            StepTrace(config.profile if hosts.is_first() else "") as trace,
+            _progress(task, config, writer, step) as progress,
+        ):
+            stopping = False
+            if missed:
+                _evaluate(task, state, step, writer)
+            while step < schedule.last_step and not stopping:
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    batch = sharding.shard_batch(task.to_batch(next(batches)), mesh)
+                    state, metrics = training.step(state, batch)
+                step += 1
+                trace.after_step(metrics)
+                stopping = stop.reached(step)
+                progress.after_step(step, metrics, log=schedule.log_due(step))
+                saving = schedule.checkpoint_due(step) or stopping
+                evaluating = schedule.evaluation_due(step) and not stopping
+                if saving or evaluating:
+                    progress.check()
+                if saving:
+                    checkpointer.save(step, state, batches)
+                if evaluating:
+                    _evaluate(task, state, step, writer)
+                if saving or evaluating:
+                    progress.restart_clock(step)
+            progress.check()
+            # Further signals do no harm until this block is left.
+            checkpointer.wait()
+            if stopping:
+                logger.info("Stopped at step %d on SIGTERM; run the same command to go on.", step)
+    return state
+
+
+def read_schedule(config: ConfigDict) -> Schedule:
+    """The fields of `config.train` that say when a run does what."""
+    return Schedule(**{field.name: config.train[field.name] for field in dataclasses.fields(Schedule)})
+
+
+def _open_run(task: Task, config: ConfigDict, workdir: epath.PathLike, step: int) -> MetricWriter | NullWriter:
+    """Makes the directory that of this run, and opens its metrics at a step; on the first host alone.
+
+    Call it when there is a state, so that a command which fails before can be corrected and run again.
+    """
+    with hosts.in_step():
+        if not hosts.is_first():
+            return NullWriter()
+        claim_workdir(workdir, config)
+        task.prepare()
+        return MetricWriter(workdir, step)
+
+
+def _progress(task: Task, config: ConfigDict, writer: MetricWriter | NullWriter, step: int) -> Progress:
+    return Progress(
+        writer,
+        step=step,
+        num_steps=config.train.num_steps,
+        unit=task.unit.name,
+        per_step=task.unit.per_element * config.data.batch_size,
+        watch=task.watch if hosts.is_first() else None,
+    )
+
+
+def _evaluate(task: Task, state: TrainState, step: int, writer: MetricWriter | NullWriter) -> None:
+    """Evaluates a state, and shows the means over all datasets in one line for each split."""
+    metrics = task.evaluate(evaluation_params(state), step, writer)
+    for split, title in (("train", "training"), ("val", "held-out")):
+        prefix = f"eval_{split}/"
+        means = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        line = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if "/" not in name)
+        logger.info("On %s episodes: %s", title, line or "nothing to evaluate")
+
+
+def _describe(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh, state: TrainState) -> None:
+    """Says what is about to run, on what, how much a step is, and where the results go."""
+    devices = jax.devices()
+
+    def millions(params: Params) -> float:
+        return sum(leaf.size for leaf in traverse_util.flatten_dict(params).values()) / 1e6
+
+    lines = [
+        f"Run: {workdir} (config.json, metrics.jsonl, tensorboard/, pictures/, checkpoints/)",
+        f"Devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} hosts, mesh {dict(mesh.shape)}",
+        f"Model: {config.family}, {millions(state.params):.2f} M parameters trained, {millions(state.frozen):.2f} M "
+        f"frozen, compute in {config.train.dtype}",
+        *(f"Data: {line}" for line in task.data_lines),
+        f"Training from step {int(state.step)} to {config.train.num_steps}, "
+        f"{task.unit.per_element * config.data.batch_size} {task.unit.name} a step",
+    ]
+    for line in lines:
+        logger.info(line)
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
