@@ -18,24 +18,31 @@ class ModelDef:
     """A model without its parameters.
 
     Attributes:
-      build: makes the module from random streams.
+      init: makes random parameters from a key. It is jitted, and traced only once however many functions call it.
       graphdef: the module's structure.
       frozen: paths of parameters, or of modules, that the optimiser leaves alone.
     """
 
-    build: Callable[[nnx.Rngs], nnx.Module]
+    init: Callable[[jax.Array], Params]
     graphdef: nnx.GraphDef
     frozen: tuple[str, ...] = ()
 
     @classmethod
     def create(cls, build: Callable[[nnx.Rngs], nnx.Module]) -> ModelDef:
         """Traces `build` once, without computing anything; a module without `frozen_paths` is trained whole."""
-        module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        return cls(build, nnx.split(module)[0], getattr(module, "frozen_paths", tuple)())
+        graphdef: nnx.GraphDef
+        frozen: tuple[str, ...] = ()
 
-    def init(self, key: jax.Array) -> Params:
-        """Random parameters."""
-        return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
+        @jax.jit
+        def init(key: jax.Array) -> Params:
+            nonlocal graphdef, frozen
+            module = build(nnx.Rngs(key))
+            graphdef, params = nnx.split(module)
+            frozen = getattr(module, "frozen_paths", tuple)()
+            return nnx.to_pure_dict(params)
+
+        jax.eval_shape(init, jax.random.key(0))
+        return cls(init, graphdef, frozen)
 
     def bind(self, params: Params) -> Any:
         """The module with these parameters."""

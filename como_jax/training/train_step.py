@@ -166,7 +166,7 @@ def with_cudnn(model: ModelDef) -> ModelDef:
     Raises:
       ConfigError: there are none.
     """
-    module = nnx.eval_shape(lambda: model.build(nnx.Rngs(0)))
+    module = model.bind(jax.eval_shape(model.init, jax.random.key(0)))
     parts = {path: part for path, part in nnx.iter_modules(module) if isinstance(part, FusableAttention)}
     fused = {path: part for path, part in parts.items() if part.fits_cudnn}
     if not fused:
