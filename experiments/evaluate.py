@@ -9,26 +9,23 @@ writes domains.json and domains.png: whether an action has the same latents in a
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict
 
 from como_jax import cli, hosts
-from como_jax.data.mixture import parse_mixture
-from como_jax.data.schema import SPLITS
-from como_jax.errors import ConfigError, DatasetError, RunError
-from como_jax.evaluation.latents.labelled_domains import compare_labelled, write_matrix
+from como_jax.errors import ConfigError, RunError
+from como_jax.evaluation.latents import domains
 from como_jax.evaluation.latents.probes import ProbeError
-from como_jax.evaluation.latents.transitions import EvaluationSet, TransitionRunner, measure, summarize
+from como_jax.evaluation.latents.transitions import TransitionRunner, choose_splits, measure, open_splits, summarize
 from como_jax.evaluation.report import Report, describe_measurements, transfer_strips, write_report
-from como_jax.files import write_text
-from como_jax.labelling.provenance import hash_params
+from como_jax.files import write_json
+from como_jax.labelling.labelling import hash_params
 from como_jax.training import sharding
-from como_jax.training.run import load_run
+from como_jax.training.run import Run, load_run
 
 logger = logging.getLogger("como_jax.evaluate")
 
@@ -61,32 +58,29 @@ def evaluate(
     run = load_run(workdir, mesh)
     out = epath.Path(out or run.workdir / "report")
     notes: list[str] = []
-    if action_classes is not None and labelled is None:
-        raise ConfigError("--action_classes says which instructions of --labelled are one action; pass both.")
-    domains = None
-    # Before all compute together, where a host that waits for one that has failed cannot be told.
-    with hosts.in_step():
+    # Before all hosts compute together: a host that waits for a failed one in a computation would wait forever.
+    with hosts.in_step(), _probe_flag_named():
         make_folder(out)
-        if labelled is not None:
-            domains = compare_labelled(labelled, action_classes, hash_params(run.params), notes)
-        chosen = [choose_splits(splits, probe, notes) for splits in open_splits(run.config, data, notes)]
+        matrix = compare_domains(run, labelled, action_classes, notes)
+        chosen = [choose_splits(splits, probe, notes) for splits in open_splits(run.config.data, data, notes)]
     runner, results = TransitionRunner(run.model, mesh, batch_size, with_ssim=True), []
     for item, fitting in chosen:
         logger.info("Evaluating on %s (%s)", item.name, item.split)
         num_clips = -(-num_transitions // 2)
         found = runner(run.params, item, num_clips, num_pictures)
         fitted = runner(run.params, fitting, num_clips) if fitting else None
-        results.append(measure(item, found, fitted))
+        with _probe_flag_named():
+            results.append(measure(item, found, fitted))
     metrics = {**summarize(results), "step": run.step, "family": run.config.family}
     strips = transfer_strips(run.model, run.params, [result.item for result in results], num_pictures, notes)
     facts = {"Run": str(run.workdir), "Step": str(run.step), "Family": run.config.family}
     facts |= describe_measurements(results)
-    report = Report(f"Latent motion of {run.workdir.name}", facts, notes, metrics, results, strips, domains)
+    report = Report(f"Latent motion of {run.workdir.name}", facts, notes, metrics, results, strips, matrix)
     with hosts.in_step():
         if hosts.is_first():
-            write_text(out / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-            if domains is not None:
-                write_matrix(out, domains)
+            write_json(out / "metrics.json", metrics)
+            if matrix is not None:
+                domains.write_matrix(out, matrix)
             write_report(out / "report.html", report)
     for note in notes:
         logger.warning(note)
@@ -95,7 +89,7 @@ def evaluate(
 
 
 def make_folder(out: epath.Path) -> None:
-    """On the first host; raises RunError if it cannot be made."""
+    """Makes the output folder, on the first host; raises RunError if that fails."""
     if not hosts.is_first():
         return
     try:
@@ -104,48 +98,26 @@ def make_folder(out: epath.Path) -> None:
         raise RunError(f"--out {out} cannot be written: {error}") from error
 
 
-def open_splits(config: ConfigDict, data: str | None, notes: list[str]) -> list[dict[str, EvaluationSet]]:
-    """The sets of every dataset, by split."""
-    sets = EvaluationSet.open_all(
-        parse_mixture(config.data.mixture if data is None else data),
-        gap_seconds=config.data.gap_seconds,
-        image_size=config.data.image_size,
-        camera=config.data.camera,
-        fit=config.data.fit,
-        repeats=False,
-        warn=notes.append,
-    )
-    if not sets:
-        raise DatasetError(" ".join(notes))
-    found: dict[str, dict[str, EvaluationSet]] = {}
-    for item in sets:
-        found.setdefault(item.name, {})[item.split] = item
-    return list(found.values())
+def compare_domains(
+    run: Run, labelled: str | None, action_classes: epath.PathLike | None, notes: list[str]
+) -> domains.TransferMatrix | None:
+    """Compares the datasets of --labelled, if there are any."""
+    if labelled is None:
+        if action_classes is not None:
+            raise ConfigError("--action_classes says which instructions of --labelled are one action; pass both.")
+        return None
+    classes = None if action_classes is None else domains.read_action_classes(action_classes)
+    directories = [name.strip() for name in labelled.split(",") if name.strip()]
+    return domains.compare_labelled(directories, classes, hash_params(run.params), notes)
 
 
-def choose_splits(
-    splits: dict[str, EvaluationSet], probe: bool, notes: list[str]
-) -> tuple[EvaluationSet, EvaluationSet | None]:
-    """What is measured of a dataset, and what the probe is fitted on, if there is one.
-
-    Raises:
-      ProbeError: there are actions to probe, but not both training and held-out episodes.
-    """
-    item = splits.get("val") or splits["train"]
-    if item.split == "train":
-        notes.append(f"{item.name}: measured on training episodes, since it has no others that serve.")
-    silent = any(part.source.action is None for part in splits.values())
-    if silent or not probe:
-        reason = "the dataset has no actions" if silent else "--noprobe was passed"
-        notes.append(f"No probe of {item.name}: {reason}.")
-        return item, None
-    missing = [split for split in SPLITS if split not in splits]
-    if missing:
-        raise ProbeError(
-            f"{item.source.directory}: the linear probe needs training and held-out episodes, but none of split "
-            f"{missing[0]!r} serves. Pass --noprobe to do without it. {' '.join(notes)}"
-        )
-    return item, splits["train"]
+@contextlib.contextmanager
+def _probe_flag_named() -> Iterator[None]:
+    """Adds to an error of the probe the flag that leaves the probe out."""
+    try:
+        yield
+    except ProbeError as error:
+        raise ProbeError(f"{error} Pass --noprobe to evaluate without the probe.") from error
 
 
 def define_flags() -> None:
@@ -153,11 +125,13 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of a pretraining run.", required=True)
     flags.DEFINE_string("data", None, "DIR,DIR instead of the datasets that the run was trained on.")
     flags.DEFINE_string("out", None, "Gets metrics.json and report.html; RUN/report by default.")
-    flags.DEFINE_integer("num_transitions", 1000, "Of every dataset, and as many to fit the probe.", lower_bound=2)
-    flags.DEFINE_integer("batch_size", 64, "Clips at once; a clip has two transitions.", lower_bound=1)
-    flags.DEFINE_integer("num_pictures", 6, "Rows of predictions of every dataset.", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_transitions", 1000, "Transitions per dataset, and as many to fit the probe.", lower_bound=2
+    )
+    flags.DEFINE_integer("batch_size", 64, "Clips per batch; a clip has two transitions.", lower_bound=1)
+    flags.DEFINE_integer("num_pictures", 6, "Rows of predictions in the report, of every dataset.", lower_bound=1)
     flags.DEFINE_bool("probe", True, "Whether to fit the linear probe where there are actions.")
-    flags.DEFINE_string("labelled", None, "DIR,DIR, labelled datasets of several domains, to compare with each other.")
+    flags.DEFINE_string("labelled", None, "DIR,DIR: labelled datasets of several domains, to be compared.")
     flags.DEFINE_string("action_classes", None, 'FILE.json, {"INSTRUCTION": "ACTION"}: instructions of one action.')
     hosts.define_flags()
 

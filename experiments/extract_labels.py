@@ -3,10 +3,10 @@
     python -m experiments.extract_labels --workdir RUN --data DATASET --out LABELLED
 
 LABELLED is the same dataset with three more columns in its episode tables, `latent_motion`, `latent_valid` and, for
-discrete models, `latent_codes`. Beside them lie latents.parquet, one row a step for data frames; labels.json, where the
-labels come from; labelling_report.json with counts, unreadable pictures and the drift; drift.png. The same command
-goes on after a kill. On several hosts, start it on each, by a launcher or with the flags of `como_jax.hosts`; hosts
-share out the shards and write to the same place.
+discrete models, `latent_codes`. Beside them lie latents.parquet, one row a step for data frames; labels.json, which
+says where the labels come from; labelling_report.json with counts, unreadable images and the drift; drift.png. The same
+command resumes after a kill. On several hosts, start it on each, by a launcher or with the flags of `como_jax.hosts`;
+the hosts divide the shards among themselves and write to the same place.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from etils import epath
 from tqdm import tqdm
 
 from como_jax import cli, hosts
-from como_jax.errors import ConfigError, UsageError
-from como_jax.labelling.gauge import FIGURE_NAME, drift_report, measure_drift, write_figure
-from como_jax.labelling.labelling import DatasetLabeller
-from como_jax.labelling.provenance import LabelSettings
-from como_jax.labelling.shards import LabelShard
+from como_jax.errors import ConfigError, DatasetError, UsageError
+from como_jax.evaluation.latents.drift import FIGURE_NAME, drift_figure, measure_drift
+from como_jax.files import write_atomic
+from como_jax.labelling.labelling import DatasetLabeller, LabelSettings
+from como_jax.labelling.shards import LabelShard, label_sums
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run
 
@@ -64,7 +64,7 @@ def extract_labels(
     labeller = DatasetLabeller(run, data, out, settings, threads)
 
     def summarize(labelled: epath.Path, shards: list[LabelShard]) -> dict[str, Any]:
-        return {"drift": gauge(run, labelled, shards, settings) if drift else None}
+        return {"drift": report_drift(run, labelled, shards, settings) if drift else None}
 
     with tqdm(
         total=sum(shard.num_records for shard in labeller.shards),
@@ -80,27 +80,31 @@ def extract_labels(
         )
 
 
-def gauge(run: Run, labelled: epath.Path, shards: list[LabelShard], settings: LabelSettings) -> dict[str, Any]:
-    """The drift as a part of the report, or why there is none, which does not make labels worthless."""
+def report_drift(run: Run, labelled: epath.Path, shards: list[LabelShard], settings: LabelSettings) -> dict[str, Any]:
+    """The drift as a part of the report, or why there is none: labels are useful without it."""
     try:
-        reference, new, found = measure_drift(
-            run, labelled, shards, settings.gap_seconds, settings.camera, settings.fit
+        new = label_sums(labelled, shards)
+        if new is None:
+            raise DatasetError("no step has a label to compare, since no episode is longer than one gap.")
+        reference, found = measure_drift(
+            run, labelled, new, gap_seconds=settings.gap_seconds, camera=settings.camera, fit=settings.fit
         )
     except UsageError as error:
         logger.warning("No drift: %s", error)
         return {"missing": str(error)}
-    write_figure(labelled / FIGURE_NAME, reference, new, found.s_pcfc)
-    return drift_report(found)
+    figure = drift_figure(reference, new, found.s_pcfc)
+    write_atomic(labelled / FIGURE_NAME, lambda file: figure.savefig(file, format="png", dpi=110))
+    return found.as_report()
 
 
 def print_report(out: str, report: dict[str, Any]) -> None:
-    """Says what was labelled and what was not."""
+    """Logs what was labelled and what was not."""
     logger.info(
         "%d of %d steps of %d episodes have a latent motion; the others lie within a gap of the end of their episode%s",
         report["labelled"],
         report["steps"],
         report["episodes"],
-        f", or need one of {len(report['unreadable'])} unreadable pictures" if report["unreadable"] else "",
+        f", or need one of {len(report['unreadable'])} unreadable images" if report["unreadable"] else "",
     )
     for entry in report["unreadable"][:5]:
         logger.warning("unreadable: episode %s, step %d", entry["episode"], entry["step"])

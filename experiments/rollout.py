@@ -23,7 +23,8 @@ from absl import flags
 from etils import epath
 
 from como_jax import cli
-from como_jax.envs.build import EnvironmentOptions, environment_names
+from como_jax.envs.base import EnvironmentOptions
+from como_jax.envs.registry import environment_names
 from como_jax.errors import RunError
 from como_jax.evaluation.rollouts.checks import parse_settings
 from como_jax.evaluation.rollouts.policy_runner import load_policy

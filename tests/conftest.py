@@ -13,8 +13,7 @@ import pytest
 from absl import flags
 
 from como_jax.convert.catalog import BUILDERS, make_settings
-from como_jax.labelling.labelling import DatasetLabeller
-from como_jax.labelling.provenance import LabelSettings
+from como_jax.labelling.labelling import DatasetLabeller, LabelSettings
 from como_jax.motion.como import Como
 from como_jax.nn.model_def import ModelDef
 from como_jax.spec.motion import MotionConfig

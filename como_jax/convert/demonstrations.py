@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from como_jax.envs.seeds import MAX_DEMONSTRATION_SEED, SEED_STRIDE
+from como_jax.envs.base import MAX_DEMONSTRATION_SEED, SEED_STRIDE
 from como_jax.errors import ConversionError
 
 

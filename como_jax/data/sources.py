@@ -12,10 +12,14 @@ import pyarrow as pa
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
 from como_jax.errors import DatasetError
+
+READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)
+"""What ArrayRecord, protobuf and the JPEG decoder raise for a damaged record."""
 
 
 class EpisodeSource:

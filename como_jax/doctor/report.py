@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-import jinja2
 import numpy as np
 from etils import epath
 
@@ -17,8 +16,7 @@ from como_jax.doctor import figures
 from como_jax.doctor.checks.vectors import value_bounds
 from como_jax.doctor.diagnosis import Diagnosis
 from como_jax.doctor.findings import Severity, count_of
-from como_jax.evaluation.figures import figure_uri, picture_uri
-from como_jax.files import write_text
+from como_jax.pages import figure_uri, image_uri, render_page
 
 _TEMPLATE = epath.Path(__file__).with_name("report.html.jinja")
 _WIDTH = 100
@@ -73,17 +71,15 @@ def to_json(diagnosis: Diagnosis) -> str:
 
 def write_page(path: epath.PathLike, diagnosis: Diagnosis) -> None:
     """Writes one HTML file that refers to nothing outside it."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.from_string(_TEMPLATE.read_text()).render(
+    render_page(
+        path,
+        _TEMPLATE,
         diagnosis=diagnosis,
         summary=summary_line(diagnosis),
         charts=list(_charts(diagnosis)),
         strips=itertools.groupby(diagnosis.survey.strips, lambda strip: (strip.episode_id, strip.instruction)),
-        picture_uri=picture_uri,
+        image_uri=image_uri,
     )
-    write_text(path, page)
 
 
 def _charts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:

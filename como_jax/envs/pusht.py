@@ -8,8 +8,7 @@ from types import ModuleType
 
 import numpy as np
 
-from como_jax.envs.base import EnvironmentSpec, Sight, StepResult, check_action
-from como_jax.envs.build import EnvironmentOptions, missing_extra
+from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult, check_action, missing_extra
 from como_jax.errors import ConfigError
 from como_jax.names import DEFAULT_CAMERA
 from como_jax.spec.images import resize
@@ -66,10 +65,10 @@ class PushTEnvironment:
             max_steps=options.max_steps or _MAX_STEPS,
         )
 
-    def reset(self, seed: int) -> Sight:
+    def reset(self, seed: int) -> Observation:
         """Starts an episode."""
         self._steps = 0
-        return self._sight(self._env.reset(seed=seed)[0])
+        return self._observe(self._env.reset(seed=seed)[0])
 
     @property
     def instruction(self) -> str:
@@ -86,7 +85,7 @@ class PushTEnvironment:
         self._steps += 1
         observation, _, _, _, info = self._env.step(np.clip(action, 0, BOARD_SIZE))
         success = bool(info["is_success"])
-        return StepResult(self._sight(observation), success, success or self._steps >= self.spec.max_steps)
+        return StepResult(self._observe(observation), success, success or self._steps >= self.spec.max_steps)
 
     def expert_action(self) -> np.ndarray:
         """There is no expert."""
@@ -96,10 +95,10 @@ class PushTEnvironment:
         """Frees what the simulator holds."""
         self._env.close()
 
-    def _sight(self, observation: dict[str, np.ndarray]) -> Sight:
+    def _observe(self, observation: dict[str, np.ndarray]) -> Observation:
         picture = np.empty((self._image_size, self._image_size, 3), np.uint8)
         resize(observation["pixels"], picture)
-        return Sight({DEFAULT_CAMERA: picture}, observation["agent_pos"].astype(np.float32))
+        return Observation({DEFAULT_CAMERA: picture}, observation["agent_pos"].astype(np.float32))
 
 
 def _import() -> ModuleType:

@@ -1,48 +1,29 @@
-"""Figures of a report: what latents look like, as pictures that need nothing but the page they are on."""
+"""Figures of a report: what latents look like."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 MAX_LABEL = 42
 
 
-def figure_uri(figure: Figure) -> str:
-    """A figure as a PNG in a data URI."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-    return _data_uri(file.getvalue())
-
-
-def picture_uri(picture: np.ndarray) -> str:
-    """Pixels, uint8 `[H, W, 3]` or floats in [0, 1], as a PNG in a data URI."""
-    if picture.dtype != np.uint8:
-        picture = np.rint(np.clip(picture, 0.0, 1.0) * 255.0).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG")
-    return _data_uri(file.getvalue())
-
-
 def action_figure(coordinates: np.ndarray, shares: np.ndarray, action: np.ndarray, titles: Sequence[str]) -> Figure:
-    """Latents on their principal components, once for every shown dimension of the action, which colours them.
+    """Latents on their principal components, in one panel per shown dimension of the action, which gives the colours.
 
     Args:
       coordinates: `[N, 2]`.
-      shares: `[2]`, of the variance.
+      shares: `[2]`, share of the variance along each component.
       action: `[N, K]`, the shown dimensions.
       titles: of the K panels.
     """
     figure = Figure(figsize=(3.6 * len(titles), 3.2), layout="constrained")
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for axes, values, title in zip(panels, action.T, titles, strict=True):
-        # Rare extremes would leave all other points in one colour.
+        # Without these limits rare extremes would leave all other points in one colour.
         low, high = np.percentile(values, (2, 98))
         points = axes.scatter(*coordinates.T, c=values, s=6, cmap="viridis", vmin=low, vmax=high, linewidths=0)
         figure.colorbar(points, ax=axes, shrink=0.85)
@@ -52,7 +33,7 @@ def action_figure(coordinates: np.ndarray, shares: np.ndarray, action: np.ndarra
 
 
 def dataset_figure(coordinates: np.ndarray, shares: np.ndarray, dataset: np.ndarray, names: Sequence[str]) -> Figure:
-    """Latents of all datasets on their common principal components, `dataset` `[N]` being positions in `names`."""
+    """Latents of all datasets on their common principal components; `dataset` `[N]` has positions in `names`."""
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     # In random order, so that no dataset hides another.
@@ -67,7 +48,7 @@ def dataset_figure(coordinates: np.ndarray, shares: np.ndarray, dataset: np.ndar
 
 
 def similarity_figure(matrix: np.ndarray, labels: Sequence[str], groups: Sequence[str]) -> Figure:
-    """Cosine similarities `[E, E]` between episodes; lines part the groups, which are contiguous."""
+    """Cosine similarities `[E, E]` between episodes; lines separate the groups, whose episodes are neighbours."""
     side = max(4.0, 0.125 * len(labels) + 1.0)
     figure = Figure(figsize=(side + 3.0, side), layout="constrained")
     axes = figure.subplots()
@@ -107,7 +88,3 @@ def _shorten(text: str) -> str:
     # A dollar sign would start a formula.
     text = text.replace("$", r"\$")
     return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

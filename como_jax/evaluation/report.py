@@ -1,28 +1,29 @@
-"""A page that shows what a latent-motion model learned: numbers with what good is, pictures, and the latents."""
+"""A page that shows what a latent-motion model learned: numbers and what is good, images, and the latents."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jinja2
 import numpy as np
 from etils import epath
+from sklearn.metrics.pairwise import cosine_similarity
 
 from como_jax.errors import NoClipsError
 from como_jax.evaluation import figures
 from como_jax.evaluation.latents.domains import TransferMatrix, transfer_figure
-from como_jax.evaluation.latents.reconstruction import comparison_grid
-from como_jax.evaluation.latents.similarity import past_future_similarities
-from como_jax.evaluation.latents.spread import cosine_similarity_matrix, principal_components
-from como_jax.evaluation.latents.transfer import transfer_motion
+from como_jax.evaluation.latents.measures import (
+    comparison_grid,
+    past_future_similarities,
+    principal_components,
+    transfer_motion,
+)
 from como_jax.evaluation.latents.transitions import DatasetResult, EvaluationSet, set_batches
-from como_jax.files import write_text
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.pages import figure_uri, image_uri, render_page
 
 STRIP_INSTANTS = 5
 MAX_DIMENSIONS = 4
@@ -31,31 +32,40 @@ MAX_EPISODES = 60
 # Metric: its title, and what good is.
 METRICS = {
     "psnr": ("PSNR of the prediction, dB", "Higher is better. It must beat copying the current frame, below."),
-    "psnr_copy": ("PSNR of copying, dB", "What standing still scores; high where little moves."),
-    "psnr_gain": ("PSNR gain over copying, dB", "Above 0 the latent tells what moved; 0 or less is no use."),
+    "psnr_copy": ("PSNR of copying, dB", "The score of predicting no motion; high where little moves."),
+    "psnr_gain": ("PSNR gain over copying, dB", "Above 0 the latent says what moved; at 0 or below it is of no use."),
     "ssim": ("SSIM of the prediction", "Up to 1, higher is better. It must beat copying, below."),
-    "ssim_copy": ("SSIM of copying", "What standing still scores."),
+    "ssim_copy": ("SSIM of copying", "The score of predicting no motion."),
     "s_pcfc": (
         "S-PCFC",
-        "Lower is better: near 1 the latent describes the scene, whichever way it was reached. Noise is low too, so "
-        "it only counts beside a good LP-MSE.",
+        "Lower is better: near 1 the latent describes the scene, whichever way it was reached. Noise scores low too, "
+        "so a low value means something only beside a good LP-MSE.",
     ),
     "s_pcfc_by_token": ("S-PCFC, token by token", "The same for every latent token alone, then averaged."),
     "effective_rank": (
         "Effective rank of the latents",
-        "How many directions the latents use, of as many as a latent has numbers, and of no more than there are "
-        "transitions. Near 1 they have collapsed.",
+        "How many directions the latents use; at most the numbers of a latent, and at most the number of transitions. "
+        "Near 1 the latents have collapsed.",
     ),
     "lp_mse": (
         "LP-MSE",
         "Error of a linear layer that reads the action from the latent, on held-out episodes. Lower is better; it "
         "must beat the mean action, below.",
     ),
-    "lp_mse_mean_action": ("LP-MSE of the mean action", "What knowing nothing of the transition scores."),
-    "lp_r2": ("R² of the probe", "Share of the action's variance that is read. 1 is all of it, 0 or less nothing."),
-    "lp_accuracy": ("Accuracy of the probe", "For actions that are choices. It must beat the commonest one, below."),
-    "lp_accuracy_majority": ("Accuracy of the commonest action", "What always guessing it scores."),
-    "transitions": ("Transitions", "Pairs of frames that were measured, none of them twice. More make numbers firmer."),
+    "lp_mse_mean_action": ("LP-MSE of the mean action", "The score of knowing nothing of the transition."),
+    "lp_r2": (
+        "R² of the probe",
+        "Share of the action's variance that it explains: 1 is all, 0 or less is nothing.",
+    ),
+    "lp_accuracy": (
+        "Accuracy of the probe",
+        "Where actions are choices. It must beat the most frequent one, below.",
+    ),
+    "lp_accuracy_majority": ("Accuracy of the most frequent action", "The score of always guessing it."),
+    "transitions": (
+        "Transitions",
+        "Pairs of frames that were measured, each once. More make the numbers more certain.",
+    ),
 }
 
 
@@ -64,9 +74,9 @@ class TransferStrip:
     """The motion of one clip, played from a frame of another.
 
     Attributes:
-      caption: which motion was played where.
-      source: uint8 `[T, H, W, 3]`, the clip that the latents were read from.
-      rollout: float `[T, H, W, 3]` in [0, 1], the other frame and what was predicted from it.
+      caption: which motion was played in which scene.
+      source: uint8 `[T, H, W, 3]`, the clip whose motion it is.
+      rollout: float `[T, H, W, 3]` in [0, 1], the other frame and the frames predicted from it.
     """
 
     caption: str
@@ -76,7 +86,7 @@ class TransferStrip:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that a page shows.
+    """Everything that a page shows.
 
     Attributes:
       title: of the page.
@@ -85,7 +95,7 @@ class Report:
       metrics: means over datasets.
       results: of every dataset.
       transfer: strips of motion transfer.
-      domains: what labelled datasets have in common, if there are any.
+      domains: comparison of labelled datasets, if there are any.
     """
 
     title: str
@@ -98,7 +108,7 @@ class Report:
 
 
 class Picture(NamedTuple):
-    """A picture of the page: its title, its data, and whether its pixels stay sharp where it is enlarged."""
+    """An image on the page: title, data, and whether its pixels stay sharp when it is enlarged."""
 
     title: str
     uri: str
@@ -107,11 +117,9 @@ class Picture(NamedTuple):
 
 def write_report(path: epath.PathLike, report: Report) -> None:
     """Writes the page as one HTML file that refers to nothing outside it."""
-    template = importlib.resources.files("como_jax.evaluation").joinpath("report.html.jinja")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.from_string(template.read_text(encoding="utf-8")).render(
+    render_page(
+        path,
+        epath.Path(__file__).with_name("report.html.jinja"),
         report=report,
         metrics=METRICS,
         number=format_number,
@@ -122,20 +130,19 @@ def write_report(path: epath.PathLike, report: Report) -> None:
         histogram=histogram_picture(report.results),
         domains=report.domains and domain_picture(report.domains),
     )
-    write_text(path, page)
 
 
 def transfer_strips(
     model: ModelDef, params: Params, items: Sequence[EvaluationSet], count: int, notes: list[str]
 ) -> list[TransferStrip]:
-    """Plays the motion of clips from the first frames of others: of the next dataset, or of the only one.
+    """Plays the motion of clips from the first frames of other clips: of the next dataset, or of the only one.
 
     Args:
       model: any that is a `LatentMotionModel`.
       params: its parameters.
-      items: episodes to take clips from, of one set a dataset.
-      count: strips of all datasets together, at least.
-      notes: is told where episodes are too short for a whole strip.
+      items: one set of episodes per dataset, to take clips from.
+      count: least number of strips, of all datasets together.
+      notes: gets a line where episodes are too short for a whole strip.
     """
     count = max(2, -(-count // len(items))) if len(items) == 1 else -(-count // len(items))
     clips = [_strip_clips(item, count, notes) for item in items]
@@ -155,7 +162,7 @@ def transfer_strips(
 
 
 def _strip_clips(item: EvaluationSet, count: int, notes: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Frames uint8 `[K, T, H, W, 3]` of clips spread over a set, and what each is; long ones where there are any."""
+    """Frames uint8 `[K, T, H, W, 3]` of clips spread over a set, as long as there are any, and a caption of each."""
     for instants in range(STRIP_INSTANTS, 1, -1):
         try:
             clips = item.recut(instants)
@@ -170,7 +177,7 @@ def _strip_clips(item: EvaluationSet, count: int, notes: list[str]) -> tuple[np.
 
 
 def describe_measurements(results: Sequence[DatasetResult]) -> dict[str, str]:
-    """Facts of what was measured, and the date."""
+    """Facts about what was measured, and the date."""
     queries, size = results[0].found.past_to_current.shape[1:]
     return {
         "Latent": f"{queries} tokens of {size} numbers",
@@ -192,23 +199,23 @@ def _describe_data(result: DatasetResult) -> str:
 
 
 def format_number(value: float) -> str:
-    """Counts whole, everything else with four digits, a dash for what is undefined."""
+    """Integers as they are, other numbers with four digits, a dash for NaN."""
     return str(value) if isinstance(value, int) else "–" if np.isnan(value) else f"{value:.4g}"
 
 
 def reconstruction_picture(result: DatasetResult) -> Picture:
     """Rows of current frame, predicted frame, true frame and error."""
-    return Picture(result.item.name, figures.picture_uri(comparison_grid(result.found.pictures)), pixelated=True)
+    return Picture(result.item.name, image_uri(comparison_grid(result.found.pictures)), pixelated=True)
 
 
 def transfer_picture(strip: TransferStrip) -> Picture:
     """The source clip above the rollout."""
     rows = [strip.source / 255.0, strip.rollout]
-    return Picture(strip.caption, figures.picture_uri(comparison_grid(rows, min_side=96)), pixelated=True)
+    return Picture(strip.caption, image_uri(comparison_grid(rows, min_side=96)), pixelated=True)
 
 
 def component_pictures(results: Sequence[DatasetResult]) -> list[Picture]:
-    """Principal components of the latents, coloured by what the probe reads best of the action, and by dataset."""
+    """Principal components of the latents, coloured by the best-read dimensions of the action, and by dataset."""
     pictures = []
     for result in results:
         if result.probe is not None:
@@ -217,18 +224,18 @@ def component_pictures(results: Sequence[DatasetResult]) -> list[Picture]:
             titles = [f"action {dimension}, R² {format_number(r2[dimension])}" for dimension in order]
             coordinates, shares = principal_components(result.found.latent, 2)
             figure = figures.action_figure(coordinates, shares, result.found.latent_action[:, order], titles)
-            pictures.append(Picture(f"{result.item.name}, by action", figures.figure_uri(figure)))
+            pictures.append(Picture(f"{result.item.name}, by action", figure_uri(figure)))
     if len(results) > 1:
         latent = np.concatenate([result.found.latent for result in results])
         dataset = np.repeat(np.arange(len(results)), [len(result.found.latent) for result in results])
         coordinates, shares = principal_components(latent, 2)
         figure = figures.dataset_figure(coordinates, shares, dataset, [result.item.name for result in results])
-        pictures.append(Picture("All datasets together, by dataset", figures.figure_uri(figure)))
+        pictures.append(Picture("All datasets together, by dataset", figure_uri(figure)))
     return pictures
 
 
 def similarity_picture(results: Sequence[DatasetResult]) -> Picture:
-    """Cosine similarity of the mean latents of episodes, in the order of dataset and instruction."""
+    """Cosine similarity between the mean latents of episodes, ordered by dataset and instruction."""
     groups, labels, means = [], [], []
     for result in results:
         latent, episode = result.found.latent, result.found.latent_episode
@@ -239,11 +246,11 @@ def similarity_picture(results: Sequence[DatasetResult]) -> Picture:
     shown = np.unique(np.linspace(0, len(means) - 1, MAX_EPISODES).astype(int))
     several = len(results) > 1
     figure = figures.similarity_figure(
-        cosine_similarity_matrix(np.stack(means)[shown]),
+        cosine_similarity(np.stack(means)[shown]),
         [f"{groups[row]}: {labels[row]}" if several else labels[row] for row in shown],
         [groups[row] for row in shown],
     )
-    return Picture(f"{len(shown)} of {len(means)} episodes", figures.figure_uri(figure))
+    return Picture(f"{len(shown)} of {len(means)} episodes", figure_uri(figure))
 
 
 def histogram_picture(results: Sequence[DatasetResult]) -> Picture:
@@ -252,12 +259,12 @@ def histogram_picture(results: Sequence[DatasetResult]) -> Picture:
         result.item.name: past_future_similarities(result.found.past_to_current, result.found.future_to_current)
         for result in results
     }
-    return Picture("S-PCFC of single clips", figures.figure_uri(figures.similarity_histogram(similarities)))
+    return Picture("S-PCFC of single clips", figure_uri(figures.similarity_histogram(similarities)))
 
 
 def domain_picture(matrix: TransferMatrix) -> Picture:
     """Cosines between the segments of labelled datasets."""
-    return Picture(f"Labels of {', '.join(matrix.names)}", figures.figure_uri(transfer_figure(matrix)))
+    return Picture(f"Labels of {', '.join(matrix.names)}", figure_uri(transfer_figure(matrix)))
 
 
 def _episode_label(item: EvaluationSet, row: int) -> str:

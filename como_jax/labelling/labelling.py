@@ -1,13 +1,16 @@
-"""Labels a dataset with latent motion, shard by shard, on all hosts of a job; goes on after a kill."""
+"""Labels a dataset with latent motion, shard by shard, on all hosts of a job; resumes after a kill."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -24,7 +27,6 @@ from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, OutputError
 from como_jax.files import write_json
-from como_jax.labelling.provenance import LabelSettings, describe, hash_params
 from como_jax.labelling.shards import (
     LabelShard,
     latent_statistics,
@@ -33,22 +35,42 @@ from como_jax.labelling.shards import (
     write_labelled_table,
 )
 from como_jax.labelling.streaming import StepLabels, StreamLabeller, steps_back
+from como_jax.motion.build import codebook_size
+from como_jax.nn.model_def import Params
 from como_jax.staging import Staging, check_output, is_local, make_parent
 from como_jax.training import sharding
 from como_jax.training.run import Run
 
 REPORT_NAME, FLAT_NAME = "labelling_report.json", "latents.parquet"
 _COPIED = ("dataset_info.json", "features.json", "metadata.json", "conversion_report.json")
+_LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "simplejpeg", "opencv-python-headless")
 
-Describe = Callable[[epath.Path, list[LabelShard]], dict[str, Any]]
+Summarize = Callable[[epath.Path, list[LabelShard]], dict[str, Any]]
 Progress = Callable[[LabelShard, dict[str, Any]], None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """How a dataset is labelled.
+
+    Attributes:
+      gap_seconds: time between the two frames of a pair, whatever the dataset's control rate.
+      camera: observation key; empty for the dataset's first camera.
+      fit: how images become square, see `como_jax.data.transforms`.
+      batch_size: frames per batch, on all devices of a host together.
+    """
+
+    gap_seconds: float
+    camera: str = ""
+    fit: str = "crop"
+    batch_size: int = 64
+
+
 class DatasetLabeller:
-    """One dataset, one run, and where the labels go."""
+    """Labels one dataset by the model of one run, into one directory."""
 
     def __init__(self, run: Run, directory: epath.PathLike, out: epath.PathLike, settings: LabelSettings, threads: int):
-        """Opens the dataset; `label` does the work.
+        """Opens the dataset, with so many threads that decode; `label` does the work.
 
         Raises:
           DatasetError: the directory holds no dataset, or not the camera.
@@ -64,24 +86,24 @@ class DatasetLabeller:
         self.staging = Staging(self._out, "labelling")
 
     def label(
-        self, *, overwrite: bool = False, restart: bool = False, progress: Progress, summarize: Describe
+        self, *, overwrite: bool = False, restart: bool = False, progress: Progress, summarize: Summarize
     ) -> dict[str, Any]:
-        """Labels everything, or goes on with what an earlier run of the same labelling has left.
+        """Labels all shards, or those that an earlier run of the same labelling has left.
 
-        All hosts of a job call it; each labels every so many shards, and the first finishes the dataset.
+        All hosts of a job call it; each labels its share of the shards, and the first finishes the dataset.
 
         Args:
-          overwrite: replace a dataset that is in the way.
+          overwrite: replace an existing dataset.
           restart: discard what a stopped labelling left.
-          progress: is told of every shard that this host finished.
-          summarize: adds to the report what it makes of the labelled shards, on the first host.
+          progress: called with every shard that this host has finished, and its notes.
+          summarize: makes further entries of the report from the labelled shards, on the first host.
 
         Returns:
           The report.
 
         Raises:
-          OutputError: `out` is in the way, or another labelling into it runs or was stopped.
-          DatasetError: no picture of a shard can be read.
+          OutputError: `out` exists, or another labelling into it is running or was stopped.
+          DatasetError: no image of a shard can be read.
         """
         _check_outside(self._out, self._directory)
         params, is_first = _on_this_host(self._run.params), hosts.is_first()
@@ -93,7 +115,7 @@ class DatasetLabeller:
                     lock.enter_context(self.staging.locked())
                     self._open(plan, overwrite, restart)
             with self._noting_what_is_kept(), hosts.in_step(OutputError):
-                # There is none if all that an earlier run had left to do was to tidy up.
+                # There is none if an earlier run had published the dataset and had only to tidy up.
                 if self.staging.dataset.exists():
                     self._label_own(params, progress)
             with self._noting_what_is_kept(), hosts.in_step(OutputError):
@@ -107,7 +129,7 @@ class DatasetLabeller:
         self.staging.open(plan, restart)
         self.staging.finished([shard.name for shard in self.shards])
 
-    def _complete(self, plan: dict[str, Any], overwrite: bool, summarize: Describe) -> dict[str, Any]:
+    def _complete(self, plan: dict[str, Any], overwrite: bool, summarize: Summarize) -> dict[str, Any]:
         """Publishes the dataset, unless an earlier run had, and returns the report."""
         if not self.staging.dataset.exists():
             self.staging.tidy()
@@ -118,18 +140,18 @@ class DatasetLabeller:
 
     @contextlib.contextmanager
     def _noting_what_is_kept(self) -> Iterator[None]:
-        """Says of an error of the disk what an interrupted labelling leaves."""
+        """Adds to an error of the disk what the interrupted labelling keeps."""
         try:
             yield
         except OSError as error:
             finished = sum(self.staging.read_notes(shard.name) is not None for shard in self.shards)
             raise OutputError(
                 f"{self._out} cannot be written: {error}. {finished} of {len(self.shards)} shards are finished and "
-                f"kept in {self.staging.folder}; the same command goes on from there."
+                f"kept in {self.staging.folder}; the same command resumes from there."
             ) from error
 
     def _label_own(self, params: Any, progress: Progress) -> None:
-        """Labels this host's share of the shards, those of all hosts that are not finished."""
+        """Labels the unfinished shards of this host's share."""
         mine = self.shards[jax.process_index() :: jax.process_count()]
         pending = [shard for shard in mine if self.staging.read_notes(shard.name) is None]
         if not pending:
@@ -162,13 +184,13 @@ class DatasetLabeller:
             steps_back(lengths, gap),
         )
         if len(labels.unreadable) == shard.num_records:
-            raise DatasetError(f"{self._directory}: no picture of shard {shard.name} can be read.")
+            raise DatasetError(f"{self._directory}: no image of shard {shard.name} can be read.")
         return labels
 
     def _reader(self, source: EpisodeSource) -> FrameReader:
         entry = MixtureEntry(str(self._directory), fit=self._settings.fit)
         clips = ClipConfig(self._settings.gap_seconds, offset_frames=False)
-        # Frames are asked for by their records, so that no clips have to be found.
+        # Frames are read by the numbers of their records, so the reader needs no clips.
         nothing = np.empty(0, np.int64)
         part = MixturePart(entry, source, clips, ClipIndex(nothing, nothing, nothing, nothing, 0, 0))
         return FrameReader(Mixture((part,)), self._run.config.data.image_size, num_threads=self._threads)
@@ -182,8 +204,8 @@ class DatasetLabeller:
         ]
         return {"steps": shard.num_records, "labelled": int(labels.valid.sum()), "unreadable": unreadable}
 
-    def _finish(self, plan: dict[str, Any], summarize: Describe) -> dict[str, Any]:
-        """Makes a dataset of the labelled tables, and returns the report."""
+    def _finish(self, plan: dict[str, Any], summarize: Summarize) -> dict[str, Any]:
+        """Completes the labelled tables to a dataset, and returns the report."""
         target = self.staging.dataset
         for source in self._sources.values():
             for path in source.record_files:
@@ -210,30 +232,69 @@ class DatasetLabeller:
     def _finished_notes(self, shard: LabelShard) -> dict[str, Any]:
         notes = self.staging.read_notes(shard.name)
         if notes is None:
-            raise OutputError(f"shard {shard.name} is not in {self.staging.folder}: can all hosts reach it?")
+            raise OutputError(
+                f"shard {shard.name} is not in {self.staging.folder}; all hosts must write to the same file system."
+            )
         return notes
 
 
+def hash_params(params: Params) -> str:
+    """A digest of all parameters of a model, in the order of their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def describe(
+    run: Run, params_hash: str, directory: str, shards: list[LabelShard], settings: LabelSettings
+) -> dict[str, Any]:
+    """Everything that decides what the labels are: the plan of a labelling, and most of labels.json."""
+    tables = json.dumps([dataclasses.asdict(shard) for shard in shards])
+    return {
+        "run": str(run.workdir),
+        "step": run.step,
+        "family": run.config.family,
+        "parameters": params_hash,
+        "latent_shape": list(latent_shape(run)),
+        "codebook_size": codebook_size(run.config),
+        "config": json.loads(run.config.to_json_best_effort()),
+        "dataset": directory,
+        "episodes and steps": hashlib.blake2b(tables.encode(), digest_size=16).hexdigest(),
+        "settings": dataclasses.asdict(settings),
+        "versions": {name: metadata.version(name) for name in _LIBRARIES},
+        "backend": jax.default_backend(),
+    }
+
+
+def latent_shape(run: Run) -> tuple[int, int]:
+    """Number of latent tokens per transition, and numbers of each."""
+    size = run.config.data.image_size
+    frames = jax.ShapeDtypeStruct((1, 2, size, size, 3), np.uint8)
+    return jax.eval_shape(lambda params, frames: run.model.bind(params).encode(frames), run.params, frames).shape[2:]
+
+
 def _on_this_host(params: Any) -> Any:
-    """Parameters as NumPy arrays, of which every host holds all."""
+    """Parameters, of which every host holds all, as NumPy arrays."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
 
 
 def _local_mesh() -> Mesh:
-    """All devices of this host, between which frames are shared out."""
+    """All devices of this host, over which frames are split."""
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
     return Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _check_outside(out: epath.Path, directory: epath.Path) -> None:
-    """Raises OutputError for an output inside the dataset, or in its place."""
+    """Raises OutputError if the output is the dataset or lies inside it."""
     local = is_local(out) and is_local(directory)
     if local and out.resolve().is_relative_to(directory.resolve()):
-        raise OutputError(f"--out {out} lies in the dataset --data {directory}; choose a folder outside of it.")
+        raise OutputError(f"the output {out} lies in the dataset {directory}; choose a folder outside of it.")
 
 
 def _link(source: epath.Path, target: epath.Path) -> None:
-    """Gives a file a second name, or copies it where that cannot be."""
+    """Makes a hard link to a file, or a copy where links are impossible."""
     if is_local(source) and is_local(target):
         try:
             os.link(source, target)

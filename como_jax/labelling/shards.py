@@ -1,4 +1,4 @@
-"""Shards of a dataset, which are labelled one by one, and the tables that come of it."""
+"""The shards of a dataset, which are labelled one by one, and the tables with their labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from como_jax.labelling.streaming import StepLabels
 
 @dataclasses.dataclass(frozen=True)
 class LabelShard:
-    """One episode table of a dataset.
+    """One episode table of a dataset, and the records that it describes.
 
     Attributes:
       split: "train" or "val".
@@ -63,7 +63,7 @@ def list_shards(directory: epath.Path) -> list[LabelShard]:
 
 
 def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLabels) -> None:
-    """Copies an episode table with the labels of all its steps in place of any that it has."""
+    """Copies an episode table, with these labels of all its steps in place of any that it has."""
     with source.open("rb") as file:
         table = pq.read_table(file, schema=schema.EPISODE_TABLE_SCHEMA)
     lengths = table["num_steps"].to_numpy()
@@ -90,16 +90,26 @@ def read_labels(directory: epath.Path, shard: LabelShard) -> tuple[np.ndarray, n
     return latent[valid], shard.first_record + np.flatnonzero(valid), shard.first_episode + episode[valid]
 
 
+def label_sums(directory: epath.Path, shards: list[LabelShard]) -> LatentSums | None:
+    """Sums of all valid latents of labelled shards; None where there are none."""
+    parts = []
+    for shard in shards:
+        latents, records, episodes = read_labels(directory, shard)
+        # Both splits count records and episodes from 0.
+        offset = schema.SPLITS.index(shard.split) * 2**40
+        if len(latents):
+            parts.append(LatentSums.of(latents, offset + records, offset + episodes))
+    return LatentSums.combine(parts) if parts else None
+
+
 def latent_statistics(directory: epath.Path, shards: list[LabelShard]) -> dict[str, Any] | None:
-    """What `como_jax.data.normalization` needs of the valid latents of `train`; None when there are none.
+    """What normalisation needs of the valid latents of `train`; None where there are none.
 
     Quantiles are those of a sample of 16,384, see `LatentSums`.
     """
-    labels = (read_labels(directory, shard) for shard in shards if shard.split == "train")
-    parts = [LatentSums.of(*found) for found in labels if len(found[0])]
-    if not parts:
+    sums = label_sums(directory, [shard for shard in shards if shard.split == "train"])
+    if sums is None:
         return None
-    sums = LatentSums.combine(parts)
     moments, low_high = sums.moments, np.quantile(sums.sample.astype(np.float64), (0.01, 0.99), axis=0)
     found = {
         "mean": moments.mean,
@@ -113,7 +123,7 @@ def latent_statistics(directory: epath.Path, shards: list[LabelShard]) -> dict[s
 
 
 def write_flat_table(directory: epath.Path, shards: list[LabelShard], target: epath.Path) -> None:
-    """Writes one row a step of all shards: what a data frame wants."""
+    """Writes a table for data frames, with one row for every step of all shards."""
 
     def write(file: object) -> None:
         writer = None
@@ -143,7 +153,7 @@ def _flat_tables(directory: epath.Path, shards: list[LabelShard]) -> Iterator[pa
 
 
 def _by_episode(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    """Values `[S]` or `[S, D]` as one list an episode."""
+    """Values `[S]` or `[S, D]` as one list per episode."""
     flat = pa.array(values.ravel())
     if values.ndim == 2:
         flat = pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], flat)

@@ -1,7 +1,7 @@
-"""Runs a latent-motion model over all frames of consecutive episodes: every frame is decoded and embedded once.
+"""Runs a latent-motion model over all frames of consecutive episodes: every frame is decoded and encoded once.
 
-Frames go through in batches of one size, across the borders of episodes. What was embedded of the last few frames
-stays on the device, since the motion that leads to a frame starts from one of them.
+Frames come in batches of one size, across the borders of episodes. The encodings of the last few frames stay on the
+device, since the motion that leads to a frame starts from one of them.
 """
 
 from __future__ import annotations
@@ -16,29 +16,25 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from google.protobuf.message import DecodeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from como_jax.data.frames import FrameReader
 from como_jax.data.samples import Samples
-from como_jax.errors import DatasetError
+from como_jax.data.sources import READ_ERRORS
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
 from como_jax.types import LatentMotion
 
-READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)
-"""What ArrayRecord, protobuf and the JPEG decoder raise for a damaged record."""
-
 
 @dataclasses.dataclass(frozen=True)
 class StepLabels:
-    """Labels of consecutive steps. Axes: S steps, Q queries, L latent size of one query.
+    """Labels of consecutive steps. Axes: S steps, Q latent tokens of L numbers.
 
     Attributes:
       latent: float32 `[S, Q, L]`, the motion from step t to the step one gap later; 0 where there is none.
       codes: int32 `[S, Q]`, -1 where there is none; None for models without codes.
-      valid: bool `[S]`, whether the episode has a step one gap later, and both can be read.
-      unreadable: int64, records whose picture cannot be read.
+      valid: bool `[S]`, whether the episode has a step one gap later and both frames can be read.
+      unreadable: int64, the records whose image cannot be read.
     """
 
     latent: np.ndarray
@@ -48,11 +44,11 @@ class StepLabels:
 
 
 def steps_back(length: np.ndarray, gap: np.ndarray) -> np.ndarray:
-    """How many steps before each step the motion starts that leads to it, int64 `[S]`; 0 where none does.
+    """How many steps before each step starts the motion that leads to it, int64 `[S]`; 0 where there is none.
 
     Args:
-      length: steps `[E]` of consecutive episodes.
-      gap: steps `[E]` between the two frames of a pair.
+      length: `[E]`, numbers of steps of consecutive episodes.
+      gap: `[E]`, steps between the two frames of a pair.
     """
     within = np.concatenate([np.arange(steps) for steps in length])
     gaps = np.repeat(gap, length)
@@ -60,9 +56,9 @@ def steps_back(length: np.ndarray, gap: np.ndarray) -> np.ndarray:
 
 
 class StreamLabeller:
-    """Labels runs of records; compiled once for all runs.
+    """Labels sequences of records; compiled once for all of them.
 
-    The result of a run does not depend on what was labelled before it.
+    The labels of a sequence do not depend on what was labelled before it.
     """
 
     def __init__(self, model: ModelDef, params: Params, mesh: Mesh, *, batch_size: int, max_gap: int):
@@ -72,7 +68,7 @@ class StreamLabeller:
           model: any that is a `LatentMotionModel`.
           params: on the mesh.
           mesh: of this host's devices.
-          batch_size: frames at once; rounded up to what the mesh divides.
+          batch_size: frames per batch; rounded up to a multiple of the mesh's batch axes.
           max_gap: the largest number of steps between two frames of a pair.
         """
         self._params, self._mesh, self._max_gap = params, mesh, max_gap
@@ -108,7 +104,7 @@ class StreamLabeller:
         for frames, is_readable, part in self._batches(reader, episode, records, back):
             carry, label = self._step(self._params, carry, *self._place(frames, part))
             readable.append(is_readable)
-            # Results are fetched one batch late, so that devices do not wait for this host.
+            # Results are fetched one batch later, so that the devices do not wait for this host.
             if pending is not None:
                 found.append(jax.tree.map(np.asarray, pending))
             pending = label
@@ -145,7 +141,7 @@ class StreamLabeller:
                 yield waiting.pop(0).result()
 
     def _no_frames(self, reader: FrameReader) -> Any:
-        """What stands in for frames before the first; no label reads it."""
+        """The carry before the first frame; no label depends on it."""
         frames = jax.ShapeDtypeStruct((self._max_gap, *reader.frame_shape), jnp.uint8)
         shapes = jax.eval_shape(self._embed, self._params, frames)
         whole = NamedSharding(self._mesh, PartitionSpec())
@@ -153,7 +149,7 @@ class StreamLabeller:
 
 
 def read_frames(reader: FrameReader, frames: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 `[B, H, W, 3]` of `single_frames`, black where they cannot be read, and where they can `[B]`."""
+    """Images uint8 `[B, H, W, 3]` of `single_frames`, black where unreadable; and which are readable, bool `[B]`."""
     try:
         return reader.map(frames)["frames"][:, 0], np.ones(len(frames), bool)
     except READ_ERRORS:
@@ -166,7 +162,7 @@ def read_frames(reader: FrameReader, frames: Samples) -> tuple[np.ndarray, np.nd
 
 
 def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
-    """Records `[B]` of the first dataset, one frame each and as they are."""
+    """Samples of one frame each, from records `[B]` of the first dataset, without augmentation."""
     count = len(records)
     return Samples(
         dataset=np.zeros(count, np.int64),
@@ -180,7 +176,7 @@ def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
 
 
 def _at_sources(label: LatentMotion, readable: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
-    """Moves every label from the step that its motion leads to, to the one that it starts from."""
+    """Moves every label from the step at which its motion ends to the step at which it starts."""
     targets = np.flatnonzero(back)
     targets = targets[readable[targets] & readable[targets - back[targets]]]
     sources = targets - back[targets]

@@ -9,7 +9,7 @@ import math
 import chex
 import numpy as np
 
-from como_jax.envs.base import Sight
+from como_jax.envs.base import Observation
 from como_jax.errors import ConfigError, NonFiniteError
 from como_jax.policies.spec import PolicySpec, Scene
 
@@ -52,21 +52,21 @@ class Controller:
 
     def __init__(self, spec: PolicySpec, config: ControlConfig, instruction: str):
         self._spec, self._config, self._instruction = spec, config.resolve(spec), instruction
-        self._history: collections.deque[Sight] = collections.deque(maxlen=(spec.instants - 1) * spec.stride + 1)
+        self._history: collections.deque[Observation] = collections.deque(maxlen=(spec.instants - 1) * spec.stride + 1)
         self._chunks: list[tuple[int, np.ndarray]] = []
         self.steps = 0
 
-    def observe(self, sight: Sight) -> None:
+    def observe(self, observation: Observation) -> None:
         """Takes note of what is seen now."""
-        self._history.append(sight)
+        self._history.append(observation)
 
     def scene(self) -> Scene:
-        """What the policy is asked about; the first sight stands for those before the episode."""
+        """What the policy is asked about; the first observation stands for those before the episode."""
         spec, now = self._spec, len(self._history) - 1
         times = (max(0, now - back * spec.stride) for back in reversed(range(spec.instants)))
-        sights = [self._history[time] for time in times]
-        states = np.stack([sight.state for sight in sights]).astype(np.float32)
-        return Scene([sight.images for sight in sights], states, self._instruction)
+        observations = [self._history[time] for time in times]
+        states = np.stack([observation.state for observation in observations]).astype(np.float32)
+        return Scene([observation.images for observation in observations], states, self._instruction)
 
     def needs_chunk(self) -> bool:
         """Whether a chunk must be added before the next action."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from como_jax.envs.base import Sight
+from como_jax.envs.base import Observation
 from como_jax.errors import NonFiniteError, UsageError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy
 from como_jax.policies.controller import ControlConfig, Controller
@@ -87,7 +87,7 @@ class JaxSession:
         if self._controller is None:
             self._controller = Controller(self._runner.spec, self._control or ControlConfig(), prompt)
         controller = self._controller
-        controller.observe(Sight(images, state))
+        controller.observe(Observation(images, state))
         if self._control is None:
             return self._sample(controller.scene())
         if controller.needs_chunk():

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 
 from como_jax.convert.metaworld.builder import MetaWorldDemonstrations, MetaWorldSettings
 from como_jax.convert.metaworld.demonstrations import demonstrate
-from como_jax.envs.build import EnvironmentOptions, make_environment
+from como_jax.envs.base import EnvironmentOptions
+from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError, ConversionError
 
 
@@ -40,11 +41,13 @@ def test_steps_are_those_of_the_demonstration(tmp_path, check_dataset, simulator
     environment = make_environment("metaworld:push-v3", EnvironmentOptions(settings={"action_repeat": "4"}))
     expected = demonstrate(environment, 2000001)
     environment.close()
-    assert rows[1]["num_steps"] == len(expected.actions) == len(expected.sights)
+    assert rows[1]["num_steps"] == len(expected.actions) == len(expected.observations)
     assert rows[1]["language_instruction"] == "push the puck to the target"
     assert rows[1]["control_rate"] == 20
     np.testing.assert_array_equal(np.float32(rows[1]["action"]), expected.actions)
-    np.testing.assert_array_equal(np.float32(rows[1]["state"]), [sight.state for sight in expected.sights])
+    np.testing.assert_array_equal(
+        np.float32(rows[1]["state"]), [observation.state for observation in expected.observations]
+    )
     features = tfds.builder_from_directory(tmp_path / "out").info.features
     assert {"corner2", "topview"} <= set(features["observation"])
 

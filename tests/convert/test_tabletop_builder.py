@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from como_jax.convert.tabletop.builder import TabletopDemonstrations, TabletopSettings
 from como_jax.envs import tabletop
-from como_jax.envs.seeds import MAX_DEMONSTRATION_SEED, SEED_STRIDE
+from como_jax.envs.base import MAX_DEMONSTRATION_SEED, SEED_STRIDE
 from como_jax.errors import ConversionError
 from como_jax.evaluation.rollouts.rollout import environment_seed
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from como_jax.envs import tabletop
-from como_jax.envs.build import FAMILIES, EnvironmentOptions, environment_names, make_environment, missing_extra
+from como_jax.envs.base import EnvironmentOptions, missing_extra
+from como_jax.envs.registry import FAMILIES, environment_names, make_environment
 from como_jax.errors import ConfigError
 
 
@@ -36,12 +37,12 @@ def test_unknown_names_are_refused(name: str, message: str) -> None:
 
 
 def test_one_environment_is_made_of_one_task_only() -> None:
-    with pytest.raises(ConfigError, match="tabletop:all: name one task"):
+    with pytest.raises(ConfigError, match="'tabletop:all': name one task"):
         make_environment("tabletop:all", EnvironmentOptions())
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--env_setting lok: this environment has look; did you mean look?"):
+    with pytest.raises(ConfigError, match="setting lok: this environment has look; did you mean look?"):
         make_environment("tabletop:reach", EnvironmentOptions(settings={"lok": "plain"}))
 
 
@@ -78,8 +79,8 @@ def test_the_expert_solves_the_tabletop_through_the_interface(task: str) -> None
         assert action.shape == (env.spec.action_size,) and action.dtype == np.float32
         results.append(env.step(action))
     assert results[-1].success and 3 < len(results) <= env.spec.max_steps
-    sight = results[-1].sight
-    assert sight.images["image"].shape == (64, 64, 3) and sight.state.shape == (env.spec.state_size,)
+    observation = results[-1].observation
+    assert observation.images["image"].shape == (64, 64, 3) and observation.state.shape == (env.spec.state_size,)
     env.close()
 
 
@@ -94,9 +95,9 @@ def test_workers_need_not_wait_for_jax_or_tensorflow() -> None:
 def test_equal_seeds_give_equal_episodes() -> None:
     def episode(seed: int) -> tuple[np.ndarray, np.ndarray, str]:
         env = make_environment("tabletop:push", EnvironmentOptions())
-        sights = [env.reset(seed)] + [env.step(env.expert_action()).sight for _ in range(5)]
-        images = np.stack([sight.images["image"] for sight in sights])
-        return images, np.stack([sight.state for sight in sights]), env.instruction
+        observations = [env.reset(seed)] + [env.step(env.expert_action()).observation for _ in range(5)]
+        images = np.stack([observation.images["image"] for observation in observations])
+        return images, np.stack([observation.state for observation in observations]), env.instruction
 
     first, again, other = episode(1), episode(1), episode(2)
     np.testing.assert_array_equal(first[0], again[0])

@@ -19,8 +19,9 @@ import pytest
 from etils import epath
 
 from como_jax.convert.libero import builder, language
-from como_jax.envs.build import EnvironmentOptions, environment_names, make_environment
+from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.libero import benchmark
+from como_jax.envs.registry import environment_names, make_environment
 from como_jax.errors import ConfigError
 
 HAS_LIBERO = all(importlib.util.find_spec(name) for name in ("robosuite", "libero"))

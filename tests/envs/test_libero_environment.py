@@ -12,8 +12,9 @@ from etils import epath
 from scipy.spatial.transform import Rotation
 
 from como_jax.convert.libero import builder, demonstrations
-from como_jax.envs.build import EnvironmentOptions, make_environment
+from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.libero import arm, own_tasks
+from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
 
 HAS_ROBOSUITE = importlib.util.find_spec("robosuite") is not None
@@ -92,9 +93,9 @@ def test_equal_seeds_give_equal_episodes(lift: arm.PandaEnvironment) -> None:
 
     def episode(env: arm.PandaEnvironment, seed: int) -> tuple[np.ndarray, np.ndarray]:
         env.reset(seed)
-        sight = env.step(np.array([0.5, 0.2, -0.3, 0.1, 0, 0, 1])).sight
+        observation = env.step(np.array([0.5, 0.2, -0.3, 0.1, 0, 0, 1])).observation
         # The other one has the default states, which come first and fourth of all.
-        state = sight.state if env is other else sight.state[[0, 1, 2, 3, 4, 5, 12, 13]]
+        state = observation.state if env is other else observation.state[[0, 1, 2, 3, 4, 5, 12, 13]]
         return env._env.sim.get_state().flatten(), state
 
     first, second, third = episode(lift, 3), episode(lift, 4), episode(lift, 3)
@@ -145,7 +146,7 @@ def test_actions_move_the_arm_and_close_the_gripper(lift: arm.PandaEnvironment) 
     before = lift.reset(0).state
     for _ in range(3):
         # Beyond [-1, 1] is as good as 1.
-        after = lift.step(np.array([0, 9.0, 0, 0, 0, 0, 1])).sight.state
+        after = lift.step(np.array([0, 9.0, 0, 0, 0, 0, 1])).observation.state
     assert after[1] - before[1] > 0.02 > abs(after[0] - before[0])
     width = slice(12, 14)
     assert np.abs(after[width]).sum() < np.abs(before[width]).sum() - 0.01

@@ -11,8 +11,9 @@ import types
 import numpy as np
 import pytest
 
-from como_jax.envs.build import EnvironmentOptions, environment_names, make_environment
+from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.metaworld import CAMERAS, INSTRUCTIONS, TASKS
+from como_jax.envs.registry import environment_names, make_environment
 from como_jax.errors import ConfigError
 
 
@@ -39,9 +40,9 @@ def make(request):
 
 def play(environment, seed, steps=4):
     """Pictures and states of an episode's first steps under the expert."""
-    sights = [environment.reset(seed)]
-    sights += [environment.step(environment.expert_action()).sight for _ in range(steps)]
-    return np.stack([s.images["corner4"] for s in sights]), np.stack([s.state for s in sights])
+    observations = [environment.reset(seed)]
+    observations += [environment.step(environment.expert_action()).observation for _ in range(steps)]
+    return np.stack([s.images["corner4"] for s in observations]), np.stack([s.state for s in observations])
 
 
 def cyan_finger(image):
@@ -90,9 +91,9 @@ def test_missing_opengl_is_named_with_its_packages(monkeypatch, tmp_path):
         ({"cameras": ("front",)}, "no camera front: corner4, corner, corner2"),
         ({"cameras": ("corner", "corner")}, "a camera is named twice: corner, corner"),
         ({"image_size": 8}, "pictures of 16 to 512 pixels, not 8"),
-        ({"settings": {"action_repeat": "0"}}, "action_repeat=0: must be a whole number from 1 on"),
+        ({"settings": {"action_repeat": "0"}}, "action_repeat=0: must be a whole number, 1 or more"),
         ({"settings": {"action_repeat": "two"}}, "action_repeat=two: must be"),
-        ({"settings": {"repeat": "2"}}, "--env_setting repeat: this environment has action_repeat"),
+        ({"settings": {"repeat": "2"}}, "setting repeat: this environment has action_repeat"),
     ],
 )
 def test_options_that_cannot_be_followed(options, message):
@@ -103,7 +104,8 @@ def test_options_that_cannot_be_followed(options, message):
 def test_opengl_that_fails_later_is_named_too(make):
     make()
     code = """if True:
-        from como_jax.envs.build import EnvironmentOptions, make_environment
+        from como_jax.envs.base import EnvironmentOptions
+from como_jax.envs.registry import make_environment
         try:
             make_environment("metaworld:reach-v3", EnvironmentOptions())
         except ValueError as error:
@@ -145,7 +147,7 @@ def test_the_first_picture_shows_where_things_lie_now(make):
     environment.reset(1)
     for seed in (2, 3):
         first = environment.reset(seed).images["corner4"].astype(int)
-        second = environment.step(np.array([0, 0, 0, -1])).sight.images["corner4"]
+        second = environment.step(np.array([0, 0, 0, -1])).observation.images["corner4"]
         # The hand stands still for a step, and so must the drawer: 0.5 as it is, and 1.3 for one that jumps.
         assert np.abs(first - second).max(axis=-1).mean() < 0.9
 
@@ -156,7 +158,7 @@ def test_steps_of_two_environments_can_alternate(make):
     images = [one.reset(3).images["corner4"]]
     other.reset(4)
     for _ in range(4):
-        images.append(one.step(one.expert_action()).sight.images["corner4"])
+        images.append(one.step(one.expert_action()).observation.images["corner4"])
         other.step(other.expert_action())
     np.testing.assert_array_equal(images, alone)
 
@@ -166,11 +168,11 @@ def test_pictures_are_upright_not_mirrored_and_rgb(make, camera, away):
     environment = make(image_size=128, cameras=(camera,), action_repeat="5")
     start = cyan_finger(environment.reset(0).images[camera])
     for _ in range(3):
-        raised = environment.step(np.array([0, 0, 1, -1])).sight
+        raised = environment.step(np.array([0, 0, 1, -1])).observation
     assert cyan_finger(raised.images[camera])[0] < start[0] - 2
     environment.reset(0)
     for _ in range(3):
-        moved = environment.step(np.array([0, 1, 0, -1])).sight
+        moved = environment.step(np.array([0, 1, 0, -1])).observation
     # The robot stands at the left in these pictures, but at the right for the corner on the other side.
     assert away * (cyan_finger(moved.images[camera])[1] - start[1]) > 1
 
@@ -204,9 +206,9 @@ def test_an_action_is_repeated(make):
     assert (once.spec.control_rate, thrice.spec.control_rate) == pytest.approx((80, 80 / 3))
     np.testing.assert_array_equal(once.reset(1).state, thrice.reset(1).state)
     action = np.array([0.3, -0.2, 0.5, 1.0], np.float32)
-    states = [once.step(action).sight.state for _ in range(6)]
-    np.testing.assert_array_equal(states[2], thrice.step(action).sight.state)
-    np.testing.assert_array_equal(states[5], thrice.step(action).sight.state)
+    states = [once.step(action).observation.state for _ in range(6)]
+    np.testing.assert_array_equal(states[2], thrice.step(action).observation.state)
+    np.testing.assert_array_equal(states[5], thrice.step(action).observation.state)
 
 
 def test_state_is_the_hand_and_how_far_it_is_open(make):
@@ -214,7 +216,7 @@ def test_state_is_the_hand_and_how_far_it_is_open(make):
     start = environment.reset(0)
     assert start.state.shape == (4,) and start.state.dtype == np.float32
     for _ in range(4):
-        state = environment.step(np.array([0.0, 0.0, 1.0, 1.0])).sight.state
+        state = environment.step(np.array([0.0, 0.0, 1.0, 1.0])).observation.state
     assert state[2] > start.state[2] + 0.05
     assert 0 <= state[3] < start.state[3] - 0.2 <= 1
 
@@ -222,8 +224,8 @@ def test_state_is_the_hand_and_how_far_it_is_open(make):
 def test_actions_are_clipped_and_checked(make):
     environment, other = make(image_size=16), make(image_size=16)
     environment.reset(0), other.reset(0)
-    large = environment.step(np.array([9.0, -9.0, 0.0, 5.0])).sight.state
-    np.testing.assert_array_equal(large, other.step(np.array([1.0, -1.0, 0.0, 1.0])).sight.state)
+    large = environment.step(np.array([9.0, -9.0, 0.0, 5.0])).observation.state
+    np.testing.assert_array_equal(large, other.step(np.array([1.0, -1.0, 0.0, 1.0])).observation.state)
     for action in (np.zeros(3), np.zeros((1, 4)), np.array([0, 0, np.nan, 0])):
         with pytest.raises(ValueError, match="4 finite numbers"):
             environment.step(action)

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from como_jax.envs.build import EnvironmentOptions, make_environment
+from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.pusht import PushTEnvironment
+from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
 
 needs_pusht = pytest.mark.skipif(
@@ -50,8 +51,11 @@ def test_options_that_cannot_be_followed_are_refused(options: dict[str, object],
 def test_equal_seeds_give_equal_episodes() -> None:
     def episode(env: PushTEnvironment, seed: int) -> list[np.ndarray]:
         start = env.reset(seed)
-        sights = [start] + [env.step(np.array([256.0, 10 * step])).sight for step in range(10)]
-        return [np.stack([sight.images["image"] for sight in sights]), np.stack([sight.state for sight in sights])]
+        observations = [start] + [env.step(np.array([256.0, 10 * step])).observation for step in range(10)]
+        return [
+            np.stack([observation.images["image"] for observation in observations]),
+            np.stack([observation.state for observation in observations]),
+        ]
 
     env, other = make(), make()
     first, second, third = episode(env, 1), episode(env, 2), episode(other, 1)
@@ -67,9 +71,9 @@ def test_the_agent_goes_where_it_is_sent_and_is_seen_there(size: int) -> None:
     env.reset(0)
     put(env, 100, 100, 300, 300, 0)
     for _ in range(20):
-        sight = env.step(np.array([400.0, 80.0])).sight
-    np.testing.assert_allclose(sight.state, [400, 80], atol=2)
-    picture = sight.images["image"].astype(int)
+        observation = env.step(np.array([400.0, 80.0])).observation
+    np.testing.assert_allclose(observation.state, [400, 80], atol=2)
+    picture = observation.images["image"].astype(int)
     assert picture.shape == (size, size, 3)
     blue = picture[..., 2] - picture[..., 0] > 80
     rows, columns = np.nonzero(blue)
@@ -110,5 +114,5 @@ def test_actions_beyond_the_board_lead_to_its_border() -> None:
     far, border = make(), make()
     for env in (far, border):
         env.reset(3)
-    sights = far.step(np.array([9e9, -5.0])).sight, border.step(np.array([512.0, 0.0])).sight
-    np.testing.assert_array_equal(sights[0].state, sights[1].state)
+    observations = far.step(np.array([9e9, -5.0])).observation, border.step(np.array([512.0, 0.0])).observation
+    np.testing.assert_array_equal(observations[0].state, observations[1].state)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from como_jax.envs.base import EnvironmentSpec, Sight, StepResult
-from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult
 from como_jax.errors import ConfigError
 from como_jax.policies.spec import PolicySpec, Scene
 
@@ -44,12 +43,12 @@ class Line:
         max_steps = options.max_steps or MAX_STEPS
         self.spec = EnvironmentSpec(name, ("front",), 2, 3, 10.0, max_steps)
 
-    def reset(self, seed: int) -> Sight:
+    def reset(self, seed: int) -> Observation:
         self._seed, self._steps = seed, 0
         self._place = float(np.random.default_rng(seed).uniform(0, 5))
         if self._task == "unlucky" and seed % 2:
             raise RuntimeError("fell at the start")
-        return self._sight()
+        return self._observe()
 
     def step(self, action: np.ndarray) -> StepResult:
         self._steps += 1
@@ -57,7 +56,7 @@ class Line:
             {"exit": lambda: os._exit(7), "hang": lambda: time.sleep(60), "raise": self._stumble}.get(self._task, int)()
         self._place += float(action.sum())
         solved = self._place > 10
-        return StepResult(self._sight(), solved, solved or self._steps == self.spec.max_steps)
+        return StepResult(self._observe(), solved, solved or self._steps == self.spec.max_steps)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -65,9 +64,9 @@ class Line:
     def _stumble(self) -> None:
         raise ValueError("stumbled\nover two lines")
 
-    def _sight(self) -> Sight:
+    def _observe(self) -> Observation:
         image = np.full((self._size, self._size, 3), int(10 * self._place) % 256, np.uint8)
-        return Sight({"front": image}, np.array([self._place, self._steps, 0], np.float32))
+        return Observation({"front": image}, np.array([self._place, self._steps, 0], np.float32))
 
 
 def always_exit(name: str, options: EnvironmentOptions) -> None:

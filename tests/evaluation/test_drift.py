@@ -8,9 +8,8 @@ from scipy import linalg
 from sklearn.covariance import OAS
 
 from como_jax.evaluation.latents import statistics as latent_statistics
-from como_jax.evaluation.latents.drift import FAR, LIKE, SHIFTED, UNKNOWN, compare
-from como_jax.evaluation.latents.drift_figure import components, drift_figure
-from como_jax.evaluation.latents.spread import effective_rank, principal_components
+from como_jax.evaluation.latents.drift import FAR, LIKE, SHIFTED, UNKNOWN, compare, components, drift_figure
+from como_jax.evaluation.latents.measures import effective_rank, principal_components
 from como_jax.evaluation.latents.statistics import DriftError, LatentStatistics, LatentSums
 
 SIZE = 6

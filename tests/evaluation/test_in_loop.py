@@ -10,8 +10,8 @@ from como_jax.data.clips import gap_steps
 from como_jax.data.mixture import MixtureEntry
 from como_jax.data.transforms import decode_jpeg
 from como_jax.evaluation.latents.in_loop import EvaluationConfig, MaeEvaluator, MotionEvaluator
+from como_jax.evaluation.latents.measures import effective_rank
 from como_jax.evaluation.latents.probes import linear_probe
-from como_jax.evaluation.latents.spread import effective_rank
 from como_jax.evaluation.latents.transitions import EvaluationSet
 from como_jax.motion.mae import Mae
 from como_jax.nn.model_def import ModelDef

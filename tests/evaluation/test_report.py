@@ -14,7 +14,7 @@ from PIL import Image
 
 from como_jax.data.mixture import MixtureEntry
 from como_jax.evaluation import figures, report
-from como_jax.evaluation.latents.transfer import transfer_motion
+from como_jax.evaluation.latents.measures import transfer_motion
 from como_jax.evaluation.latents.transitions import DatasetResult, EvaluationSet, Transitions, measure, summarize
 from como_jax.evaluation.report import Report, TransferStrip, transfer_strips, write_report
 

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from como_jax.envs.base import EnvironmentSpec
-from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec
 from como_jax.errors import ConfigError, NonFiniteError
 from como_jax.evaluation.rollouts.checks import check_compatible
 from como_jax.evaluation.rollouts.rollout import (

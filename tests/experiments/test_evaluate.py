@@ -176,11 +176,11 @@ def test_labels_that_cannot_be_compared_are_refused(
             evaluate(run, None, tmp_path / "out", **SIZES, labelled=text or None, action_classes=classes)
 
     first, second = labelled
-    refused(DatasetError, "--labelled .*robot names no two datasets", first)
+    refused(DatasetError, "1 labelled dataset cannot be compared", first)
     refused(DatasetError, "tabletop .* has no latents; label it", first, tabletop_dataset)
     refused(DatasetError, "nowhere is not a dataset directory", first, Path("/nowhere"))
     refused(ConfigError, "--action_classes .* pass both", classes=tmp_path / "classes.json")
-    refused(ConfigError, "--action_classes .* cannot be read", *labelled, classes=tmp_path / "classes.json")
+    refused(ConfigError, "action classes .* cannot be read", *labelled, classes=tmp_path / "classes.json")
     (tmp_path / "classes.json").write_text('["push"]')
     refused(ConfigError, "classes.json must be an object of strings", *labelled, classes=tmp_path / "classes.json")
 

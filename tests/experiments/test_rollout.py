@@ -81,7 +81,7 @@ def test_equal_rollouts_are_equal_and_get_directories_of_their_own(tmp_path: Pat
 def test_what_does_not_fit_is_refused_by_name_and_leaves_nothing(tmp_path: Path, policy: FakeRunner):
     for arguments, words in [
         ({"env": "tabletop:reech"}, "did you mean reach"),
-        ({"env": "tabletop:reach", "settings": {"colour": "red"}}, "--env_setting colour"),
+        ({"env": "tabletop:reach", "settings": {"colour": "red"}}, "setting colour"),
         ({"env": "tabletop:reach", "image_size": 16}, "image_size"),
     ]:
         with pytest.raises(ConfigError, match=words):

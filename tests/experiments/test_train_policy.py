@@ -291,7 +291,7 @@ def test_data_that_teaches_nothing_to_do_is_refused(robot_dataset: Path, labelle
     [
         ({"evaluation.env": "tabletop:reech"}, "did you mean reach"),
         ({"evaluation.env": "tabletop:reach", "evaluation.execute": 5}, "--execute 5: .* chunks of 4 steps"),
-        ({"evaluation.env": "tabletop:reach", "evaluation.env_settings": ("colour=red",)}, "--env_setting colour"),
+        ({"evaluation.env": "tabletop:reach", "evaluation.env_settings": ("colour=red",)}, "setting colour"),
     ],
 )
 def test_an_environment_that_does_not_fit_is_refused_before_training(

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from como_jax.convert.catalog import BUILDERS, make_settings
-from como_jax.labelling.labelling import DatasetLabeller
-from como_jax.labelling.provenance import LabelSettings
+from como_jax.labelling.labelling import DatasetLabeller, LabelSettings
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run
 

@@ -163,7 +163,7 @@ def test_the_dataset_itself_is_no_place_for_its_labels(run: Run, few: Path, tmp_
     data = tmp_path / "few"
     shutil.copytree(few, data)
     before = identities(data)
-    with pytest.raises(OutputError, match=f"--out .* lies in the dataset --data {data}"):
+    with pytest.raises(OutputError, match=f"output .* lies in the dataset {data}"):
         label(run, data, data / inside, overwrite=True)
     assert identities(data) == before
 
@@ -197,7 +197,7 @@ def test_a_shard_without_a_readable_picture_is_an_error_and_the_rest_is_kept(
     shutil.copytree(few, broken)
     (val,) = broken.glob("*-val.array_record-*")
     val.write_bytes(b"")
-    with pytest.raises(DatasetError, match=f"{broken}: no picture of shard val-00000-of-00001 can be read"):
+    with pytest.raises(DatasetError, match=f"{broken}: no image of shard val-00000-of-00001 can be read"):
         label(run, broken, tmp_path / "few")
     assert len(list((tmp_path / "few.partial" / "done").iterdir())) == 3
 
@@ -273,7 +273,7 @@ def test_a_full_disk_leaves_what_is_finished_and_says_so(
         patch.setattr(shards, "write_atomic", fill_up)
         label(run, few, out)
     assert "No space left on device" in str(error.value)
-    assert f"2 of 4 shards are finished and kept in {out}.partial; the same command goes on" in str(error.value)
+    assert f"2 of 4 shards are finished and kept in {out}.partial; the same command resumes" in str(error.value)
     kept = identities(tmp_path / "few.partial" / "dataset")
     assert len(kept) == 2
     label(run, few, out)

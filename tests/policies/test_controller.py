@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from como_jax.envs.base import Sight
+from como_jax.envs.base import Observation
 from como_jax.errors import ConfigError, NonFiniteError
 from como_jax.policies.controller import ControlConfig, Controller
 from como_jax.policies.spec import PolicySpec
@@ -25,8 +25,8 @@ SPEC = PolicySpec(
 )
 
 
-def sight(time: int) -> Sight:
-    return Sight({"front": np.full((4, 4, 3), time, np.uint8)}, np.array([time], np.float32))
+def observation(time: int) -> Observation:
+    return Observation({"front": np.full((4, 4, 3), time, np.uint8)}, np.array([time], np.float32))
 
 
 def predict(time: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def play(config: ControlConfig, steps: int) -> tuple[np.ndarray, list[int]]:
     """The actions taken, and the steps at which a chunk was asked for."""
     controller, asked, actions = Controller(SPEC, config, "go"), [], []
     for time in range(steps):
-        controller.observe(sight(time))
+        controller.observe(observation(time))
         if controller.needs_chunk():
             asked.append(time)
             controller.add_chunk(predict(time))
@@ -51,7 +51,7 @@ def test_the_history_strides_back_and_repeats_the_first_sight():
     controller = Controller(SPEC, ControlConfig(1), "go left")
     seen = []
     for time in range(7):
-        controller.observe(sight(time))
+        controller.observe(observation(time))
         scene = controller.scene()
         assert scene.states.shape == (3, 1) and scene.states.dtype == np.float32
         assert [image["front"][0, 0, 0] for image in scene.images] == scene.states[:, 0].tolist()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from como_jax.envs.base import Sight
+from como_jax.envs.base import Observation
 from como_jax.errors import ConversionError, RunError
 from como_jax.policies.controller import ControlConfig, Controller
 from como_jax.weights.policies import describe_policy
@@ -110,12 +110,14 @@ def test_weights_of_every_kind_of_head_are_loaded_and_read_back(variant: str, tm
     assert all(action.shape == (ACTION_SIZE,) and np.isfinite(action).all() for action in actions)
 
 
-def sights(count: int, seed: int) -> list[Sight]:
+def observations(count: int, seed: int) -> list[Observation]:
     """What an environment shows, in pictures that have to be cut and resized."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, 2, 40, 60, 3), dtype=np.uint8)
     states = rng.uniform(-1, 1, (count, STATE_SIZE)).astype(np.float32)
-    return [Sight({"top": top, "wrist": wrist}, state) for (top, wrist), state in zip(images, states, strict=True)]
+    return [
+        Observation({"top": top, "wrist": wrist}, state) for (top, wrist), state in zip(images, states, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("ensemble", (None, 0.1))
@@ -125,24 +127,24 @@ def test_sessions_act_as_the_controllers_of_rollouts_do(guided: Exported, ensemb
     controllers = [Controller(runner.spec, ControlConfig(2, ensemble), text) for text in TEXTS]
     sessions = [policy.new_session() for _ in TEXTS]
     noise = list(draw_noise(policy.config.model, keys))
-    for step, seen in enumerate(zip(sights(7, 0), sights(7, 1), strict=True)):
-        for controller, sight in zip(controllers, seen, strict=True):
-            controller.observe(sight)
+    for step, seen in enumerate(zip(observations(7, 0), observations(7, 1), strict=True)):
+        for controller, observation in zip(controllers, seen, strict=True):
+            controller.observe(observation)
         assert all(controller.needs_chunk() == (step % 2 == 0) for controller in controllers)
         if controllers[0].needs_chunk():
             with jax.default_matmul_precision("highest"):
                 chunks = runner.sample([controller.scene() for controller in controllers], [(s,) for s in SEEDS])
             for controller, chunk in zip(controllers, chunks, strict=True):
                 controller.add_chunk(chunk)
-        for number, (session, sight, text) in enumerate(zip(sessions, seen, TEXTS, strict=True)):
+        for number, (session, observation, text) in enumerate(zip(sessions, seen, TEXTS, strict=True)):
             given = GivenNoise(part[number : number + 1] for part in noise)
-            action = session.act({"images": sight.images, "state": sight.state}, text, given)
+            action = session.act({"images": observation.images, "state": observation.state}, text, given)
             np.testing.assert_allclose(action, controllers[number].next_action(), rtol=1e-4, atol=1e-5)
 
 
 def observation(seed: int = 0) -> dict[str, Any]:
-    [sight] = sights(1, seed)
-    return {"images": dict(sight.images), "state": sight.state}
+    [observation] = observations(1, seed)
+    return {"images": dict(observation.images), "state": observation.state}
 
 
 def test_equal_seeds_act_alike_and_a_reset_begins_again(guided: Exported) -> None:

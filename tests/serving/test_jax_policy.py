@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from como_jax.envs.base import Sight
+from como_jax.envs.base import Observation
 from como_jax.errors import ConfigError, RunError
 from como_jax.policies.controller import ControlConfig, Controller
 from como_jax.policies.spec import PolicySpec, Scene
@@ -63,7 +63,7 @@ def test_whole_chunks_follow_from_the_history_of_requests() -> None:
         assert {"step": 7, "action_horizon": 4, "action_dim": 2}.items() <= client.metadata.items()
         chunks = [client.infer(see(step))["actions"] for step in (1, 2, 3)]
         assert [chunk.shape for chunk in chunks] == [(4, 2)] * 3
-        # The first sight stands for the one before.
+        # The first observation stands for the one before.
         assert [chunk[:, 0].tolist() for chunk in chunks] == [[20, 21, 22, 23], [30, 31, 32, 33], [50, 51, 52, 53]]
         with pytest.raises(RequestError, match="not finite"):
             client.infer(see(4, "nan"))
@@ -85,7 +85,7 @@ def test_two_clients_at_once_have_queues_of_their_own(ensemble: float | None) ->
                     continue
                 found = client.infer(see(step + 100 * number))["actions"]
                 controller = controllers[number]
-                controller.observe(Sight({}, np.array([step + 100 * number])))
+                controller.observe(Observation({}, np.array([step + 100 * number])))
                 if controller.needs_chunk():
                     controller.add_chunk(reference.sample([controller.scene()], [()])[0])
                 np.testing.assert_array_equal(found, controller.next_action()[None])

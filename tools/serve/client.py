@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from como_jax import cli
-from como_jax.envs.build import EnvironmentOptions, environment_names, make_environment
+from como_jax.envs.base import EnvironmentOptions
+from como_jax.envs.registry import environment_names, make_environment
 from como_jax.serving.client import PolicyClient
 
 logger = logging.getLogger("como_jax.serve_client")
@@ -20,13 +21,13 @@ logger = logging.getLogger("como_jax.serve_client")
 def play(client: PolicyClient, env: str, seed: int = 0) -> bool:
     """Whether the policy solves an episode. Works with whole chunks and with chunks of one action alike."""
     environment = make_environment(env, EnvironmentOptions())
-    sight, done, success = environment.reset(seed), False, False
+    observation, done, success = environment.reset(seed), False, False
     while not done:
-        images = {f"observation/{camera}": image for camera, image in sight.images.items()}
-        answer = client.infer({**images, "observation/state": sight.state, "prompt": environment.instruction})
+        images = {f"observation/{camera}": image for camera, image in observation.images.items()}
+        answer = client.infer({**images, "observation/state": observation.state, "prompt": environment.instruction})
         for action in answer["actions"]:
             result = environment.step(action)
-            sight, done, success = result.sight, result.done, success or result.success
+            observation, done, success = result.observation, result.done, success or result.success
             if done:
                 break
     environment.close()

@@ -22,8 +22,7 @@ from como_jax.convert.metaworld.demonstrations import demonstrate
 from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode, Step
 from como_jax.envs import metaworld
-from como_jax.envs.build import EnvironmentOptions
-from como_jax.envs.seeds import SEED_STRIDE
+from como_jax.envs.base import SEED_STRIDE, EnvironmentOptions
 from como_jax.errors import ConfigError
 
 # Each takes 90 MB and 0.4 seconds to make, about as long as a demonstration.
@@ -107,18 +106,20 @@ class MetaWorldDemonstrations(EpisodeBuilder):
         recorded, main = self.settings.actions, self.settings.camera[0]
         steps = [
             Step(
-                {name: images.encode_jpeg(image) for name, image in sight.images.items()},
-                sight.state if recorded else None,
+                {name: images.encode_jpeg(image) for name, image in observation.images.items()},
+                observation.state if recorded else None,
                 action if recorded else None,
             )
-            for sight, action in zip(demonstration.sights, demonstration.actions, strict=True)
+            for observation, action in zip(demonstration.observations, demonstration.actions, strict=True)
         ]
         yield Episode(
             episode_id=source.path,
             source_file=source.path,
             control_rate=environment.spec.control_rate,
             steps=steps,
-            motion=images.motion([images.thumbnail(sight.images[main]) for sight in demonstration.sights]),
+            motion=images.motion(
+                [images.thumbnail(observation.images[main]) for observation in demonstration.observations]
+            ),
             language_instruction=environment.instruction,
         )
 

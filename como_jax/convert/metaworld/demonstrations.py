@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from como_jax.envs.base import Environment, Sight
+from como_jax.envs.base import Environment, Observation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Demonstration:
     """One recorded episode of T steps.
 
     Attributes:
-      sights: T of them; the last picture, after which nothing is done, is left off.
-      actions: float32 `[T, A]`; `actions[t]` was executed after `sights[t]`.
+      observations: T of them; the last picture, after which nothing is done, is left off.
+      actions: float32 `[T, A]`; `actions[t]` was executed after `observations[t]`.
       success: whether the task was solved.
     """
 
-    sights: list[Sight]
+    observations: list[Observation]
     actions: np.ndarray
     success: bool
 
@@ -33,12 +33,12 @@ def demonstrate(environment: Environment, seed: int, noise: float = 0.0) -> Demo
       noise: standard deviation of Gaussian noise added to each action before it is executed and recorded.
     """
     rng = np.random.default_rng([seed, 2])
-    sights, actions, done, sight = [], [], False, environment.reset(seed)
+    observations, actions, done, observation = [], [], False, environment.reset(seed)
     while not done:
         action = environment.expert_action()
         action = np.clip(action + noise * rng.standard_normal(action.shape), -1.0, 1.0).astype(np.float32)
         result = environment.step(action)
-        sights.append(sight)
+        observations.append(observation)
         actions.append(action)
-        sight, done = result.sight, result.done
-    return Demonstration(sights, np.stack(actions), result.success)
+        observation, done = result.observation, result.done
+    return Demonstration(observations, np.stack(actions), result.success)

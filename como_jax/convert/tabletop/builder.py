@@ -18,7 +18,7 @@ from como_jax.convert.demonstrations import check_demonstrations
 from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode, Step
 from como_jax.envs import tabletop
-from como_jax.envs.seeds import SEED_STRIDE
+from como_jax.envs.base import SEED_STRIDE
 from como_jax.names import DEFAULT_CAMERA
 
 

@@ -1,7 +1,7 @@
 """LIBERO's tasks and robosuite's own, which share the arm, its controller and the actions.
 
 Both show what a dataset of `como_jax.convert.libero` holds: cameras of the same names, pictures turned the same way,
-the same states. Settings (`--env_setting`) have to be those that the policy's dataset was converted with:
+the same states. Settings have to be those that the policy's dataset was converted with:
 
 - `orientation`: rotate180 (the default), flip or stored, see the builder.
 - `state`: states to join, `ee_states,gripper_states` by default, see `como_jax.envs.libero.arm.STATES`.
@@ -14,7 +14,7 @@ the same states. Settings (`--env_setting`) have to be those that the policy's d
 
 from __future__ import annotations
 
-from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.libero import benchmark, own_tasks
 from como_jax.envs.libero.arm import PandaEnvironment, View
 

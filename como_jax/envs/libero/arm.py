@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from como_jax.envs.base import EnvironmentSpec, Sight, StepResult, check_action
-from como_jax.envs.build import EnvironmentOptions, missing_extra
+from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult, check_action, missing_extra
 from como_jax.errors import ConfigError, closest
 from como_jax.spec.images import resize
 
@@ -80,10 +79,10 @@ class View:
         orientation = settings.get("orientation", ORIENTATIONS[0])
         render_size = settings.get("render_size", str(_DEFAULT_RENDER_SIZE))
         _check_known("the camera", cameras, CAMERAS)
-        _check_known("--env_setting state", states, STATES)
-        _check_known("--env_setting orientation", (orientation,), ORIENTATIONS)
+        _check_known("setting state", states, STATES)
+        _check_known("setting orientation", (orientation,), ORIENTATIONS)
         if not (render_size.isdecimal() and 0 < int(render_size) <= _MAX_RENDER_SIZE):
-            raise ConfigError(f"--env_setting render_size={render_size}: must be from 1 to {_MAX_RENDER_SIZE}.")
+            raise ConfigError(f"setting render_size={render_size}: must be from 1 to {_MAX_RENDER_SIZE}.")
         return cls(cameras, options.image_size, int(render_size), orientation, states)
 
     @property
@@ -138,7 +137,7 @@ class PandaEnvironment:
             max_steps=max_steps or task.max_steps,
         )
 
-    def reset(self, seed: int) -> Sight:
+    def reset(self, seed: int) -> Observation:
         """Starts an episode, and waits until everything lies still."""
         self._steps = 0
         with _numpy_seeded(seed):
@@ -147,7 +146,7 @@ class PandaEnvironment:
                 self._restore(self._task.init_states[seed % len(self._task.init_states)])
             for _ in range(_SETTLING_STEPS):
                 observation, *_ = self._env.step(_OPEN_AND_STILL)
-        return self._sight(observation)
+        return self._observe(observation)
 
     @property
     def instruction(self) -> str:
@@ -164,7 +163,7 @@ class PandaEnvironment:
         self._steps += 1
         observation, *_ = self._env.step(np.clip(action, -1, 1))
         success = bool(self._env._check_success())
-        return StepResult(self._sight(observation), success, success or self._steps >= self.spec.max_steps)
+        return StepResult(self._observe(observation), success, success or self._steps >= self.spec.max_steps)
 
     def expert_action(self) -> np.ndarray:
         """There is no expert."""
@@ -197,10 +196,10 @@ class PandaEnvironment:
         self._env._post_process()
         self._env._update_observables(force=True)
 
-    def _sight(self, observation: Mapping[str, np.ndarray]) -> Sight:
+    def _observe(self, observation: Mapping[str, np.ndarray]) -> Observation:
         images = {name: self._view.picture(observation[f"{CAMERAS[name]}_image"]) for name in self._view.cameras}
         states = [self._state(name, observation) for name in self._view.states]
-        return Sight(images, np.concatenate([np.zeros(0), *states]).astype(np.float32))
+        return Observation(images, np.concatenate([np.zeros(0), *states]).astype(np.float32))
 
     def _state(self, name: str, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """One of `STATES`, computed as LIBERO's `create_dataset.py` does."""

@@ -55,7 +55,7 @@ def load(task: str, instruction: str = "problem") -> Task:
     """
     if instruction not in _INSTRUCTIONS:
         raise ConfigError(
-            f"--env_setting instruction={instruction}: must be {' or '.join(_INSTRUCTIONS)}"
+            f"setting instruction={instruction}: must be {' or '.join(_INSTRUCTIONS)}"
             f"{closest(instruction, _INSTRUCTIONS)}"
         )
     suite, _, number = task.partition("/")

@@ -6,8 +6,7 @@ import warnings
 
 import numpy as np
 
-from como_jax.envs.base import EnvironmentSpec, Sight, StepResult, check_action
-from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult, check_action
 from como_jax.envs.metaworld.camera import CAMERAS, Cameras, check_cameras, check_image_size
 from como_jax.envs.metaworld.instructions import INSTRUCTIONS, TASKS
 from como_jax.envs.metaworld.simulator import load_mujoco, make_expert, make_simulator
@@ -68,7 +67,7 @@ class MetaWorldEnvironment:
             max_steps=max_steps,
         )
 
-    def reset(self, seed: int) -> Sight:
+    def reset(self, seed: int) -> Observation:
         """Starts an episode."""
         self._simulator.seed(seed)
         self._simulator.reset()
@@ -77,7 +76,7 @@ class MetaWorldEnvironment:
         load_mujoco().mj_forward(self._simulator.model, self._simulator.data)
         self._simulator._prev_obs = self._simulator._get_curr_obs_combined_no_goal()
         self._observation, self._num_steps = self._simulator._get_obs(), 0
-        return self._sight()
+        return self._observe()
 
     @property
     def instruction(self) -> str:
@@ -98,7 +97,7 @@ class MetaWorldEnvironment:
             if success:
                 break
         self._num_steps += 1
-        return StepResult(self._sight(), success, success or self._num_steps >= self.spec.max_steps)
+        return StepResult(self._observe(), success, success or self._num_steps >= self.spec.max_steps)
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action, which depends on what it sees now alone."""
@@ -113,11 +112,11 @@ class MetaWorldEnvironment:
         self._cameras.close()
         self._simulator.close()
 
-    def _sight(self) -> Sight:
-        return Sight(self._cameras.render(), self._observation[:STATE_SIZE].astype(np.float32))
+    def _observe(self) -> Observation:
+        return Observation(self._cameras.render(), self._observation[:STATE_SIZE].astype(np.float32))
 
 
 def _action_repeat(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ConfigError(f"--env_setting action_repeat={text}: must be a whole number from 1 on.")
+        raise ConfigError(f"setting action_repeat={text}: must be a whole number, 1 or more.")
     return int(text)

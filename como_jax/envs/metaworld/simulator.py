@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from como_jax.envs.build import missing_extra
+from como_jax.envs.base import missing_extra
 from como_jax.errors import ConfigError
 
 _GL_PACKAGES = "libosmesa6 libegl1 libgl1 libegl-mesa0 libgles2"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from como_jax.envs import tabletop
-from como_jax.envs.base import EnvironmentSpec, Sight, StepResult
-from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult
 from como_jax.errors import ConfigError
 from como_jax.names import DEFAULT_CAMERA
 
@@ -33,7 +32,7 @@ class TabletopEnvironment:
     def __init__(self, task: str, options: EnvironmentOptions):
         look = options.take("look").get("look", "plain")
         if look not in tabletop.LOOKS:
-            raise ConfigError(f"--env_setting look={look}: there are {', '.join(tabletop.LOOKS)}.")
+            raise ConfigError(f"setting look={look}: there are {', '.join(tabletop.LOOKS)}.")
         cameras = options.cameras or (DEFAULT_CAMERA,)
         if cameras != (DEFAULT_CAMERA,):
             raise ConfigError(f"The tabletop has one camera, {DEFAULT_CAMERA}, not {', '.join(cameras)}.")
@@ -51,9 +50,9 @@ class TabletopEnvironment:
             max_steps=max_steps,
         )
 
-    def reset(self, seed: int) -> Sight:
+    def reset(self, seed: int) -> Observation:
         """Starts an episode."""
-        return _sight(self._env.reset(seed=seed)[0])
+        return _observe(self._env.reset(seed=seed)[0])
 
     @property
     def instruction(self) -> str:
@@ -63,7 +62,7 @@ class TabletopEnvironment:
     def step(self, action: np.ndarray) -> StepResult:
         """Executes an action; see `Tabletop.step`."""
         observation, _, success, truncated, _ = self._env.step(action)
-        return StepResult(_sight(observation), success, success or truncated)
+        return StepResult(_observe(observation), success, success or truncated)
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action."""
@@ -73,5 +72,5 @@ class TabletopEnvironment:
         """Nothing is held."""
 
 
-def _sight(observation: dict[str, np.ndarray]) -> Sight:
-    return Sight({DEFAULT_CAMERA: observation["image"]}, observation["state"])
+def _observe(observation: dict[str, np.ndarray]) -> Observation:
+    return Observation({DEFAULT_CAMERA: observation["image"]}, observation["state"])

@@ -1,22 +1,30 @@
-"""Does one action have one latent in every domain (CoMo, Figure 4)? The measure of what may transfer between them.
+"""Does an action have the same latents in every domain (CoMo, Figure 4)? What may transfer between domains follows.
 
-Labelled steps are cut into segments of consecutive latents, and segments of the same instruction are compared with
-segments of other instructions, within a domain and between two. A segment is the mean of its latents: a mean does not
-mind that one robot begins the action a step later than another, which latents one behind the other would. Axes:
-E episodes of a domain, D latent size, K domains.
+A domain is a labelled dataset. Its steps are cut into segments of consecutive latents, and segments of the same
+instruction are compared with segments of other instructions, within a domain and between two. A segment is the mean of
+its latents: unlike a sequence of latents, a mean does not change when one robot begins the action a step later than
+another. Axes: E episodes of a domain, D numbers of a latent, K domains.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from como_jax.data.label_info import LABELS_NAME
+from como_jax.data.mixture import MixtureEntry
 from como_jax.data.sources import EpisodeSource
-from como_jax.errors import DatasetError
+from como_jax.errors import ConfigError, DatasetError
+from como_jax.files import write_atomic, write_json
+
+MATRIX_NAME, FIGURE_NAME = "domains.json", "domains.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +33,9 @@ class Domain:
 
     Attributes:
       name: of the domain.
-      direction: float64 `[E, D]`, mean over an episode's segments of their unit vectors, so that the scalar product of
-        two episodes is the mean cosine between their segments.
-      action: one instruction, or action class, an episode.
+      direction: float64 `[E, D]`, the mean of the unit vectors of an episode's segments. The scalar product of two
+        episodes is therefore the mean cosine between their segments.
+      action: one instruction, or class of instructions, per episode.
       notes: what was left out, and why.
     """
 
@@ -43,9 +51,9 @@ class TransferMatrix:
 
     Attributes:
       names: of the domains.
-      same: of segments of the same action; never of one episode with itself.
-      other: of segments of different actions.
-      p_value: one-sided, of a gap at least this large had the episodes been given their instructions at random.
+      same: between segments of the same action; an episode is never compared with itself.
+      other: between segments of different actions.
+      p_value: one-sided; how likely a gap this large would be if the episodes had instructions at random.
       common: int64, the number of actions that both domains have.
       notes: why cells are nan, and what was left out.
     """
@@ -59,7 +67,7 @@ class TransferMatrix:
 
     @property
     def gap(self) -> np.ndarray:
-        """By how much the same action is more alike than different ones; 0 when nothing is shared."""
+        """How much more alike the same action is than different ones; 0 where the domains share nothing."""
         return self.same - self.other
 
 
@@ -72,26 +80,26 @@ def transfer_matrix(
     permutations: int = 999,
     seed: int = 0,
 ) -> TransferMatrix:
-    """Compares the latents of all domains, labelled by one model.
+    """Compares the latents of all domains, which must have been labelled by the same model.
 
     Every action counts the same, and so does every episode of an action. The p-value permutes instructions among the
-    episodes of a domain, not among segments, since those of one episode are no independent evidence.
+    episodes of a domain, not among segments, since the segments of one episode are not independent.
 
     Args:
       sources: labelled datasets by the name of their domain.
-      steps: latents of a segment; segments do not overlap, and all their latents are valid.
-      action_classes: the action that an instruction stands for; an instruction that it lacks stands for itself.
-        Instructions are the same if they are so but for case and spaces.
-      centered: subtract the mean latent of every domain. What is common to all actions of a domain, its scene and
-        camera, would otherwise make all its segments alike and hide what tells the actions apart.
-      permutations: of the test; the smallest p-value is 1 / (permutations + 1).
+      steps: latents per segment; segments do not overlap, and all their latents are valid.
+      action_classes: the action that an instruction stands for; an instruction without an entry stands for itself.
+        Instructions that differ in case and spaces alone are the same.
+      centered: whether to subtract the mean latent of every domain. What all actions of a domain have in common, its
+        scene and camera, would otherwise make all its segments alike and hide how the actions differ.
+      permutations: number of permutations of the test; the smallest p-value is 1 / (permutations + 1).
       seed: of the permutations.
 
     Raises:
       DatasetError: a dataset without labels, or labels of different sizes.
     """
     if not sources or steps < 1 or permutations < 1:
-        raise DatasetError("a transfer matrix needs at least one dataset, steps and permutations of at least 1.")
+        raise DatasetError("a transfer matrix needs at least one dataset, and steps and permutations of at least 1.")
     classes = {_normalize(key): _normalize(value) for key, value in (action_classes or {}).items()}
     known = {_normalize(text) for source in sources.values() for text in source.instruction}
     notes = [f"no episode has the instruction {key!r} of action_classes." for key in sorted(classes.keys() - known)]
@@ -117,6 +125,59 @@ def transfer_figure(matrix: TransferMatrix) -> Figure:
     _heat_map(right, matrix.names, matrix.gap, numbers)
     right.set_title("same less different action", fontsize="medium")
     return figure
+
+
+def compare_labelled(
+    directories: Sequence[epath.PathLike], action_classes: Mapping[str, str] | None, parameters: str, notes: list[str]
+) -> TransferMatrix:
+    """Compares the training episodes of labelled datasets, or the held-out ones of a dataset without others.
+
+    Args:
+      directories: the datasets, each a domain with the name of its directory.
+      action_classes: see `transfer_matrix`.
+      parameters: digest of the evaluated model's parameters, as labels.json has it.
+      notes: gets a line where labels are of another model or their origin is unknown.
+
+    Raises:
+      DatasetError: fewer than two datasets, one without labels, or labels of different models or gaps.
+    """
+    directories = [epath.Path(directory) for directory in directories]
+    if len(directories) < 2:
+        raise DatasetError(
+            f"{len(directories)} labelled dataset cannot be compared: transfer is measured between two or more."
+        )
+    names = [directory.name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [f"{number}_{name}" for number, name in enumerate(names)]
+    sources = {name: _open(directory) for name, directory in zip(names, directories, strict=True)}
+    matrix = transfer_matrix(sources, action_classes=action_classes)
+    _check_origins(directories, parameters, notes)
+    return matrix
+
+
+def read_action_classes(path: epath.PathLike) -> dict[str, str]:
+    """The action that each instruction stands for, from a JSON file `{"INSTRUCTION": "ACTION"}`.
+
+    Raises:
+      ConfigError: the file cannot be read or holds something else.
+    """
+    try:
+        classes = json.loads(epath.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"action classes {path} cannot be read: {error}") from error
+    if not isinstance(classes, dict) or not all(isinstance(value, str) for value in classes.values()):
+        raise ConfigError(f'action classes {path} must be an object of strings: {{"INSTRUCTION": "ACTION"}}.')
+    return classes
+
+
+def write_matrix(out: epath.Path, matrix: TransferMatrix) -> None:
+    """Writes domains.json, with null where nothing is compared, and domains.png."""
+    content: dict[str, Any] = {"names": matrix.names}
+    for name in ("same", "other", "gap", "p_value", "common"):
+        content[name] = [[None if np.isnan(x) else x.item() for x in row] for row in getattr(matrix, name)]
+    write_json(out / MATRIX_NAME, {**content, "notes": matrix.notes})
+    figure = transfer_figure(matrix)
+    write_atomic(out / FIGURE_NAME, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def segment_means(latent: np.ndarray, valid: np.ndarray, steps: int) -> np.ndarray:
@@ -157,7 +218,7 @@ def _directions(segments: list[np.ndarray], size: int, centered: bool) -> np.nda
     """Mean unit vectors `[E, D]` of the episodes' segments, `[M_e, D]` each; a zero segment has none."""
     if not segments:
         return np.zeros((0, size))
-    # Over episodes, whatever their actions, so that permuting the actions leaves it as it is.
+    # The mean over episodes, whatever their actions: permuting the actions does not change it.
     center = np.mean([means.mean(axis=0) for means in segments], axis=0) if centered else np.zeros(size)
     return np.stack([_unit(means - center).mean(axis=0) for means in segments])
 
@@ -228,7 +289,7 @@ class _Pair:
             same, other = self.means(action if self.within else self.first_action, action)
             gaps.append(same - other)
         same, other = self.means(self.first_action, self.second_action)
-        # Permutations that change nothing must count, whatever the rounding.
+        # Permutations that change nothing must count in spite of rounding.
         return float((1 + np.sum(np.array(gaps) >= same - other - 1e-12)) / (1 + permutations))
 
 
@@ -250,3 +311,39 @@ def _heat_map(axes: Axes, names: tuple[str, ...], values: np.ndarray, texts: lis
         axes.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
     axes.set_yticks(range(len(names)), names, fontsize="small")
+
+
+def _open(directory: epath.Path) -> EpisodeSource:
+    entry = MixtureEntry(str(directory))
+    return EpisodeSource(directory, "val" if entry.has_split("val") and not entry.has_split("train") else "train")
+
+
+def _check_origins(directories: Sequence[epath.Path], parameters: str, notes: list[str]) -> None:
+    """Refuses latents of two models or of two gaps: they lie in spaces that have nothing to do with each other."""
+    origins = {directory: _origin(directory) for directory in directories}
+    known = {directory: origin for directory, origin in origins.items() if origin is not None}
+    notes += [
+        f"{directory}: it has no {LABELS_NAME}, so it is unknown whether its labels are of the same model."
+        for directory in origins.keys() - known.keys()
+    ]
+    for position, what in enumerate(("model", "gap_seconds")):
+        values = {directory: origin[position] for directory, origin in known.items()}
+        if len(set(values.values())) > 1:
+            first, *rest = values
+            other = next(directory for directory in rest if values[directory] != values[first])
+            raise DatasetError(
+                f"{first} and {other} are labelled with another {what} each; label all datasets with the same."
+            )
+    if any(origin[0] != parameters for origin in known.values()):
+        notes.append("Transfer between domains is of labels that another model than this made.")
+
+
+def _origin(directory: epath.Path) -> tuple[str, float] | None:
+    """Digest of the parameters and gap in seconds of the labels; None where nothing is known of them."""
+    try:
+        origin = json.loads((directory / LABELS_NAME).read_text())
+        return origin["parameters"], origin["settings"]["gap_seconds"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{directory / LABELS_NAME} is damaged: {error!r}; label the dataset again.") from error

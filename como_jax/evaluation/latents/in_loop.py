@@ -1,4 +1,4 @@
-"""What a run reports about itself while it trains: metrics and pictures on training and held-out episodes."""
+"""What a pretraining run measures while it trains: metrics and images of training and held-out episodes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from como_jax.evaluation.latents.measures import comparison_grid
 from como_jax.evaluation.latents.probes import ProbeError
-from como_jax.evaluation.latents.reconstruction import comparison_grid
 from como_jax.evaluation.latents.transitions import (
     EvaluationSet,
     TransitionRunner,
@@ -35,9 +35,9 @@ class EvaluationConfig:
     """Sizes of the in-loop evaluation.
 
     Attributes:
-      num_clips: of every dataset and split; each gives two transitions.
-      num_pictures: rows of the picture of predictions, of every dataset.
-      batch_size: clips at once.
+      num_clips: clips of every dataset and split; each has two transitions.
+      num_pictures: rows of predictions in the image of every dataset.
+      batch_size: clips per batch.
     """
 
     num_clips: int = 256
@@ -46,14 +46,14 @@ class EvaluationConfig:
 
 
 class MotionEvaluator:
-    """PSNR beside copying, LP-MSE beside the mean action, and S-PCFC, for a latent-motion model of any family."""
+    """PSNR, LP-MSE and S-PCFC of a latent-motion model, beside the scores of copying and of the mean action."""
 
     def __init__(self, model: ModelDef, sets: list[EvaluationSet], mesh: Mesh, config: EvaluationConfig):
         self._sets, self._config = sets, config
         self._run = TransitionRunner(model, mesh, config.batch_size)
 
     def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
-        """Evaluates, writes and returns `eval_<split>/<metric>`, and the same by dataset where there are several."""
+        """Evaluates, writes and returns `eval_<split>/<metric>`, and the same per dataset where there are several."""
         metrics: dict[str, float] = {}
         fitted: dict[str, Transitions] = {}
         for item in self._sets:
@@ -73,7 +73,7 @@ class MotionEvaluator:
 
 
 class MaeEvaluator:
-    """Masked-patch error and pictures of reconstructions."""
+    """Error of a masked autoencoder on masked patches, and images of its reconstructions."""
 
     def __init__(self, model: ModelDef, sets: list[EvaluationSet], mesh: Mesh, config: EvaluationConfig):
         self._sets, self._mesh, self._config = sets, mesh, config
@@ -108,7 +108,7 @@ class MaeEvaluator:
 
 
 def _probe(name: str, fitted: Transitions, held_out: Transitions) -> dict[str, float]:
-    """The probe's numbers, or none where it cannot be fitted, which must not end a run."""
+    """The probe's numbers, or none where it cannot be fitted: that must not end a run."""
     try:
         return probe_metrics(probe_transitions(fitted, held_out))
     except ProbeError as error:
@@ -119,7 +119,7 @@ def _probe(name: str, fitted: Transitions, held_out: Transitions) -> dict[str, f
 def with_means(metrics: dict[str, float]) -> dict[str, float]:
     """Adds `eval_<split>/<metric>`, the mean over the datasets of `eval_<split>/<dataset>/<metric>`.
 
-    The datasets' own are dropped when there is only one of each.
+    Where every metric has one dataset only, the means replace the metrics of the datasets.
     """
     groups: dict[str, list[float]] = {}
     for key, value in metrics.items():

@@ -1,7 +1,9 @@
-"""What is kept of many latents, in bounded memory: moments, range, a sample. Axes: N latents, D latent size.
+"""Statistics of many latents in bounded memory: moments, range, a sample. Axes: N latents, D numbers of a latent.
 
-Latents are added up in `FOLDS` parts that have no episode in common. What one part says of the others is how the
-statistics of a whole know their own error, whatever the latents of an episode have in common.
+Labelling sees latents shard by shard and on many hosts, so everything here can be computed in parts and combined.
+scikit-learn's PCA and OAS need all latents in one array, and its incremental scaler has no covariances; the tests
+compare with them. Latents are added up in `FOLDS` parts that have no episode in common: how far the parts differ from
+the whole tells the error of the statistics, whatever the latents of one episode have in common.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from como_jax.errors import UsageError
 
@@ -20,7 +23,7 @@ BLOCK = 128
 MAX_SAMPLE = 16384
 QUANTILE = 0.99
 RANGE = (0.001, 0.999)
-# Directions with less than this share of the mean variance, such as dead dimensions, hold rounding and decide nothing.
+# Directions with less than this share of the mean variance, such as dead dimensions, hold rounding errors alone.
 MIN_SHRINKAGE = 1e-4
 
 
@@ -30,7 +33,7 @@ class DriftError(UsageError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Of N latents: their number, mean `[D]` and scatter `[D, D]`, the sum of outer products of what is not mean."""
+    """Number, mean `[D]` and scatter `[D, D]` of N latents; the scatter is N times their covariance."""
 
     count: int
     mean: np.ndarray
@@ -41,7 +44,7 @@ class Moments:
         """Moments of latents `[N, D]` in float64; N may be 0."""
         if not len(latents):
             return cls(0, np.zeros(latents.shape[1]), np.zeros((latents.shape[1],) * 2))
-        # Latents that are equal cancel exactly against one of them, but not against their mean.
+        # Equal latents cancel exactly against one of them, but not against their mean.
         centered = latents.astype(np.float64) - latents[0]
         offset = centered.mean(axis=0)
         centered -= offset
@@ -80,7 +83,7 @@ class Moments:
 
     @functools.cached_property
     def shrunk_covariance(self) -> np.ndarray:
-        """Covariance `[D, D]` mixed with the sphere of the same trace, so that it has an inverse also if N < D."""
+        """Covariance `[D, D]` mixed with a sphere of the same trace, so that it has an inverse even if N < D."""
         size = len(self.mean)
         sphere = np.eye(size) * np.trace(self.covariance) / size
         return (1.0 - self.shrinkage) * self.covariance + self.shrinkage * sphere
@@ -94,10 +97,10 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentSums:
-    """All that has to be kept of latents; `combine` adds shards.
+    """What is kept of latents; `combine` adds those of several shards.
 
-    The sample holds the latents whose record numbers have the smallest hashes, so it is the same whichever host read
-    which records, and in whichever order.
+    The sample holds the latents whose record numbers have the smallest hashes, so it does not depend on which host
+    read which records, nor on their order.
 
     Attributes:
       folds: moments of the latents whose episode number is 0, 1, ... modulo `FOLDS`.
@@ -124,10 +127,9 @@ class LatentSums:
 
         Args:
           latents: floats.
-          records: `[N]`, not negative, a number for every latent that no other latent of the same data has; without
-            it they are counted from 0, which serves data that comes as a single shard.
-          episodes: `[N]`, not negative, the number of each latent's episode; without it, every `BLOCK` records count
-            as one.
+          records: `[N]`, a number from 0 for every latent that no other latent of the same data has; by default they
+            are counted from 0, which suits data that comes as a single shard.
+          episodes: `[N]`, the number from 0 of each latent's episode; by default every `BLOCK` records are one episode.
 
         Raises:
           DriftError: no latents, some that are not finite, or numbers that do not fit.
@@ -160,7 +162,7 @@ class LatentSums:
         """Sums over all shards, added in the order of their records.
 
         Raises:
-          DriftError: no shards, of different sizes, or records that two of them have.
+          DriftError: no shards, latents of different sizes, or records that are in two shards.
         """
         sizes = [len(shard.minimum) for shard in shards]
         if len(set(sizes)) != 1:
@@ -187,11 +189,11 @@ class LatentSums:
 
     @property
     def measurable(self) -> bool:
-        """Whether the error of the moments can be told: there is spread, and something in every fold."""
+        """Whether the error of the moments can be estimated: not all latents are equal, and no fold is empty."""
         return all(fold.count for fold in self.folds) and not self.moments.collapsed
 
     def held_out_distances(self) -> np.ndarray:
-        """Mahalanobis distances `[M]` of the sample, each from the moments of the folds that it is not in."""
+        """Mahalanobis distances `[M]` of the sample, each from the moments of the folds without it."""
         distances = np.zeros(len(self.sample))
         for fold in np.unique(self.sample_folds):
             rest = Moments.combine([*self.folds[:fold], *self.folds[fold + 1 :]])
@@ -200,27 +202,27 @@ class LatentSums:
         return distances
 
     def mean_error(self) -> np.ndarray:
-        """Variances `[D]` of the mean, from those of the folds' means."""
+        """Variances `[D]` of the mean, estimated from the means of the folds."""
         return sum(np.square(fold.mean - self.moments.mean) for fold in self.folds) / FOLDS / (FOLDS - 1)
 
     def covariance_error(self) -> float:
-        """`covariance_distance` that the covariance has from the true one, from that of the folds' to it."""
-        # An error goes as one over the number: FOLDS / N in a fold, of which the whole that it is part of has 1 / N.
+        """`covariance_distance` of the covariance from the true one, estimated from the covariances of the folds."""
+        # It goes as one over the number of latents: FOLDS / N in a fold and 1 / N in the whole, of which it is a part.
         distances = [covariance_distance(fold.covariance, self.moments.covariance) for fold in self.folds]
         return float(np.mean(distances) / (FOLDS - 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentStatistics:
-    """What is known of a training run's latents, small enough to be stored beside it.
+    """Statistics of a training run's latents, small enough to be stored beside it.
 
     Attributes:
       moments: of the N latents.
-      minimum, maximum, low, high: float64 `[D]`, range of every dimension, and the quantiles `RANGE` of it.
-      distance: the quantile `QUANTILE` of the latents' Mahalanobis distances from those of other folds, since a latent
-        is closer to statistics that it was part of than one that is new; None unless the latents are `measurable`.
-      mean_error, covariance_error: see `LatentSums`; None likewise.
-      s_pcfc: see `como_jax.evaluation.latents.similarity`; None when it was not measured.
+      minimum, maximum, low, high: float64 `[D]`, range of every dimension, and its quantiles `RANGE`.
+      distance: the quantile `QUANTILE` of the latents' Mahalanobis distances, each from the folds without it, since a
+        latent lies closer to statistics that include it than a new one does; None unless the latents are `measurable`.
+      mean_error, covariance_error: see `LatentSums`; None unless the latents are `measurable`.
+      s_pcfc: see `como_jax.evaluation.latents.measures`; None when it was not measured.
     """
 
     moments: Moments
@@ -264,15 +266,13 @@ class LatentStatistics:
 
     @property
     def effective_rank(self) -> float:
-        """The measure of `como_jax.evaluation.latents.spread.effective_rank`, from the covariance."""
+        """`como_jax.evaluation.latents.measures.effective_rank`, from the covariance."""
         if self.moments.collapsed:
             return 0.0
-        values = np.sqrt(_clear(np.linalg.eigvalsh(self.moments.covariance)))
-        shares = values[values > 0.0] / values.sum()
-        return float(np.exp(-np.sum(shares * np.log(shares))))
+        return float(np.exp(stats.entropy(np.sqrt(_clear(np.linalg.eigvalsh(self.moments.covariance))))))
 
     def to_json(self) -> str:
-        """All fields as strict JSON, which keeps float64 exactly."""
+        """All fields as strict JSON; float64 keeps all its digits."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= dataclasses.asdict(fields.pop("moments"))
         lists = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
@@ -308,7 +308,7 @@ def as_sums(latents: np.ndarray | LatentSums) -> LatentSums:
 
 
 def covariance_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Part of the squared Fréchet distance of Gaussians that their covariances C, `[D, D]`, make.
+    """The part of the squared Fréchet distance of two Gaussians that comes from their covariances C, `[D, D]`.
 
     It is `tr(C1 + C2 - 2 (C1 C2)^(1/2))` (Dowson and Landau, 1982), in squared units of the latents.
     """

@@ -11,20 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
 from como_jax.data.frames import FrameReader
-from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
+from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart, parse_mixture
 from como_jax.data.pipeline import evaluation_batches, read_clips
 from como_jax.data.samples import ALL_ROWS, Rows
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
-from como_jax.errors import NoClipsError, RunError
+from como_jax.errors import DatasetError, NoClipsError, RunError
+from como_jax.evaluation.latents.measures import (
+    effective_rank,
+    error_map,
+    past_future_similarity,
+    past_future_similarity_by_token,
+    psnr,
+    ssim,
+)
 from como_jax.evaluation.latents.probes import ProbeError, ProbeResult, linear_probe, linear_probe_accuracy
-from como_jax.evaluation.latents.reconstruction import error_map, psnr, ssim
-from como_jax.evaluation.latents.similarity import past_future_similarity, past_future_similarity_by_token
-from como_jax.evaluation.latents.spread import effective_rank
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
 
@@ -88,13 +94,13 @@ class EvaluationSet:
         repeats: bool = True,
         warn: Callable[[str], None] = logger.warning,
     ) -> list[EvaluationSet]:
-        """Every dataset's training episodes and, where it has them, held-out ones.
+        """Opens the training episodes of every dataset and, where it has them, the held-out ones.
 
         Args:
-          entries: datasets, whose position is part of their name where there are several.
-          gap_seconds, image_size, camera, fit: as for training, where an entry does not say.
+          entries: datasets; where there are several, their names begin with their positions.
+          gap_seconds, image_size, camera, fit: as in training, for entries that do not say themselves.
           repeats: whether two clips may share a transition.
-          warn: is told what is left out and why.
+          warn: called with a sentence for everything that is left out.
 
         Raises:
           DatasetError: a dataset is missing or damaged.
@@ -102,10 +108,10 @@ class EvaluationSet:
         clips = ClipConfig(gap_seconds, instants=3, offset_frames=False)
         found = []
         for number, entry in enumerate(entries):
-            # Metrics are in the units of the data.
+            # Metrics have the units of the data.
             entry = dataclasses.replace(entry, normalization="none")
             splits = [split for split in SPLITS if entry.has_split(split)]
-            for split in splits or SPLITS[:1]:  # Opening what is not there says what is wrong with the directory.
+            for split in splits or SPLITS[:1]:  # Opening a split that is missing says what is wrong.
                 try:
                     part = MixturePart.open(entry, split, clips, camera)
                 except NoClipsError as error:
@@ -120,9 +126,67 @@ class EvaluationSet:
         return found
 
 
+def open_splits(data: ConfigDict, mixture: str | None, notes: list[str]) -> list[dict[str, EvaluationSet]]:
+    """The sets of every dataset, by split, of which no two clips share a transition.
+
+    Args:
+      data: section `data` of a run's config.
+      mixture: DIR,DIR; the datasets of the config by default.
+      notes: gets a line for everything that is left out.
+
+    Raises:
+      DatasetError: no dataset can be evaluated.
+    """
+    entries = parse_mixture(data.mixture if mixture is None else mixture)
+    found: dict[str, dict[str, EvaluationSet]] = {}
+    for item in EvaluationSet.open_all(
+        entries,
+        gap_seconds=data.gap_seconds,
+        image_size=data.image_size,
+        camera=data.camera,
+        fit=data.fit,
+        repeats=False,
+        warn=notes.append,
+    ):
+        found.setdefault(item.name, {})[item.split] = item
+    if not found:
+        raise DatasetError(" ".join(notes))
+    return list(found.values())
+
+
+def choose_splits(
+    splits: Mapping[str, EvaluationSet], probe: bool, notes: list[str]
+) -> tuple[EvaluationSet, EvaluationSet | None]:
+    """The set of a dataset to measure, and the set to fit the probe on, or None for no probe.
+
+    Args:
+      splits: the sets of the dataset, by split.
+      probe: whether to probe where there are actions.
+      notes: gets a line where training episodes are measured, or where there is no probe.
+
+    Raises:
+      ProbeError: there are actions to probe, but not both training and held-out episodes.
+    """
+    item = splits.get("val") or splits["train"]
+    if item.split == "train":
+        notes.append(f"{item.name}: measured on training episodes, since it has no held-out ones that can be used.")
+    silent = any(part.source.action is None for part in splits.values())
+    if silent or not probe:
+        reason = "the dataset has no actions" if silent else "it was not asked for"
+        notes.append(f"No probe of {item.name}: {reason}.")
+        return item, None
+    missing = [split for split in SPLITS if split not in splits]
+    if missing:
+        raise ProbeError(
+            f"{item.source.directory}: the linear probe needs training and held-out episodes, but no clip is of split "
+            f"{missing[0]!r}. {' '.join(notes)}"
+        )
+    return item, splits["train"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Transitions:
-    """What one pass over an evaluation set gives. Axes: N clips, Q queries, L latent size of one query, A action."""
+    """The result of one pass over a set. Axes: N clips, Q latent tokens of L numbers, A numbers of an action."""
 
     past_to_current: np.ndarray  # [N, Q, L]
     current_to_future: np.ndarray  # [N, Q, L]
@@ -153,7 +217,7 @@ class Transitions:
 
 
 class TransitionRunner:
-    """Encodes and predicts in batches over all devices; compiled once for all sets."""
+    """Encodes and predicts in batches on all devices; compiled once for all sets."""
 
     def __init__(self, model: ModelDef, mesh: Mesh, batch_size: int, *, with_ssim: bool = False):
         """Prepares the pass.
@@ -161,7 +225,7 @@ class TransitionRunner:
         Args:
           model: any that is a `LatentMotionModel`.
           mesh: of devices.
-          batch_size: clips at once, rounded up to what the mesh divides.
+          batch_size: clips per batch, rounded up to a multiple of the mesh's batch axes.
           with_ssim: whether to compute SSIM too.
         """
         self._mesh, self._batch_size = mesh, fit_batch(batch_size, mesh)
@@ -208,12 +272,12 @@ def without_repeats(source: EpisodeSource, index: ClipIndex) -> ClipIndex:
 def set_batches(
     item: EvaluationSet, num_clips: int, batch_size: int, rows: Rows = ALL_ROWS
 ) -> Iterable[tuple[dict[str, np.ndarray], int]]:
-    """Some rows of the batches of a set; see `evaluation_batches`."""
+    """Some rows of the batches of a set, and the number of clips of each batch; see `evaluation_batches`."""
     return evaluation_batches(item.part, item.reader, num_clips=num_clips, batch_size=batch_size, rows=rows)
 
 
 def fit_batch(batch_size: int, mesh: Mesh) -> int:
-    """The batch size rounded up to what the mesh divides."""
+    """The batch size, rounded up to a multiple of the mesh's batch axes."""
     parts = sharding.batch_shards(mesh)
     return -(-batch_size // parts) * parts
 
@@ -223,11 +287,11 @@ class DatasetResult:
     """What was measured on one dataset.
 
     Attributes:
-      item: the episodes it was measured on: held out, or those of training where there are no others.
+      item: the measured episodes: held-out ones, or those of training where there are no others.
       found: their transitions.
-      metrics: numbers by name, without those that the data leaves undefined.
+      metrics: numbers by name, without those that are undefined for this data.
       fitted: transitions of the episodes that the probe was fitted on, or None.
-      probe: None where there was nothing to probe.
+      probe: its result; None where there was nothing to probe.
     """
 
     item: EvaluationSet
@@ -262,7 +326,7 @@ def measure(item: EvaluationSet, found: Transitions, fitted: Transitions | None)
     try:
         probe = probe_transitions(fitted, found)
     except ProbeError as error:
-        raise ProbeError(f"{item.source.directory}: {error} Pass --noprobe to do without it.") from error
+        raise ProbeError(f"{item.source.directory}: {error}") from error
     metrics |= probe_metrics(probe)
     metrics |= {f"lp_mse/{dimension}": float(value) for dimension, value in enumerate(probe.per_dimension)}
     labels = [_choices(part.latent_action) for part in (fitted, found)]
@@ -275,7 +339,7 @@ def measure(item: EvaluationSet, found: Transitions, fitted: Transitions | None)
 def summarize(results: Sequence[DatasetResult]) -> dict[str, float]:
     """Means over the datasets that have a metric, the sum of transitions, and `DATASET/metric` of several.
 
-    Dimension k of one dataset's action is not that of another's, so their means are left out.
+    The means of `lp_mse/K` are left out, since dimension K of the action is something else in another dataset.
     """
     columns: dict[str, list[float]] = {}
     for name, value in (pair for result in results for pair in result.metrics.items()):
@@ -293,7 +357,7 @@ def summarize(results: Sequence[DatasetResult]) -> dict[str, float]:
 
 
 def scene_metrics(found: Transitions) -> dict[str, float]:
-    """Metrics that need no action: PSNR beside copying the current frame, S-PCFC, and the rank of the latents."""
+    """Metrics that need no action: PSNR, also of copying the current frame, S-PCFC, and the rank of the latents."""
     return {
         "psnr": psnr(found.mse),
         "psnr_copy": psnr(found.copy_mse),
@@ -320,9 +384,9 @@ def probe_metrics(probe: ProbeResult) -> dict[str, float]:
 
 
 def _choices(action: np.ndarray) -> np.ndarray | None:
-    """Numbers int64 `[N]` of the choices that actions `[N, A]` are, one-hot or as a number each; None if not.
+    """Actions `[N, A]` that are choices, one-hot or as one number, as int64 `[N]`; None if they are not choices.
 
-    A mean over several different choices is not a choice, so that the gap has to be one step.
+    They are choices only if the gap is one step: a mean of several different choices is not a choice.
     """
     if action.shape[1] == 1:
         whole = np.all((action == np.round(action)) & (action >= 0))

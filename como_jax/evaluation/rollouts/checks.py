@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from como_jax.envs.base import EnvironmentSpec
-from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts.workers import Failed, Start, WorkerPool
 from como_jax.policies.spec import PolicySpec

@@ -18,7 +18,8 @@ from como_jax import hosts
 from como_jax.data.chunks import PolicyPart
 from como_jax.data.policy_build import PolicyData, policy_evaluation_batches
 from como_jax.data.policy_reader import to_policy_batch
-from como_jax.envs.build import EnvironmentOptions, environment_names
+from como_jax.envs.base import EnvironmentOptions
+from como_jax.envs.registry import environment_names
 from como_jax.errors import ConfigError
 from como_jax.evaluation.latents.in_loop import with_means
 from como_jax.evaluation.latents.transitions import fit_batch

@@ -78,9 +78,9 @@ class PolicyRunner:
         spec, count = self.spec, len(scenes)
         images = np.empty((count, spec.instants, len(spec.cameras), spec.image_size, spec.image_size, 3), np.uint8)
         for row, scene in enumerate(scenes):
-            for instant, sight in enumerate(scene.images):
+            for instant, pictures in enumerate(scene.images):
                 for slot, camera in enumerate(spec.cameras):
-                    resize(fitting_part(sight[camera], spec.fit), images[row, instant, slot])
+                    resize(fitting_part(pictures[camera], spec.fit), images[row, instant, slot])
         return Observation(
             images=images,
             has_camera=np.ones((count, len(spec.cameras)), np.float32),

@@ -17,9 +17,8 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from como_jax.envs.base import EnvironmentSpec, StepResult
-from como_jax.envs.build import EnvironmentOptions, make_environment
-from como_jax.envs.seeds import FIRST_ROLLOUT_SEED, SEED_STRIDE
+from como_jax.envs.base import FIRST_ROLLOUT_SEED, SEED_STRIDE, EnvironmentOptions, EnvironmentSpec, StepResult
+from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts.checks import check_compatible, check_tasks
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
@@ -101,7 +100,7 @@ def roll_out(
 
     Args:
       runner: of the policy.
-      names: of the environments, as `como_jax.envs.build.environment_names` gives them.
+      names: of the environments, as `como_jax.envs.registry.environment_names` gives them.
       environment: options of all of them; the policy's cameras are rendered where none are named.
       options: of the rollouts.
       on_episode: called with every episode as it ends, in no particular order.
@@ -227,8 +226,8 @@ class _Episode:
             check_compatible(self._policy, reply.spec, reply.instruction)
             self._spec, self._instruction = reply.spec, reply.instruction
             self.controller = Controller(self._policy, self._options.control, reply.instruction)
-        self.controller.observe(reply.sight)
-        self._frames.append(reply.sight.images[self._spec.cameras[0]])
+        self.controller.observe(reply.observation)
+        self._frames.append(reply.observation.images[self._spec.cameras[0]])
         if isinstance(reply, StepResult):
             self._success |= bool(reply.success)
             if reply.done or self.controller.steps >= self._spec.max_steps:

@@ -20,8 +20,7 @@ from types import TracebackType
 
 import numpy as np
 
-from como_jax.envs.base import Environment, EnvironmentSpec, Sight, StepResult
-from como_jax.envs.build import EnvironmentOptions
+from como_jax.envs.base import Environment, EnvironmentOptions, EnvironmentSpec, Observation, StepResult
 from como_jax.errors import ConfigError, UsageError
 
 MakeEnvironment = Callable[[str, EnvironmentOptions], Environment]
@@ -51,7 +50,7 @@ class Started:
 
     spec: EnvironmentSpec
     instruction: str
-    sight: Sight
+    observation: Observation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +205,8 @@ class _Desk:
                 environment = self._open(message.name, message.options)
             except UsageError as error:
                 return Refused(str(error))
-            sight = environment.reset(message.seed)
-            return Started(environment.spec, environment.instruction, sight)
+            observation = environment.reset(message.seed)
+            return Started(environment.spec, environment.instruction, observation)
         except Exception as error:
             return Failed(" ".join(f"{type(error).__name__}: {error}".split()))
 

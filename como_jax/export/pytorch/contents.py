@@ -16,7 +16,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from como_jax.files import write_json
-from como_jax.labelling.provenance import hash_params
+from como_jax.labelling.labelling import hash_params
 from como_jax.nn.model_def import Params
 from como_jax.runtime_torch.config import FORMAT, VERSION
 from como_jax.runtime_torch.files import CONFIG_NAME

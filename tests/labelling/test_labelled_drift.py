@@ -14,15 +14,16 @@ from etils import epath
 from como_jax.data.mixture import MixtureEntry
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
+from como_jax.evaluation.latents import drift as drifts
 from como_jax.evaluation.latents.drift import FAR, LIKE, SHIFTED, UNKNOWN, Drift
 from como_jax.evaluation.latents.statistics import LatentStatistics
-from como_jax.labelling import gauge
-from como_jax.labelling.shards import LabelShard, list_shards
+from como_jax.labelling.shards import label_sums, list_shards
 from como_jax.training.run import Run
 from tests.export.conftest import change_tables
 from tests.labelling.conftest import GAP_SECONDS, label
 
 SIZE = 4
+SETTINGS = {"gap_seconds": GAP_SECONDS, "camera": "", "fit": "crop"}
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def held_against_gaussian(
     training = np.random.default_rng(0).normal(size=(20_000, SIZE)).astype(np.float32)
     statistics = LatentStatistics.measure(training).to_json()
     (own_run.workdir / f"latent_statistics_{own_run.step}.json").write_text(statistics)
-    monkeypatch.setattr(gauge, "sample_transitions", refuse)
+    monkeypatch.setattr(drifts, "sample_transitions", refuse)
 
     def compare(change: Callable[[np.ndarray], np.ndarray], num_shards: int | None = None) -> Drift:
         directory, rng = epath.Path(tmp_path / "data"), np.random.default_rng(1)
@@ -63,7 +64,7 @@ def held_against_gaussian(
 
         change_tables(tmp_path / "data", made_up)
         shards = list_shards(directory)[:num_shards]
-        return gauge.measure_drift(own_run, directory, shards, GAP_SECONDS, "", "crop")[2]
+        return drifts.measure_drift(own_run, directory, label_sums(directory, shards), **SETTINGS)[1]
 
     return compare
 
@@ -83,7 +84,7 @@ def test_the_verdict_is_that_of_what_was_done_to_the_latents(
 ) -> None:
     drift = held_against_gaussian(change)
     assert drift.verdict in verdicts
-    assert gauge.drift_report(drift)["advice"] == drift.advice
+    assert drift.as_report()["advice"] == drift.advice
 
 
 def test_a_few_episodes_are_too_few_to_tell(held_against_gaussian: Callable[..., Drift]) -> None:
@@ -100,28 +101,27 @@ def test_all_valid_latents_of_both_splits_count(
 
 
 def test_statistics_of_training_are_measured_once_a_checkpoint(own_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = gauge.reference_statistics(own_run)
+    first = drifts.reference_statistics(own_run)
     assert first.moments.count > 100 and -1.0 <= first.s_pcfc <= 1.0
-    monkeypatch.setattr(gauge, "sample_transitions", refuse)
-    np.testing.assert_array_equal(gauge.reference_statistics(own_run).moments.mean, first.moments.mean)
+    monkeypatch.setattr(drifts, "sample_transitions", refuse)
+    np.testing.assert_array_equal(drifts.reference_statistics(own_run).moments.mean, first.moments.mean)
     with pytest.raises(DatasetError, match="no frames here"):
-        gauge.reference_statistics(own_run._replace(step=own_run.step + 1))
+        drifts.reference_statistics(own_run._replace(step=own_run.step + 1))
 
 
 def test_sampled_latents_are_those_of_the_labels(run: Run, tabletop_dataset: Path, tmp_path: Path) -> None:
     label(run, tabletop_dataset, tmp_path / "labelled")
     labelled = epath.Path(tmp_path / "labelled")
     entry = MixtureEntry(str(labelled))
-    sampled = gauge.sample_transitions(run, [entry], GAP_SECONDS, "", "crop", 64).sums
+    sampled = drifts.sample_transitions(run, [entry], GAP_SECONDS, "", "crop", 64).sums
     source = EpisodeSource(labelled, "train")
     assert len(sampled.sample) == 64
     records = sampled.sample_records.astype(np.int64)
     np.testing.assert_allclose(sampled.sample, source.latent_motion[records], rtol=1e-4, atol=1e-5)
-    shards: list[LabelShard] = list_shards(labelled)
-    reference, new, drift = gauge.measure_drift(run, labelled, shards, GAP_SECONDS, "", "crop")
+    new = label_sums(labelled, list_shards(labelled))
+    reference, drift = drifts.measure_drift(run, labelled, new, **SETTINGS)
     assert drift.verdict in (LIKE, UNKNOWN) and drift.s_pcfc is not None
-    gauge.write_figure(labelled / "drift.png", reference, new, drift.s_pcfc)
-    assert (labelled / "drift.png").read_bytes().startswith(b"\x89PNG")
+    drifts.drift_figure(reference, new, drift.s_pcfc).canvas.draw()
 
 
 def test_a_run_directory_that_cannot_be_written_only_costs_time(
@@ -130,6 +130,6 @@ def test_a_run_directory_that_cannot_be_written_only_costs_time(
     def read_only(*unused: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(gauge, "write_text", read_only)
-    assert gauge.reference_statistics(own_run).moments.count > 100
+    monkeypatch.setattr(drifts, "write_text", read_only)
+    assert drifts.reference_statistics(own_run).moments.count > 100
     assert "measured again next time" in caplog.text
