@@ -3,13 +3,13 @@ r"""Writes the model of a run for a robot that runs PyTorch, after checking that
     python -m tools.export_torch --workdir RUN --out DIR
     python -m tools.export_torch --workdir RUN --out DIR --formats pt2,onnx
 
-DIR then holds model.safetensors, config.json, provenance.json and README.md, a model card. It appears when all of it is
-written and gives what the run gives.
+DIR appears when everything is written and agrees with the run. It then holds model.safetensors, config.json,
+requirements.txt, provenance.json and README.md, a model card.
 
-`como_jax.runtime_torch.policy.Policy` loads a policy, with the scales of its robots; DIR also holds step.pt2 and
-step.onnx if asked for. A motion model is loaded by `como_jax.runtime_torch.latent_motion.LatentMotion`; its DIR also
-holds encoder/, which `ViTModel` of transformers loads, where the model has a ViT, and encode.pt2 and encode.onnx if
-asked for.
+`como_jax.runtime_torch.policy.Policy` loads a policy, with the normalisation of its robots;
+`como_jax.runtime_torch.latent_motion.LatentMotion` loads a motion model. With --formats, DIR also holds one step of the
+policy (step.pt2, step.onnx) or the encoding of the motion model (encode.pt2, encode.onnx) as a program. Beside a motion
+model with a ViT, encoder/ holds it for `ViTModel` of transformers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from absl import flags
 from como_jax import cli
 
 try:
-    from como_jax.export.pytorch.export import FORMATS, export_torch
-    from como_jax.export.pytorch.export_policy import export_policy, is_policy
+    from como_jax.export.pytorch.contents import INSTALL
+    from como_jax.export.pytorch.export import export_torch
+    from como_jax.export.pytorch.programs import FORMATS
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -37,17 +38,17 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
     flags.DEFINE_string("out", None, "Directory to be made.", required=True)
-    flags.DEFINE_list("formats", [], f"Further formats of encode, or of one policy step: {', '.join(FORMATS)}.")
+    flags.DEFINE_list("formats", [], f"Programs to write beside the weights: {', '.join(FORMATS)}.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reads the flags."""
+    """Exports the model and prints how far it is from JAX, and how a robot installs what it needs."""
     cli.no_arguments(arguments)
     given = flags.FLAGS
-    export = export_policy if is_policy(given.workdir) else export_torch
-    for name, error in export(given.workdir, given.out, given.formats).items():
+    for name, error in export_torch(given.workdir, given.out, given.formats).items():
         logger.info("%s: largest difference to JAX %.1e of the largest value", name, error)
     logger.info("Exported model: %s", given.out)
+    print(f"On the robot, without JAX: {INSTALL.format(directory=given.out)}")
 
 
 if __name__ == "__main__":

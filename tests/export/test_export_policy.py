@@ -20,12 +20,12 @@ from tests.runtime_torch.small_policies import make_policy
 
 torch = pytest.importorskip("torch")
 
-from como_jax.export.pytorch.export_policy import export_policy, is_policy  # noqa: E402
-from como_jax.export.pytorch.policy_graphs import check_formats  # noqa: E402
+from como_jax.export.pytorch import export  # noqa: E402
+from como_jax.export.pytorch.export import export_torch  # noqa: E402
 from como_jax.export.pytorch.policy_parity import CHUNK_TOLERANCE, PolicyReference  # noqa: E402
+from como_jax.export.pytorch.programs import check_formats  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
 from tests.runtime_torch.stored_policies import CLIP  # noqa: E402
-from tools.export_torch import export_policy as module  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
 
@@ -56,13 +56,14 @@ def test_an_export_acts_and_says_where_it_comes_from_and_a_wrong_one_is_refused(
         made.append(made[0] if made else PolicyReference(run, spec))
         return made[0]
 
-    monkeypatch.setattr(module, "PolicyReference", make_reference)
+    monkeypatch.setattr(export, "PolicyReference", make_reference)
     out, spec = tmp_path / "exported", PolicySpec.load(workdir)
-    assert is_policy(workdir)
-    parity = export_policy(workdir, out, ["pt2"])
+    parity = export_torch(workdir, out, ["pt2"])
     assert 0 < max(parity.values()) < CHUNK_TOLERANCE / 10 and (out / "step.pt2").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
+    requirements = (out / "requirements.txt").read_text()
+    assert all(f"\n{name}>=" in requirements for name in ("numpy", "safetensors", "torch", "tokenizers"))
     policy = Policy.from_pretrained(out, robot="arm", seed=0)
     assert policy.metadata["cameras"] == list(spec.cameras) and policy.metadata["chunk"] == spec.chunk
     picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
@@ -73,8 +74,9 @@ def test_an_export_acts_and_says_where_it_comes_from_and_a_wrong_one_is_refused(
 
     provenance, card = json.loads((out / "provenance.json").read_text()), (out / "README.md").read_text()
     assert provenance["step"] == 7 and provenance["config"]["family"] == "diffusion_policy"
+    assert "pip install --no-deps como_jax && pip install -r DIRECTORY/requirements.txt" in card
     assert all(f"{name} | {error:.1e}" in card for name, error in parity.items())
-    assert f'"{spec.cameras[0]}": picture' in card and f"[{spec.action_size}]" in card
+    assert f'"{spec.cameras[0]}": image' in card and f"[{spec.action_size}]" in card
 
     def reversed_steps(described: dict) -> dict:
         """The steps of a chunk in the wrong order, as in a wrong table of a format."""
@@ -82,17 +84,17 @@ def test_an_export_acts_and_says_where_it_comes_from_and_a_wrong_one_is_refused(
         entry, depth = table["step_embed"]
         return {**table, "step_embed": (dataclasses.replace(entry, unmake=lambda value: [value[::-1]]), depth)}
 
-    monkeypatch.setattr(module, "policy_table", reversed_steps)
+    monkeypatch.setattr(export, "policy_table", reversed_steps)
     with pytest.raises(ConversionError, match="network, one evaluation differs between PyTorch and JAX"):
-        export_policy(workdir, tmp_path / "wrong")
+        export_torch(workdir, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_done(workdir: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists already"):
-        export_policy(workdir, workdir)
-    with pytest.raises(ConfigError, match="--formats 'tflite' must be one of pt2, onnx"):
-        export_policy(workdir, tmp_path / "exported", ["tflite"])
-    with pytest.raises(ConfigError, match="writes token after token, which is no single program"):
-        check_formats(["pt2"], {"family": "latent_vla", "model": {}})
+        export_torch(workdir, workdir)
+    with pytest.raises(ConfigError, match="formats has 'tflite'; each must be one of pt2, onnx"):
+        export_torch(workdir, tmp_path / "exported", ["tflite"])
+    with pytest.raises(ConfigError, match="generates token after token, which is no single program"):
+        check_formats(["pt2"], {"kind": "policy", "family": "latent_vla", "model": {}})
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from tests.runtime_torch.small_runs import make_run
 
 torch = pytest.importorskip("torch")
 
-from como_jax.export.pytorch import export, graphs  # noqa: E402
+from como_jax.export.pytorch import export, programs  # noqa: E402
 from como_jax.export.pytorch.export import export_torch, write_model  # noqa: E402
 from como_jax.export.pytorch.parity import TOLERANCE, refuse_large  # noqa: E402
 from como_jax.runtime_torch.latent_motion import LatentMotion  # noqa: E402
@@ -86,9 +86,9 @@ def test_what_cannot_be_exported_is_said_before_anything_is_done(
         export_torch(workdir, workdir)
     with pytest.raises(RunError, match="holds no run"):
         export_torch(tmp_path, tmp_path / "exported")
-    with pytest.raises(ConfigError, match="--formats 'tflite' must be one of pt2, onnx"):
+    with pytest.raises(ConfigError, match="formats has 'tflite'; each must be one of pt2, onnx"):
         export_torch(workdir, tmp_path / "exported", ["tflite"])
-    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install onnx onnxscript onnxruntime"):
         export_torch(workdir, tmp_path / "exported", ["onnx"])
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from como_jax.data.language import write_embeddings
 from como_jax.export.pytorch.contents import flatten_params
-from como_jax.export.pytorch.export_policy import write_policy
+from como_jax.export.pytorch.export import write_policy
 from como_jax.policies.spec import PolicySpec
 from como_jax.training.run import Run
 from como_jax.weights.policies import describe_policy, not_exported, read_policy

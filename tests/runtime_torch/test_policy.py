@@ -22,8 +22,13 @@ from tests.runtime_torch.small_policies import ACTION_SIZE, STATE_SIZE, make_pol
 
 torch = pytest.importorskip("torch")
 
-from como_jax.export.pytorch.policy_noise import draw_noise  # noqa: E402
-from como_jax.export.pytorch.policy_parity import SEEDS, PolicyReference, check_policy, check_scales  # noqa: E402
+from como_jax.export.pytorch.policy_parity import (  # noqa: E402
+    SEEDS,
+    PolicyReference,
+    check_normalization,
+    check_policy,
+    draw_noise,
+)
 from como_jax.runtime_torch import policy as policy_module  # noqa: E402
 from como_jax.runtime_torch.diffusion import denoise  # noqa: E402
 from como_jax.runtime_torch.errors import InputError, ModelFileError, NonFiniteError  # noqa: E402
@@ -82,7 +87,7 @@ def export(family: str, changes: dict[str, Any], folder: Path) -> Exported:
     """Exports a small policy, and asserts that it acts as in JAX."""
     run, spec = store(family, changes, folder)
     reference, policy = PolicyReference(run, spec), Policy.from_pretrained(folder, robot="arm")
-    check_scales(spec, policy)
+    check_normalization(spec, policy)
     parity = check_policy(reference, policy)
     assert max(parity.values()) < 2e-5, parity
     # Not because all are alike.

@@ -14,7 +14,7 @@ from tests.serving.serving_fakes import serving
 
 torch = pytest.importorskip("torch")
 
-from como_jax.export.pytorch.export_policy import write_policy  # noqa: E402
+from como_jax.export.pytorch.export import write_policy  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
 from como_jax.serving.loading import load_policy  # noqa: E402
 from como_jax.serving.policy import PolicyOptions  # noqa: E402

@@ -1,1 +1,1 @@
-"""Writes a trained model for robots, in PyTorch's formats; see `__main__`."""
+"""Exports trained models for robots, in formats of PyTorch; see `tools.export_torch`."""

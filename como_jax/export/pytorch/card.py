@@ -1,35 +1,42 @@
-"""The model card of an export."""
+"""The model card of an export: README.md, from config.json and provenance.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from como_jax.export.pytorch.contents import INSTALL, REQUIREMENTS_NAME
+from como_jax.export.pytorch.programs import STEPS
 from como_jax.weights.motion import NOT_EXPORTED
+from como_jax.weights.policies import not_exported
 
-_NAMES = {"como": "CoMo motion model", "laq": "LAQ motion model"}
+_NAMES = {
+    "como": "CoMo motion model",
+    "laq": "LAQ motion model",
+    "diffusion_policy": "Diffusion policy",
+    "autoregressive_policy": "Autoregressive policy",
+    "latent_vla": "Vision-language-action model",
+}
 
 _CARD = """\
 ---
 library_name: como_jax
-tags: [robotics, latent-motion, {family}]
+tags: [robotics, {tags}]
 ---
 
 # {name}
 
-Gives the latent motion between two camera frames, and draws the frame that a latent motion leads to. Trained in JAX and
-exported for PyTorch.
+{summary} Trained in JAX and exported for PyTorch.
 
-```python
-from como_jax.runtime_torch.latent_motion import LatentMotion
-
-model = LatentMotion.from_pretrained("DIRECTORY", device="cpu")
-motion = model.encode(frames)  # uint8 RGB [B, T, H, W, 3]; motion.latent is [B, T - 1, {tokens}, {numbers}]{codes}
-picture = model.predict(frames[:, -1], motion.latent[:, -1])  # float32 in [0, 1], [B, {size}, {size}, 3]
+```bash
+{install}   # como_jax: a checkout, a wheel or git+URL; no JAX is needed
 ```
 
-In training the two frames of a pair were {gap:g} s apart. Pictures of any size are made square ({fit}) and resized to
-{size} x {size} pixels as in training.
+```python
+{usage}
+```
+
+{details}
 
 ## Files
 
@@ -45,7 +52,7 @@ provenance.json holds the whole config.
 
 ## Parity
 
-Largest difference to JAX, float32 on a processor, as a share of the largest value:
+{parity_note}
 
 | compared | difference |
 |---|---|
@@ -56,57 +63,147 @@ Largest difference to JAX, float32 on a processor, as a share of the largest val
 {left_out}
 """
 
+_MOTION_USAGE = """\
+from como_jax.runtime_torch.latent_motion import LatentMotion
+
+model = LatentMotion.from_pretrained("DIRECTORY", device="cpu")
+motion = model.encode(frames)  # uint8 RGB [B, T, H, W, 3]; motion.latent is [B, T - 1, {tokens}, {numbers}]{codes}
+image = model.predict(frames[:, -1], motion.latent[:, -1])  # float32 in [0, 1], [B, {size}, {size}, 3]"""
+
+_MOTION_DETAILS = """\
+In training the two frames of a pair were {gap:g} s apart. Images of any size are made square ({fit}) and resized to
+{size} x {size} pixels as in training."""
+
+_POLICY_USAGE = """\
+from como_jax.runtime_torch.policy import Policy
+
+policy = Policy.from_pretrained("DIRECTORY", device="cpu"{robot})
+observation = {{"images": {{{images}}}{state}}}
+action = policy.act(observation, "INSTRUCTION")  # float32 [{action_size}], in the robot's units"""
+
+_POLICY_DETAILS = """\
+Images are uint8 RGB `[H, W, 3]` of any size, made square ({fit}) and resized to {size} x {size} pixels as in training.
+Call `act` {rate:g} times a second, and `reset` before an episode. Every further robot has its own session,
+`policy.new_session()`. Actions come in chunks of {chunk}; `execute=` says how many of them are carried out before the
+next chunk is asked for, and `ensemble=` averages overlapping chunks.
+
+Robots: {robots}."""
+
 _FILES = {
     "model.safetensors": "weights",
-    "config.json": "sizes, and the sum of the weights, which loading checks",
     "provenance.json": "run, config, versions",
+    REQUIREMENTS_NAME: "the packages that the model needs",
 }
 _ENCODER = {"encoder/": "the ViT alone: `transformers.ViTModel.from_pretrained(..., add_pooling_layer=False)`"}
-_FORMATS = {
-    "pt2": {
-        "encode.pt2": "for `torch.export.load`: latents of pairs of frames of the model's size, uint8 [B, 2, S, S, 3]"
-    },
-    "onnx": {"encode.onnx, encode.onnx.data": "the same for ONNX runtimes"},
-}
+_PROGRAMS = {"pt2": "{name}.pt2", "onnx": "{name}.onnx, {name}.onnx.data"}
 
 
-def model_card(
-    described: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    latent_shape: tuple[int, int],
-    formats: Sequence[str],
+def motion_card(
+    described: Mapping[str, Any], provenance: Mapping[str, Any], latent_shape: tuple[int, int], formats: Sequence[str]
 ) -> str:
-    """The text of README.md, of what config.json and provenance.json say."""
-    encoder = _ENCODER if described["family"] == "como" else {}
-    files = _FILES | encoder | {name: text for key in formats for name, text in _FORMATS[key].items()}
-    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
-    origin = {name: provenance[name] for name in ("run", "step", "parameters", "datasets", "exported")}
-    parity = provenance["largest relative difference to JAX"]
-    return _CARD.format(
-        family=described["family"],
-        name=_NAMES[described["family"]],
-        tokens=latent_shape[0],
-        numbers=latent_shape[1],
-        codes=f", motion.codes [B, T - 1, {latent_shape[0]}]" if _is_discrete(described) else "",
-        size=described["image_size"],
-        gap=described["gap_seconds"],
-        fit=described["fit"],
-        files="\n".join(f"- `{name}`: {text}" for name, text in files.items()),
-        origin=table_rows({**origin, "versions": versions}),
-        parity=table_rows({name: f"{error:.1e}" for name, error in parity.items()}),
-        left_out=_left_out(provenance["left out"]),
+    """The card of a motion model.
+
+    Args:
+      described: the content of config.json.
+      provenance: the content of provenance.json.
+      latent_shape: of the latent of one pair, `[Q, L]`.
+      formats: of the programs beside the weights.
+    """
+    size, family = described["image_size"], described["family"]
+    is_discrete = family == "laq" or described["model"]["bottleneck"]["kind"] not in ("none", "kl")
+    codes = f", motion.codes [B, T - 1, {latent_shape[0]}]" if is_discrete else ""
+    files = {"config.json": "sizes, and the checksum of the weights"} | (_ENCODER if family == "como" else {})
+    for name in formats:
+        files[_PROGRAMS[name].format(name="encode")] = "latents of pairs of frames, uint8 [B, 2, S, S, 3]"
+    return _card(
+        described,
+        provenance,
+        files,
+        tags=f"latent-motion, {family}",
+        summary="Gives the latent motion between two camera frames, and draws the frame that a latent motion leads to.",
+        usage=_MOTION_USAGE.format(tokens=latent_shape[0], numbers=latent_shape[1], codes=codes, size=size),
+        details=_MOTION_DETAILS.format(gap=described["gap_seconds"], fit=described["fit"], size=size),
+        parity_note="Largest difference to JAX, in float32 on a CPU, as a share of the largest value:",
+        known=NOT_EXPORTED,
     )
 
 
-def _is_discrete(described: Mapping[str, Any]) -> bool:
-    return described["family"] == "laq" or described["model"]["bottleneck"]["kind"] not in ("none", "kl")
+def policy_card(
+    described: Mapping[str, Any], provenance: Mapping[str, Any], metadata: Mapping[str, Any], formats: Sequence[str]
+) -> str:
+    """The card of a policy.
+
+    Args:
+      described: the content of config.json.
+      provenance: the content of provenance.json.
+      metadata: see `Policy.metadata`.
+      formats: of the programs beside the weights.
+    """
+    robots, text = list(described["robots"]), described["observation"]["text"]
+    files = {"config.json": "sizes, normalisation of actions and states, and the checksum of the weights"}
+    if text["tower"] == "embedding":
+        files["instructions.safetensors"] = "the instructions that the policy knows, with their embeddings"
+    if text["tokenizer_file"]:
+        files[text["tokenizer_file"]] = "tokenizer of instructions"
+    for name in formats:
+        files[_PROGRAMS[name].format(name="step")] = (
+            f"one step of the policy, for one robot: {STEPS[described['family']]}, from the fields of "
+            "`como_jax.runtime_torch.observation.Observation` that the policy uses"
+        )
+    return _card(
+        described,
+        provenance,
+        files,
+        tags=described["family"],
+        summary="Gives a robot's next action from camera images, the robot's state and an instruction.",
+        usage=_POLICY_USAGE.format(
+            robot=f', robot="{robots[0]}"' if len(robots) > 1 else "",
+            images=", ".join(f'"{camera}": image' for camera in metadata["cameras"]),
+            state=', "state": state' if metadata["state_size"] else "",
+            action_size=metadata["action_size"],
+        ),
+        details=_POLICY_DETAILS.format(
+            fit=described["interface"]["fit"],
+            size=described["observation"]["image_size"],
+            rate=metadata["control_rate"],
+            chunk=metadata["chunk"],
+            robots=", ".join(f"{name} ({_size(described, name)})" for name in robots),
+        ),
+        parity_note="Largest difference to JAX, in float32 on a CPU and with the same noise: of the network as a share "
+        "of its\nlargest value, of actions as a share of their range.",
+        known=not_exported(described),
+    )
 
 
-def _left_out(paths: Sequence[str]) -> str:
-    parts = [f"- {name}: {what}" for name, what in NOT_EXPORTED.items() if any(path.startswith(name) for path in paths)]
-    return "\n".join(parts) or "Nothing."
+def _card(
+    described: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    files: Mapping[str, str],
+    known: Mapping[str, str],
+    **texts: str,
+) -> str:
+    """Fills the template; `known` are the parameters that may be left out, and what they are."""
+    origin = {name: provenance[name] for name in ("run", "step", "parameters", "datasets", "exported")}
+    origin["versions"] = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    parity = provenance["largest relative difference to JAX"]
+    paths = provenance["left out"]
+    left_out = [f"- {name}: {what}" for name, what in known.items() if any(path.startswith(name) for path in paths)]
+    return _CARD.format(
+        name=_NAMES[described["family"]],
+        install=INSTALL.format(directory="DIRECTORY"),
+        files="\n".join(f"- `{name}`: {text}" for name, text in (_FILES | files).items()),
+        origin=_table_rows(origin),
+        parity=_table_rows({name: f"{error:.1e}" for name, error in parity.items()}),
+        left_out="\n".join(left_out) or "Nothing.",
+        **texts,
+    )
 
 
-def table_rows(content: Mapping[str, Any]) -> str:
-    """The rows of a table of two columns, in Markdown."""
+def _size(described: Mapping[str, Any], robot: str) -> str:
+    action = described["robots"][robot]["action"]
+    return f"{len(action.get('edges') or action['offset'])} numbers in an action"
+
+
+def _table_rows(content: Mapping[str, Any]) -> str:
+    """The rows of a Markdown table of two columns."""
     return "\n".join(f"| {name} | {value} |" for name, value in content.items())

@@ -1,4 +1,4 @@
-"""What every exported folder holds: weights, config.json, and where they come from."""
+"""The files of every exported folder: weights, config.json, requirements.txt and provenance.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
-from como_jax.files import write_json
+from como_jax.files import write_json, write_text
 from como_jax.labelling.labelling import hash_params
 from como_jax.nn.model_def import Params
 from como_jax.runtime_torch.config import FORMAT, VERSION
@@ -24,23 +24,30 @@ from como_jax.training.run import Run
 from como_jax.weights.exported import WEIGHTS_NAME
 from como_jax.weights.tables import DeepTable, write_tensors
 
+REQUIREMENTS_NAME = "requirements.txt"
+INSTALL = f"pip install --no-deps como_jax && pip install -r {{directory}}/{REQUIREMENTS_NAME}"
+"""The line that installs the runtime for an exported folder on a robot, without JAX."""
+
 _LIBRARIES = ("como_jax", "jax", "flax", "numpy", "safetensors", "torch")
 
 
 def write_contents(
     folder: epath.Path, params: Params, table: DeepTable, described: Mapping[str, Any], unneeded: Collection[str]
 ) -> list[str]:
-    """Writes weights and config.json; returns the paths of parameters that are left out.
+    """Writes weights, config.json and requirements.txt.
 
     Args:
-      folder: that gets them.
+      folder: that gets the files.
       params: of the run.
       table: of the model.
       described: what config.json says of the model.
       unneeded: prefixes of the paths of parameters that only training needs.
 
+    Returns:
+      The paths of the parameters that were left out.
+
     Raises:
-      ConversionError: a parameter that is neither in the table nor known as one that only training needs.
+      ConversionError: a parameter is neither in the table nor unneeded.
     """
     flat = flatten_params(params)
     left_out = sorted(path for path in flat if any(f"{path}/".startswith(f"{name}/") for name in unneeded))
@@ -51,24 +58,25 @@ def write_contents(
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     weights = {"file": WEIGHTS_NAME, "sha256": digest}
     write_json(folder / CONFIG_NAME, {"format": FORMAT, "format_version": VERSION, **described, "weights": weights})
+    write_text(folder / REQUIREMENTS_NAME, _requirements(described))
     return left_out
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: epath.Path, **metadata: str) -> None:
-    """A file of safetensors."""
+    """Writes a safetensors file that everyone may read."""
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
-    # The library lets the owner alone read it.
+    # The library makes files that only their owner may read.
     os.chmod(path, 0o644)
 
 
 def flatten_params(params: Params) -> dict[str, np.ndarray]:
-    """Parameters by their paths; modules in lists have numbers there."""
+    """Parameters by their paths; modules in lists appear in them by their numbers."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(str(part.key) for part in path): np.asarray(value) for path, value in leaves}
 
 
 def describe_origin(run: Run, parity: Mapping[str, float], left_out: Sequence[str]) -> dict[str, Any]:
-    """Where an exported model comes from: the content of provenance.json."""
+    """The content of provenance.json: where the model comes from."""
     return {
         "run": str(run.workdir),
         "step": run.step,
@@ -80,3 +88,14 @@ def describe_origin(run: Run, parity: Mapping[str, float], left_out: Sequence[st
         "left out": list(left_out),
         "config": json.loads(run.config.to_json_best_effort()),
     }
+
+
+def _requirements(described: Mapping[str, Any]) -> str:
+    """requirements.txt of the runtime, with the packages that read this policy's instructions."""
+    lines = (resources.files("como_jax.runtime_torch") / REQUIREMENTS_NAME).read_text()
+    text = described.get("observation", {}).get("text", {})
+    if name := text.get("tokenizer_file"):
+        lines += "sentencepiece>=0.2\n" if name.endswith(".model") else "tokenizers>=0.19\n"
+    if text.get("tower") in ("clip", "t5"):
+        lines += "transformers>=4.44\n"
+    return lines

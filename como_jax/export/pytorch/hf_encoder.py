@@ -1,4 +1,4 @@
-"""The ViT of a motion model in the layout of transformers, so that `ViTModel` loads it."""
+"""Writes the ViT of a motion model in the layout of transformers, so that `ViTModel` loads it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from como_jax.weights.tables import CONFIG_NAME, write_tensors
 
 
 def write_encoder(run: Run, described: Mapping[str, Any], folder: epath.Path, model: LatentMotion) -> dict[str, float]:
-    """Writes the folder; where transformers is installed, returns the difference of its features to the runtime's.
+    """Writes the folder and, if transformers is installed, compares its features with those of the runtime.
+
+    Returns:
+      The largest relative difference, by what was compared.
 
     Raises:
       ConversionError: the difference is too large.
@@ -54,7 +57,7 @@ def _difference(folder: epath.Path, vit: VitConfig, model: LatentMotion) -> floa
 
 
 def _config(vit: VitConfig) -> dict[str, Any]:
-    """Of a `ViTConfig` of transformers."""
+    """The content of config.json, for `ViTConfig` of transformers."""
     return {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -74,7 +77,7 @@ def _config(vit: VitConfig) -> dict[str, Any]:
 
 
 def _preprocessor(vit: VitConfig) -> dict[str, Any]:
-    """Of a `ViTImageProcessor`, which stretches pictures, by another filter than training's."""
+    """For `ViTImageProcessor`, which stretches images and resizes them by another filter than training does."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
