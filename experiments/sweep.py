@@ -7,21 +7,19 @@
     python -m experiments.sweep --config configs/ablation.py --variants all --data DIR --out SWEEP --seeds 0,1,2
 
 SWEEP gets one run for every combination, cells.csv, table.csv, table.md and, with --latent_dims, figure.png and
-figure.svg, all up to date after every run. Run the same command again to go on: finished runs stay as they are.
-With --processes N, N runs go on at once, each a process of its own with an equal share of the CPU cores; on one GPU
-they share its memory. The exit status is 1 if a run failed.
+figure.svg, all updated after every run. Run the same command again to resume: finished runs stay as they are. With
+--processes N, N runs go on at once, each a process of its own with an equal share of the CPU cores; on one GPU they
+share its memory. The exit status is 1 if a run failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -30,9 +28,8 @@ from etils import epath
 from como_jax import cli
 from como_jax.data.mixture import mixture_text
 from como_jax.errors import ConfigError, NonFiniteError, RunError, UsageError
-from como_jax.evaluation.sweeps.cells import Cell, expand_recipes, make_cells, parse_swept
-from como_jax.evaluation.sweeps.report import LATENT_DIM, CellResult, Status, read_result, write_report
-from como_jax.processes import run_commands
+from como_jax.evaluation.sweeps.cells import Cell, expand_recipes, make_cells, parse_swept, run_in_processes
+from como_jax.evaluation.sweeps.report import LATENT_DIM, CellResult, Status, tabulate
 from experiments.pretrain import DATA, pretrain
 
 # experiments.pretrain has a --config of its own, for one recipe.
@@ -58,7 +55,7 @@ def sweep(cells: Sequence[Cell], out: epath.PathLike, processes: int = 1) -> lis
       processes: how many cells run at once.
 
     Returns:
-      What became of every cell, in their order.
+      The result of every cell, in their order.
 
     Raises:
       RunError: `out` cannot be written.
@@ -73,7 +70,7 @@ def sweep(cells: Sequence[Cell], out: epath.PathLike, processes: int = 1) -> lis
     cache_programs(epath.Path(out) / ".xla_cache")
     failures: dict[epath.Path, str] = {}
     start = time.monotonic()
-    outcomes = run_here(waiting) if processes == 1 else run_in_processes(waiting, processes)
+    outcomes = run_here(waiting) if processes == 1 else run_in_processes("experiments.pretrain", waiting, processes)
     with contextlib.closing(outcomes):
         for done, (cell, failure) in enumerate(outcomes, 1):
             if failure:
@@ -85,19 +82,6 @@ def sweep(cells: Sequence[Cell], out: epath.PathLike, processes: int = 1) -> lis
     return results
 
 
-def tabulate(
-    cells: Sequence[Cell], out: epath.PathLike, failures: dict[epath.Path, str] | None = None
-) -> list[CellResult]:
-    """Reads what the run directories hold and writes the tables."""
-    failures = failures or {}
-    results = [
-        CellResult(cell, Status.FAILED, failures[cell.workdir]) if cell.workdir in failures else read_result(cell)
-        for cell in cells
-    ]
-    write_report(out, results)
-    return results
-
-
 def run_here(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
     """Runs cells one after another in this process; yields each with the reason why it failed, or ""."""
     for cell in cells:
@@ -106,49 +90,21 @@ def run_here(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
             state = pretrain(cell.config, cell.workdir)
         except (NonFiniteError, UsageError) as error:
             yield cell, str(error)
-        except Exception as error:  # Out of memory, for one: a night's sweep goes on with its other cells.
+        except Exception as error:  # Out of memory, for example: a sweep overnight goes on with its other cells.
             logger.exception("%s", cell.workdir)
             yield cell, " ".join(f"{type(error).__name__}: {error}".split())
         else:
             train = cell.config.train
             if int(state.step) < min(train.num_steps, train.stop_after or train.num_steps):
-                raise KeyboardInterrupt  # The loop ends early on SIGTERM alone, which it keeps to itself.
+                raise KeyboardInterrupt  # Training ends early on SIGTERM alone, and does not pass it on.
             yield cell, ""
 
 
-def run_in_processes(cells: Sequence[Cell], count: int) -> Iterator[tuple[Cell, str]]:
-    """Runs cells as commands of their own, `count` at once; yields each as it ends, as `run_here` does."""
-    commands = [
-        [sys.executable, "-m", "experiments.pretrain", f"--config={cell.recipe}", f"--workdir={cell.workdir}"]
-        # Within an allocation of several processes, each cell still is a run of its own.
-        + ["--num_processes=1", *(f"--config.{override}" for override in cell.overrides)]
-        for cell in cells
-    ]
-    logs = [Path(cell.workdir.parent) / f"{cell.workdir.name}.log" for cell in cells]
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.jax_persistent_cache_min_compile_time_secs),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # For runs that share a GPU.
-        **os.environ,
-    }
-    logger.info("Every run prints to RUN.log beside its directory.")
-    with contextlib.closing(run_commands(commands, logs, count, environment)) as ended:
-        for number, status in ended:
-            yield cells[number], f"exit status {status}: {_last_error(logs[number])}" if status else ""
-
-
 def cache_programs(directory: epath.Path) -> None:
-    """Shares compiled programs among the cells, unless JAX is already told where to keep them."""
+    """Shares compiled programs among the cells, unless JAX already has a folder for them."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def _last_error(log: Path) -> str:
-    """The error that a command reported, or the last line that it printed."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return f"{[*lines, *errors][-1]} (see {log})"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,295 +3,26 @@
     python -m tools.policy_bench --env tabletop --out runs/policy_bench
     python -m tools.policy_bench --env metaworld --out runs/policy_bench_metaworld --policies diffusion --seeds 0
 
-Ten demonstrations a task and five times as many videos without actions, half of them in another look on Tabletop. The
-labellers start from one encoder, LAQ and the policies from scratch. Arms: `robot`, demonstrations alone; `ceiling`,
-five times the demonstrations; all others, demonstrations and videos that the model of that name has labelled. The
-diffusion and the autoregressive policy learn from both at once, the vision-language-action model (`vla`) from videos
-first and then from demonstrations. Writes OUT/table.md, and table.csv with every run. All that is finished stays as it
-is, so that the same command goes on after a stop.
+Builds the datasets, trains the models that label videos and the policies that learn from them, rolls the policies out,
+and writes OUT/table.md, and table.csv with every run; `como_jax.evaluation.sweeps.policy_bench` has the details. What
+is finished stays as it is, so that the same command resumes after a stop.
 """
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
 import logging
-import math
-import os
 import signal
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from como_jax import cli
-from como_jax.errors import ConfigError, RunError
-from como_jax.evaluation.rollouts.success import wilson_interval
-from como_jax.files import write_text
-from como_jax.processes import run_commands
+from como_jax.errors import ConfigError
+from como_jax.evaluation.sweeps.policy_bench import LABELLERS, SETTINGS, Bench, run_stage, write_tables
 
 logger = logging.getLogger("como_jax.policy_bench")
-
-CO_TRAINED = ("como", "discrete", "future_features")
-LABELLERS = {"diffusion": CO_TRAINED, "autoregressive": CO_TRAINED, "vla": ("laq", "como")}
-"""Of every policy, the models whose labels it learns from."""
-TWO_STAGES = ("vla",)
-DEMONSTRATIONS, FACTOR = 10, 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One simulator.
-
-    Attributes:
-      tasks: of the bench.
-      looks: flags of the datasets of videos, by name; the first is the look of the demonstrations.
-      build: flags of all datasets.
-      rollout: flags of all rollouts.
-    """
-
-    tasks: tuple[str, ...]
-    looks: dict[str, tuple[str, ...]]
-    build: tuple[str, ...]
-    rollout: tuple[str, ...] = ()
-
-
-SETTINGS = {
-    "tabletop": Setting(
-        tasks=("reach", "push", "pick_place", "open_drawer", "close_drawer", "press_button"),
-        looks={"plain": (), "human": ("--look=human",)},
-        build=("--noise=0.1",),
-    ),
-    "metaworld": Setting(
-        tasks=("reach-v3", "push-v3", "drawer-open-v3", "button-press-v3", "pick-place-v3"),
-        looks={"plain": ()},
-        build=("--noise=0.1", "--action_repeat=4"),
-        rollout=("--env_setting=action_repeat=4", "--max_steps=60"),
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A command that is finished once `product` exists."""
-
-    name: str
-    command: tuple[str, ...]
-    product: Path
-
-
-class Bench:
-    """All jobs of one simulator, and where they write."""
-
-    def __init__(self, env: str, out: Path, policies: Sequence[str], seeds: Sequence[int], episodes: int, steps: int):
-        self.env, self.out, self.setting = env, out, SETTINGS[env]
-        self.policies, self.seeds, self.episodes, self.steps = policies, seeds, episodes, steps
-        self.runs = [(policy, arm, seed) for seed in seeds for policy in policies for arm in arms_of(policy)]
-        self.labellers = list(dict.fromkeys(labeller for policy in policies for labeller in LABELLERS[policy]))
-
-    def stages(self) -> list[list[Job]]:
-        """Jobs that need those of the stages before, and not each other."""
-        with_labels = [run for run in self.runs if run[1] in self.labellers]
-        without = [run for run in self.runs if run[1] not in self.labellers]
-        return [
-            self._datasets(),
-            # Policies without labels keep the cores busy that the one encoder leaves idle.
-            [self._pretrain("encoder", "ablation.py:encoder"), *(self._train(*run) for run in without)],
-            [self._pretrain_labeller(name) for name in self.labellers],
-            [self._evaluate(name) for name in self.labellers],
-            [self._label(name, look) for name in self.labellers for look in self.setting.looks],
-            [self._train_on_labels(*run) for run in with_labels if run[0] in TWO_STAGES],
-            [self._train(*run) for run in with_labels],
-            [self._roll_out(*run) for run in self.runs],
-        ]
-
-    def _datasets(self) -> list[Job]:
-        demonstrations = DEMONSTRATIONS * len(self.setting.tasks)
-        videos = FACTOR * demonstrations // len(self.setting.looks)
-        # The ceiling's seeds begin as the robot's do, so that it holds the same demonstrations and more.
-        jobs = [
-            self._build("robot", demonstrations, 0, "--validation_fraction=0"),
-            self._build("ceiling", FACTOR * demonstrations, 0, "--validation_fraction=0"),
-            self._build("held_out", demonstrations, 1, "--validation_fraction=0.5"),
-        ]
-        for seed, (look, flags_of_look) in enumerate(self.setting.looks.items(), 2):
-            jobs.append(self._build(f"videos_{look}", videos, seed, "--noactions", *flags_of_look))
-        return jobs
-
-    def _build(self, name: str, episodes: int, seed: int, *more: str) -> Job:
-        tasks = f"--tasks={','.join(self.setting.tasks)}"
-        shape = (f"--episodes={episodes}", f"--seed={seed}", "--image_size=64", tasks)
-        product = self.out / name
-        command = ("tools.datasets.build", self.env, f"--out={product}", *shape, *self.setting.build, *more)
-        return Job(name, command, product / "dataset_info.json")
-
-    @property
-    def _videos(self) -> list[Path]:
-        return [self.out / f"videos_{look}" for look in self.setting.looks]
-
-    def _pretrain_labeller(self, name: str) -> Job:
-        if name == "laq":
-            return self._pretrain(name, "pretrain_laq.py:tiny", "--config.train.evaluate_every=0")
-        return self._pretrain(name, f"ablation.py:{name}", f"--config.encoder.init_from={self.out / 'encoder'}")
-
-    def _pretrain(self, name: str, recipe: str, *more: str) -> Job:
-        mixture = ",".join(map(str, [self.out / "robot", *self._videos]))
-        command = ("experiments.pretrain", f"--config=configs/{recipe}", f"--data={mixture}", *more)
-        return self._run(name, command, self.out / name)
-
-    def _run(self, name: str, command: tuple[str, ...], workdir: Path) -> Job:
-        # A stopped run has checkpoints too, so `run_stage` leaves this mark when the command has ended well.
-        return Job(name, (*command, f"--workdir={workdir}"), workdir / "finished")
-
-    def _evaluate(self, labeller: str) -> Job:
-        out = self.out / f"{labeller}_report"
-        command = ("experiments.evaluate", f"--workdir={self.out / labeller}", f"--data={self.out / 'held_out'}")
-        return Job(out.name, (*command, f"--out={out}"), out / "metrics.json")
-
-    def _label(self, labeller: str, look: str) -> Job:
-        out = self.out / f"labels_{labeller}_{look}"
-        command = ("experiments.extract_labels", f"--workdir={self.out / labeller}")
-        return Job(out.name, (*command, f"--data={self.out / f'videos_{look}'}", f"--out={out}"), out / "labels.json")
-
-    def _train_on_labels(self, policy: str, arm: str, seed: int) -> Job:
-        workdir = self._workdir(policy, arm, seed).with_name(f"{policy}_{arm}_{seed}_latent")
-        return self._train_policy(f"{policy}.py:latent,tiny", self._labels(arm), seed, workdir)
-
-    def _train(self, policy: str, arm: str, seed: int) -> Job:
-        workdir, more = self._workdir(policy, arm, seed), []
-        data = [str(self.out / ("ceiling" if arm == "ceiling" else "robot"))]
-        is_labelled, has_stages = arm in self.labellers, policy in TWO_STAGES
-        if is_labelled and has_stages:
-            more = [f"--config.init_from={workdir.with_name(f'{workdir.name}_latent')}"]
-        elif is_labelled:
-            # Half of the samples are of the robot, whatever the number of videos.
-            labels = self._labels(arm)
-            data = [f"{data[0]}={len(labels)}", *labels]
-        recipe = f"{policy}.py:finetune,tiny" if has_stages else f"{policy}.py:tiny"
-        return self._train_policy(recipe, data, seed, workdir, *more)
-
-    def _train_policy(self, recipe: str, data: Sequence[str], seed: int, workdir: Path, *more: str) -> Job:
-        changes = {
-            "seed": seed,
-            "train.num_steps": self.steps,
-            "train.evaluate_every": 0,
-            "train.checkpoint_every": 0,
-        }
-        overrides = [f"--config.{name}={value}" for name, value in changes.items()]
-        command = ("experiments.train_policy", f"--config=configs/policy_{recipe}", f"--data={','.join(data)}")
-        return self._run(workdir.name, (*command, *overrides, *more), workdir)
-
-    def _labels(self, labeller: str) -> list[str]:
-        return [str(self.out / f"labels_{labeller}_{look}") for look in self.setting.looks]
-
-    def _roll_out(self, policy: str, arm: str, seed: int) -> Job:
-        workdir = self._workdir(policy, arm, seed)
-        out = self.out / "rollouts" / workdir.name
-        numbers = (f"--episodes={self.episodes}", "--execute=4", "--workers=1", "--videos=0")
-        tasks = f"--env={self.env}:{','.join(self.setting.tasks)}"
-        command = ("experiments.rollout", f"--workdir={workdir}", f"--out={out}", tasks, *numbers)
-        return Job(f"rollout_{workdir.name}", (*command, *self.setting.rollout), out / "summary.json")
-
-    def _workdir(self, policy: str, arm: str, seed: int) -> Path:
-        return self.out / "policies" / f"{policy}_{arm}_{seed}"
-
-
-def arms_of(policy: str) -> tuple[str, ...]:
-    """What a policy is trained on."""
-    return ("robot", *LABELLERS[policy], "ceiling")
-
-
-def run_stage(jobs: Iterable[Job], logs: Path, processes: int) -> None:
-    """Runs what is not finished yet, `processes` at once.
-
-    Raises:
-      RunError: a command failed; the message names its log.
-    """
-    waiting = [job for job in jobs if not job.product.exists()]
-    commands = [[sys.executable, "-m", *job.command] for job in waiting]
-    files = [logs / f"{job.name}.log" for job in waiting]
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(logs / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        **os.environ,
-    }
-    for number, status in run_commands(commands, files, processes, environment):
-        job = waiting[number]
-        if status:
-            raise RunError(f"{job.name} failed with exit status {status}; see {files[number]}.")
-        if job.product.name == "finished":
-            write_text(job.product, "")
-        if not job.product.exists():
-            raise RunError(f"{job.name} ended without {job.product}; see {files[number]}.")
-        logger.info("%s is done", job.name)
-
-
-def write_tables(bench: Bench) -> str:
-    """Reads what the rollouts found, writes table.csv and table.md, and returns the latter."""
-    rows = []
-    for policy, arm, seed in bench.runs:
-        path = bench.out / "rollouts" / f"{policy}_{arm}_{seed}" / "summary.json"
-        if path.exists():
-            for task, rate in json.loads(path.read_text())["tasks"].items():
-                rows.append({"policy": policy, "arm": arm, "seed": seed, "task": task, **rate})
-    columns = ["policy", "arm", "seed", "task", "episodes", "crashed", "successes", "mean_steps"]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(bench.out / "table.csv", buffer.getvalue())
-    titles = ["policy", "videos labelled by", "seeds", "success", "95 %", "by seed", *bench.setting.tasks]
-    lines = [titles + ["LP-MSE", "S-PCFC"], ["---"] * (len(titles) + 2)]
-    for policy in bench.policies:
-        lines += [_line(bench, policy, arm, rows) for arm in arms_of(policy)]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    write_text(bench.out / "table.md", table)
-    return table
-
-
-def _line(bench: Bench, policy: str, arm: str, rows: list[dict]) -> list[str]:
-    mine = [row for row in rows if row["policy"] == policy and row["arm"] == arm]
-    by_seed = [_rate([row for row in mine if row["seed"] == seed]) for seed in bench.seeds]
-    found = [rate for rate in by_seed if not math.isnan(rate)]
-    names = [f"{bench.env}:{task}" for task in bench.setting.tasks]
-    tasks = [_percent(_rate([row for row in mine if row["task"] == name])) for name in names]
-    title = {"robot": "none", "ceiling": f"none, {FACTOR} times the demonstrations"}.get(arm, arm)
-    spread = f" ± {100 * statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    cells = [policy, title, f"{len(found)} of {len(by_seed)}", _percent(_rate(mine)) + spread, _interval(mine)]
-    return [*cells, ", ".join(map(_percent, found)), *tasks, *_labeller_metrics(bench, arm)]
-
-
-def _labeller_metrics(bench: Bench, arm: str) -> list[str]:
-    path = bench.out / f"{arm}_report" / "metrics.json"
-    if not path.exists():
-        return ["", ""]
-    metrics = json.loads(path.read_text())
-    return [f"{metrics['lp_mse']:.4f}", f"{metrics['s_pcfc']:.2f}"]
-
-
-def _counts(rows: list[dict]) -> tuple[int, int]:
-    return sum(row["successes"] for row in rows), sum(row["episodes"] - row["crashed"] for row in rows)
-
-
-def _rate(rows: list[dict]) -> float:
-    successes, finished = _counts(rows)
-    return successes / finished if finished else math.nan
-
-
-def _interval(rows: list[dict]) -> str:
-    successes, finished = _counts(rows)
-    if not finished:
-        return ""
-    low, high = wilson_interval(successes, finished)
-    return f"{100 * low:.1f} to {100 * high:.1f}"
-
-
-def _percent(rate: float) -> str:
-    return "" if math.isnan(rate) else f"{100 * rate:.1f}"
 
 
 def define_flags() -> None:
@@ -307,7 +38,7 @@ def define_flags() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reads the flags."""
+    """Reads the flags and runs the bench."""
     cli.no_arguments(arguments)
     values = flags.FLAGS
     unknown = set(values.policies) - set(LABELLERS)
@@ -315,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--policies are of {', '.join(LABELLERS)}, and --seeds whole numbers.")
     seeds = [int(seed) for seed in values.seeds]
     bench = Bench(values.env, Path(values.out).resolve(), values.policies, seeds, values.episodes, values.steps)
-    # SIGTERM ends the commands that run as Ctrl-C does; both save where they are.
+    # SIGTERM ends the running commands as Ctrl-C does; they save their state in both cases.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not values.table_only:
         try:

@@ -60,7 +60,7 @@ def test_a_fixed_field_is_set_where_a_recipe_has_it(recipe: str, tmp_path: Path,
     other.write_text(RECIPE.replace('"rate": 1.0', '"speed": 1.0'))
     first, second = make_cells("out", [recipe, str(other)], {}, ["model.rate=5.0"])
     assert first.config.model.rate == 5.0 and "rate" not in second.config.model
-    assert f"model.rate=5.0 is left out of what has no such field: {other}" in caplog.text
+    assert f"model.rate=5.0 is left out of recipes without such a field: {other}" in caplog.text
     with pytest.raises(ConfigError, match="no field 'model.rat'; did you mean 'model.rate'"):
         make_cells("out", [recipe, str(other)], {}, ["model.rat=5.0"])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from como_jax.evaluation.sweeps.cells import Cell, make_cells
-from como_jax.evaluation.sweeps.report import Status
+from como_jax.evaluation.sweeps.report import Status, tabulate
 from experiments import sweep as sweep_module
 from experiments.sweep import sweep
 from tests.conftest import REPOSITORY
@@ -85,7 +85,7 @@ def test_directories_of_another_config_are_not_taken_for_finished(finished, tabl
     out, _ = finished
     swept = {"model.latent_dim": ["16"], "data.gap_seconds": ["0.5"]}
     cells = cells_of(out, tabletop_dataset, swept, [*FAST, "optim.learning_rate=0.5"])
-    (result,) = sweep_module.tabulate(cells, out)
+    (result,) = tabulate(cells, out)
     assert result.status is Status.FAILED and "config.optim.learning_rate was" in result.reason
 
 

@@ -8,9 +8,8 @@ from como_jax.envs.metaworld.adapter import (
     make,
     tasks,
 )
-from como_jax.envs.metaworld.camera import CAMERAS, IMAGE_SIZES, check_cameras, check_image_size
 from como_jax.envs.metaworld.instructions import INSTRUCTIONS, TASKS
-from como_jax.envs.metaworld.simulator import load_mujoco
+from como_jax.envs.metaworld.simulator import CAMERAS, IMAGE_SIZES, check_cameras, check_image_size, load_mujoco
 
 __all__ = [
     "ACTION_SIZE",

@@ -7,9 +7,16 @@ import warnings
 import numpy as np
 
 from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult, check_action
-from como_jax.envs.metaworld.camera import CAMERAS, Cameras, check_cameras, check_image_size
 from como_jax.envs.metaworld.instructions import INSTRUCTIONS, TASKS
-from como_jax.envs.metaworld.simulator import load_mujoco, make_expert, make_simulator
+from como_jax.envs.metaworld.simulator import (
+    CAMERAS,
+    Cameras,
+    check_cameras,
+    check_image_size,
+    load_mujoco,
+    make_expert,
+    make_simulator,
+)
 from como_jax.errors import ConfigError
 
 ACTION_SIZE, STATE_SIZE = 4, 4

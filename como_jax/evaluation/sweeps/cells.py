@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import itertools
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
 from como_jax.errors import ConfigError
+from como_jax.processes import run_commands
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +32,9 @@ class Cell:
 
     Attributes:
       recipe: PATH or PATH:VARIANT of its config file.
-      swept: value of every swept field, as it was given.
+      swept: value of every swept field, as given.
       seed: of the run.
-      overrides: FIELD=VALUE for all in which the config differs from the recipe.
+      overrides: FIELD=VALUE for every field in which the config differs from the recipe.
       config: the recipe with the overrides.
       workdir: of the run.
     """
@@ -49,7 +54,7 @@ class Cell:
 
     @property
     def latent_size(self) -> int | None:
-        """Numbers of a latent, all query tokens together; None for a model without `latent_dim`."""
+        """Numbers of a latent, over all its tokens; None for a model without `latent_dim`."""
         model = self.config.model
         return model.latent_dim * model.get("num_queries", 1) if "latent_dim" in model else None
 
@@ -61,12 +66,12 @@ def make_cells(
     fixed: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
 ) -> list[Cell]:
-    """Every combination, settings in the order given and the seeds of a setting next to each other.
+    """The cells of all combinations; settings are in the order given, the seeds of a setting next to each other.
 
     Args:
       out: directory of the sweep; a run lies in OUT/SETTING/seedN.
       recipes: PATH or PATH:VARIANT of config files.
-      swept: values by field of the config.
+      swept: values of every swept field of the config.
       fixed: FIELD=VALUE for all cells whose recipe has the field.
       seeds: values of the field `seed`.
 
@@ -76,9 +81,7 @@ def make_cells(
     fields = [*swept, "seed", *(text.partition("=")[0] for text in fixed)]
     for field in fields:
         if fields.count(field) > 1:
-            raise ConfigError(
-                f"{field} is set twice, by --sweep, --latent_dims, --seeds, --set or --data; set it once."
-            )
+            raise ConfigError(f"{field} is set twice, as a swept field, a fixed one or the seed; set it once.")
     fixed_of = _share_fixed(recipes, fixed)
     cells: dict[epath.Path, Cell] = {}
     for recipe, values, seed in itertools.product(recipes, itertools.product(*swept.values()), seeds):
@@ -95,7 +98,7 @@ def make_cells(
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of `--config RECIPE --config.FIELD=VALUE ...`, as every command reads it.
+    """The locked config of a recipe with overrides FIELD=VALUE, as the commands read them from their flags.
 
     Raises:
       ConfigError: no such file, variant or field, or a value of another type.
@@ -109,7 +112,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def expand_recipes(recipes: Sequence[str], variants: Sequence[str]) -> list[str]:
-    """Gives every recipe without a variant all of `variants`; ["all"] stands for the file's own tuple `VARIANTS`."""
+    """Every recipe without a variant with each of `variants`; ["all"] means those of the file's tuple `VARIANTS`."""
     found = []
     for recipe in recipes:
         if ":" in recipe or not variants:
@@ -121,7 +124,7 @@ def expand_recipes(recipes: Sequence[str], variants: Sequence[str]) -> list[str]
 
 
 def parse_swept(texts: Sequence[str]) -> dict[str, list[str]]:
-    """FIELD=V1,V2 to values by field; values that hold commas are separated by semicolons.
+    """The values of each field, from texts FIELD=V1,V2; values that contain commas are separated by semicolons.
 
     Raises:
       ConfigError: no field, no value, or a field twice.
@@ -130,15 +133,40 @@ def parse_swept(texts: Sequence[str]) -> dict[str, list[str]]:
     for text in texts:
         field, _, values = text.partition("=")
         if not field or not values:
-            raise ConfigError(f"--sweep {text!r} is not FIELD=VALUE,VALUE.")
+            raise ConfigError(f"swept field {text!r} is not FIELD=VALUE,VALUE.")
         if field in swept:
-            raise ConfigError(f"{field} is swept twice; name all its values at once.")
+            raise ConfigError(f"{field} is swept twice; give all its values at once.")
         swept[field] = values.split(";" if ";" in values else ",")
     return swept
 
 
+def run_in_processes(module: str, cells: Sequence[Cell], count: int) -> Iterator[tuple[Cell, str]]:
+    """Runs the command `python -m MODULE` for every cell, `count` at once.
+
+    Yields:
+      Every cell as it ends, with the reason why it failed, or "".
+    """
+    commands = [
+        [sys.executable, "-m", module, f"--config={cell.recipe}", f"--workdir={cell.workdir}"]
+        # Within an allocation of several processes, each cell still is a run of its own.
+        + ["--num_processes=1", *(f"--config.{override}" for override in cell.overrides)]
+        for cell in cells
+    ]
+    logs = [Path(cell.workdir.parent) / f"{cell.workdir.name}.log" for cell in cells]
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(jax.config.jax_persistent_cache_min_compile_time_secs),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # For runs that share a GPU.
+        **os.environ,
+    }
+    logger.info("Every run prints to RUN.log beside its directory.")
+    with contextlib.closing(run_commands(commands, logs, count, environment)) as ended:
+        for number, status in ended:
+            yield cells[number], f"exit status {status}: {_last_error(logs[number])}" if status else ""
+
+
 def _share_fixed(recipes: Sequence[str], fixed: Sequence[str]) -> dict[str, list[str]]:
-    """The overrides of each recipe's fields; a field that no recipe has is an error."""
+    """The overrides of each recipe, of the fields that it has; a field that no recipe has is an error."""
     fields_of = {recipe: _fields_of(recipe) for recipe in recipes}
     shared: dict[str, list[str]] = {recipe: [] for recipe in recipes}
     for text in fixed:
@@ -148,7 +176,7 @@ def _share_fixed(recipes: Sequence[str], fixed: Sequence[str]) -> dict[str, list
             shared[recipe].append(text)
         if len(having) < len(shared):
             others = ", ".join(recipe for recipe in shared if recipe not in having)
-            logger.warning("%s is left out of what has no such field: %s", text, others)
+            logger.warning("%s is left out of recipes without such a field: %s", text, others)
     return shared
 
 
@@ -169,7 +197,7 @@ def _parse(recipe: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _last_line(text: str) -> str:
-    """What is wrong, without the traceback that an error inside a config file comes with."""
+    """The message of an error, without the traceback that errors inside a config file come with."""
     line = text.strip().splitlines()[-1]
     return line.partition(": ")[2] if "Traceback" in text else line
 
@@ -180,17 +208,17 @@ def _variants_of(path: str) -> Sequence[str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "VARIANTS"):
-        raise ConfigError(f"{path} has no tuple VARIANTS; name its variants, as --variants A,B.")
+        raise ConfigError(f"{path} has no tuple VARIANTS; name its variants.")
     return module.VARIANTS
 
 
 def _check_file(path: str) -> None:
     if not (path.endswith(".py") and Path(path).is_file()):
-        raise ConfigError(f"--config {path}: there is no such Python file.")
+        raise ConfigError(f"{path}: there is no such Python file.")
 
 
 def _nearest(field: str, known: Iterable[str]) -> str:
-    """The known field that was probably meant: one of equal last name in another section, or of similar spelling."""
+    """The end of a message: the field that was probably meant, of the same name in another section or spelt alike."""
     known = sorted(known)
     moved = [name for name in known if name.rpartition(".")[2] == field.rpartition(".")[2]]
     guesses = moved + difflib.get_close_matches(field, known, n=1)
@@ -199,3 +227,10 @@ def _nearest(field: str, known: Iterable[str]) -> str:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", text)
+
+
+def _last_error(log: Path) -> str:
+    """The error that a command reported, or the last line that it printed, and its log."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return f"{[*lines, *errors][-1]} (see {log})"

@@ -1,11 +1,9 @@
-"""What a sweep found: a table of all cells, a table of settings over seeds, and curves against latent size."""
+"""The results of a sweep: a table of all cells, a table of settings over seeds, and curves over the latent size."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import enum
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +16,7 @@ from matplotlib.ticker import NullLocator
 
 from como_jax.errors import RunError
 from como_jax.evaluation.sweeps.cells import Cell
+from como_jax.evaluation.tables import csv_text, markdown_table
 from como_jax.files import write_atomic, write_text
 from como_jax.training.run import claim_workdir
 
@@ -34,7 +33,7 @@ COLUMNS = {
 
 
 class Status(enum.StrEnum):
-    """How far a cell is."""
+    """The progress of a cell."""
 
     MISSING = "not run"
     UNFINISHED = "unfinished"
@@ -44,13 +43,13 @@ class Status(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """What became of a cell.
+    """The result of a cell.
 
     Attributes:
-      cell: that ran, or did not.
-      status: how far it is.
+      cell: the cell.
+      status: its progress.
       reason: why it failed, or how many of its steps are done.
-      metrics: of its last step, `eval_val/lp_mse` and the like; None for a value that is not finite.
+      metrics: of its last step, by names such as `eval_val/lp_mse`; None for a value that is not finite.
     """
 
     cell: Cell
@@ -72,7 +71,7 @@ class CellResult:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The cells that differ in their seed alone."""
+    """The results of cells that differ in their seed alone."""
 
     results: tuple[CellResult, ...]
 
@@ -82,11 +81,11 @@ class Setting:
         return self.results[0].cell
 
     def count(self, status: Status) -> int:
-        """How many are that far."""
+        """How many cells have this status."""
         return sum(result.status is status for result in self.results)
 
     def statistics(self, name: str) -> tuple[float | None, float | None]:
-        """Mean and sample standard deviation over the finished cells; None where there are too few."""
+        """Mean and sample standard deviation over the finished cells; None for one that needs more of them."""
         finished = (result for result in self.results if result.status is Status.FINISHED)
         values = [value for result in finished if (value := result.held_out(name)) is not None]
         mean = float(np.mean(values)) if values else None
@@ -94,7 +93,7 @@ class Setting:
 
 
 def read_metrics(workdir: epath.PathLike) -> dict[int, dict[str, float | None]]:
-    """Everything that a run wrote to metrics.jsonl, by step; a last line that a killed run left unfinished is not."""
+    """Everything that a run wrote to metrics.jsonl, by step, without a last line that a killed run left incomplete."""
     path = epath.Path(workdir) / "metrics.jsonl"
     found: dict[int, dict[str, float | None]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -107,7 +106,7 @@ def read_metrics(workdir: epath.PathLike) -> dict[int, dict[str, float | None]]:
 
 
 def read_result(cell: Cell) -> CellResult:
-    """What the run directory of a cell says: finished is a run of its config that was evaluated at its last step."""
+    """The result in the run directory of a cell: a run of its config is finished if its last step was evaluated."""
     if not (cell.workdir / "config.json").exists():
         return CellResult(cell, Status.MISSING)
     try:
@@ -120,8 +119,21 @@ def read_result(cell: Cell) -> CellResult:
     return CellResult(cell, Status.UNFINISHED, f"step {max(metrics, default=0)} of {last}")
 
 
+def tabulate(
+    cells: Sequence[Cell], out: epath.PathLike, failures: dict[epath.Path, str] | None = None
+) -> list[CellResult]:
+    """Reads the run directories, writes the tables and returns the results; `failures` has reasons by run directory."""
+    failures = failures or {}
+    results = [
+        CellResult(cell, Status.FAILED, failures[cell.workdir]) if cell.workdir in failures else read_result(cell)
+        for cell in cells
+    ]
+    write_report(out, results)
+    return results
+
+
 def group_settings(results: Iterable[CellResult]) -> list[Setting]:
-    """Results that differ in their seed alone, together; in the order of their first."""
+    """Groups results that differ in their seed alone, in the order of the first of each group."""
     groups: dict[tuple[str, ...], list[CellResult]] = {}
     for result in results:
         groups.setdefault((result.cell.recipe, *result.cell.swept.values()), []).append(result)
@@ -142,45 +154,42 @@ def write_report(out: epath.PathLike, results: Sequence[CellResult]) -> None:
 
 
 def cells_csv(results: Sequence[CellResult]) -> str:
-    """One line a cell: what was swept, how it ended, and every metric of its last step."""
+    """One line per cell: swept fields, status, and every metric of its last step."""
     names = sorted({name for result in results for name in result.metrics})
     rows = [["recipe", *results[0].cell.swept, "seed", "status", "reason", "workdir", "latent_size", *names]]
     for result in results:
         cell = result.cell
         row = [cell.recipe, *cell.swept.values(), cell.seed, result.status, result.reason, cell.workdir]
         rows.append([*row, cell.latent_size, *(result.metrics.get(name) for name in names)])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def table_csv(settings: Sequence[Setting]) -> str:
-    """One line a setting: `<metric>_mean` and `<metric>_std` over seeds, empty where there are too few."""
+    """One line per setting: `<metric>_mean` and `<metric>_std` over seeds, empty where there are too few."""
     titles = [f"{name}_{kind}" for name in COLUMNS for kind in ("mean", "std")]
     rows = [["recipe", *settings[0].cell.swept, "latent_size", "seeds", "seeds_failed", *titles]]
     for setting in settings:
         cell, counts = setting.cell, [setting.count(status) for status in (Status.FINISHED, Status.FAILED)]
         values = [value for name in COLUMNS for value in setting.statistics(name)]
         rows.append([cell.recipe, *cell.swept.values(), cell.latent_size, *counts, *values])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def table_markdown(settings: Sequence[Setting]) -> str:
-    """The same for readers, with the cells that are missing and why below it."""
-    swept = list(settings[0].cell.swept)
-    lines = [_markdown_row(["recipe", *swept, "seeds", *COLUMNS.values()])]
-    lines.append(_markdown_row(["---"] * (len(swept) + 2 + len(COLUMNS))))
+    """The same for people; below it the cells that are not finished, and why."""
+    rows = [["recipe", *settings[0].cell.swept, "seeds", *COLUMNS.values()]]
     for setting in settings:
         seeds = f"{setting.count(Status.FINISHED)} of {len(setting.results)}"
         values = [_plus_minus(*setting.statistics(name)) for name in COLUMNS]
-        lines.append(_markdown_row([setting.cell.label, *setting.cell.swept.values(), seeds, *values]))
-    lines += ["", "Held-out episodes; mean ± sample standard deviation over the finished seeds."]
+        rows.append([setting.cell.label, *setting.cell.swept.values(), seeds, *values])
+    text = f"{markdown_table(rows)}\nHeld-out episodes; mean ± sample standard deviation over the finished seeds.\n"
     incomplete = [r for setting in settings for r in setting.results if r.status is not Status.FINISHED]
-    if incomplete:
-        lines += ["", *(f"- {r.cell.workdir}: {r.status}{f' ({r.reason})' if r.reason else ''}" for r in incomplete)]
-    return "\n".join(lines) + "\n"
+    lines = [f"- {r.cell.workdir}: {r.status}{f' ({r.reason})' if r.reason else ''}\n" for r in incomplete]
+    return "".join([text, "\n", *lines] if lines else [text])
 
 
 def latent_size_figure(settings: Sequence[Setting]) -> Figure:
-    """S-PCFC and LP-MSE against the size of the latent, a curve for every other setting (CoMo v1, Figure 3)."""
+    """S-PCFC and LP-MSE over the size of the latent, one curve per setting of all else (CoMo v1, Figure 3)."""
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     similarity, probe = figure.subplots(1, 2)
     for number, (label, curve) in enumerate(_curves(settings).items()):
@@ -202,7 +211,7 @@ def latent_size_figure(settings: Sequence[Setting]) -> Figure:
 
 
 def _curves(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
-    """Settings that differ in the latent size alone, by a label that says what they share."""
+    """Settings that differ in the latent size alone, by a label of what they have in common."""
     curves: dict[str, list[Setting]] = {}
     for setting in settings:
         others = (f"{field}={value}" for field, value in setting.cell.swept.items() if field != LATENT_DIM)
@@ -226,13 +235,3 @@ def _plus_minus(mean: float | None, deviation: float | None) -> str:
     # Three digits with their trailing zeros, and no trailing point.
     text = f"{mean:#.3g}".rstrip(".")
     return text if deviation is None else f"{text} ± {deviation:.2g}"
-
-
-def _markdown_row(values: Sequence[str]) -> str:
-    return f"| {' | '.join(value.replace('|', '/') for value in values)} |"
-
-
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
