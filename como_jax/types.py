@@ -157,7 +157,7 @@ class LossOutput(NamedTuple):
     statistics: dict[str, Any] = {}
 
 
-class LatentMotion(NamedTuple):
+class EncodedPair(NamedTuple):
     """Latent motion `[B, Q, L]`, and where it is discrete the numbers of its codes, int32 `[B, Q]`."""
 
     latent: jax.Array
@@ -173,7 +173,7 @@ class LatentMotionModel(Protocol):
     def encode_frame(self, frames: Array) -> Any:
         """All that can be computed of each frame alone, uint8 `[B, H, W, 3]`: a tree of arrays `[B, ...]`."""
 
-    def encode_pair(self, source: Any, target: Any) -> LatentMotion:
+    def encode_pair(self, source: Any, target: Any) -> EncodedPair:
         """The motion from each source to its target, both as `encode_frame` gives them."""
 
     def predict(self, frame: Array, latent: Array) -> jax.Array:

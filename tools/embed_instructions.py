@@ -25,7 +25,7 @@ from como_jax import cli
 from como_jax.data import schema
 from como_jax.data.language import FileTokenizer, write_embeddings
 from como_jax.errors import ConfigError, DatasetError
-from como_jax.policies.observation import make_text_tower
+from como_jax.nn.text_towers import make_text_tower
 from como_jax.spec.towers import TextConfig
 from como_jax.weights.text import load_text_tower, text_config_of
 

@@ -23,7 +23,7 @@ from como_jax.data.samples import Samples
 from como_jax.data.sources import READ_ERRORS
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
-from como_jax.types import LatentMotion
+from como_jax.types import EncodedPair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StreamLabeller:
         """Prepares the program.
 
         Args:
-          model: any that is a `LatentMotionModel`.
+          model: any that is a `EncodedPairModel`.
           params: on the mesh.
           mesh: of this host's devices.
           batch_size: frames per batch; rounded up to a multiple of the mesh's batch axes.
@@ -76,7 +76,7 @@ class StreamLabeller:
         self.batch_size = -(-batch_size // parts) * parts
         rows, whole = NamedSharding(mesh, sharding.BATCH_SPEC), NamedSharding(mesh, PartitionSpec())
 
-        def step(params: Params, carry: Any, frames: jax.Array, back: jax.Array) -> tuple[Any, LatentMotion]:
+        def step(params: Params, carry: Any, frames: jax.Array, back: jax.Array) -> tuple[Any, EncodedPair]:
             motion = model.bind(params)
             embedded = motion.encode_frame(frames)
             window = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), carry, embedded)
@@ -98,7 +98,7 @@ class StreamLabeller:
           back: `[S]`, see `steps_back`.
         """
         chex.assert_equal_shape([episode, records, back])
-        found: list[LatentMotion] = []
+        found: list[EncodedPair] = []
         readable: list[np.ndarray] = []
         carry, pending = self._no_frames(reader), None
         for frames, is_readable, part in self._batches(reader, episode, records, back):
@@ -175,7 +175,7 @@ def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
     )
 
 
-def _at_sources(label: LatentMotion, readable: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
+def _at_sources(label: EncodedPair, readable: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
     """Moves every label from the step at which its motion ends to the step at which it starts."""
     targets = np.flatnonzero(back)
     targets = targets[readable[targets] & readable[targets - back[targets]]]

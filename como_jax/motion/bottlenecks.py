@@ -1,6 +1,6 @@
-"""What a latent has to pass on its way from inverse to forward dynamics: nothing, a codebook, a grid, or noise.
+"""Bottlenecks between the inverse and the forward dynamics model: none, a codebook, a grid of values, or a Gaussian.
 
-Axes: N latent vectors of a batch, K codes, L latent size of one vector; `...` any leading axes.
+Axes: K codes, L numbers of a latent vector; `...` any leading axes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from flax import nnx
 
 from como_jax.errors import ConfigError
 from como_jax.spec.motion import BottleneckConfig
-from como_jax.types import LatentMotion
+from como_jax.types import EncodedPair
 
-# A code is called dead when its share of the last few hundred updates is under this part of an equal share.
+# A code is dead if its share of the latents, averaged over about the last fifty updates, is below DEAD_SHARE / K.
 DEAD_SHARE = 0.01
 SHARE_DECAY = 0.98
 MAX_LOG_VARIANCE = 10.0
 
 
 class Bottlenecked(NamedTuple):
-    """What a bottleneck makes of latents.
+    """The output of a bottleneck.
 
     Attributes:
-      latent: `[..., L]`, what the forward dynamics model gets.
-      loss: weighted scalar.
+      latent: `[..., L]`, the input of the forward dynamics model.
+      loss: scalar to add to the model's loss, already weighted.
       terms: scalars for a dashboard.
-      statistics: means over the batch that `Bottleneck.update_codebook` reads; empty without a codebook.
+      statistics: means over the batch that `Bottleneck.update_codebook` reads; empty without codes.
     """
 
     latent: jax.Array
@@ -42,13 +42,13 @@ class Bottlenecked(NamedTuple):
 
 
 class Bottleneck(nnx.Module):
-    """No bottleneck at all, and what all others have in common.
+    """No bottleneck at all; the base class of all others.
 
     Attributes:
-      input_dim: numbers of a vector that goes in.
-      latent_dim: numbers of a vector that comes out.
-      frozen: own parameters that no gradient trains.
-      is_discrete: whether what comes out has codes.
+      input_dim: numbers of an input vector.
+      latent_dim: numbers of an output vector.
+      frozen: names of parameters that no gradient trains.
+      is_discrete: whether every output vector is one of a finite number of codes.
     """
 
     frozen: tuple[str, ...] = ()
@@ -58,36 +58,45 @@ class Bottleneck(nnx.Module):
         self.input_dim = self.latent_dim = latent_dim
 
     def __call__(self, z: jax.Array, key: jax.Array | None = None) -> Bottlenecked:
-        """Passes `[..., input_dim]`; with a key as in training, without one as for labels: nothing is drawn."""
+        """Passes `[..., input_dim]`: with a key as in training, without one as in inference, where nothing is drawn."""
         del key
         return Bottlenecked(z, jnp.zeros(()), {}, {})
 
     def center(self, z: jax.Array) -> jax.Array:
-        """The continuous latent `[..., L]` before anything is rounded or drawn."""
+        """The continuous latent `[..., L]`, before it is rounded or drawn."""
         return z
 
-    def latent_motion(self, z: jax.Array) -> LatentMotion:
-        """What a label holds of `[..., input_dim]`."""
-        return LatentMotion(self(z).latent, self.codes(z) if self.is_discrete else None)
+    def latent_motion(self, z: jax.Array) -> EncodedPair:
+        """The latent motion in inference of `[..., input_dim]`."""
+        return EncodedPair(self(z).latent, self.codes(z) if self.is_discrete else None)
 
     def codes(self, z: jax.Array) -> jax.Array:
-        """Number of the code of every vector, int32 `[...]`.
+        """The number of every vector's code, int32 `[...]`.
 
         Raises:
           ConfigError: this bottleneck has no codes.
         """
-        raise ConfigError("model.bottleneck.kind is none or kl, whose latents have no codes; choose a discrete one.")
+        raise ConfigError("model.bottleneck.kind must be vq, vq_ema, nsvq or fsq: none and kl have no codes.")
 
     def update_codebook(
         self, statistics: dict[str, jax.Array], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """New values of own parameters after an update, and diagnostics."""
+        """Parameters to replace after an update of the model, and scalars for a dashboard.
+
+        Args:
+          statistics: those of `__call__`, averaged over the whole batch.
+          step: int32 scalar, updates done.
+          key: draws the replacements of codes.
+        """
         del statistics, step, key
         return {}, {}
 
 
 class Gaussian(Bottleneck):
-    """Mean and log variance, drawn from in training."""
+    """A Gaussian (beta-VAE): the input is its mean and log variance; training draws from it, inference takes the mean.
+
+    Its loss is `weight * KL(N(mean, variance) || N(0, I))`.
+    """
 
     def __init__(self, latent_dim: int, weight: float):
         super().__init__(latent_dim)
@@ -106,7 +115,7 @@ class Gaussian(Bottleneck):
 
 
 class FiniteScalar(Bottleneck):
-    """Every number rounded to a few values in [-1, 1]: a codebook that needs no learning."""
+    """FSQ (arXiv 2309.15505): every number is rounded to one of a few values in [-1, 1]; nothing is learned."""
 
     is_discrete = True
 
@@ -134,7 +143,7 @@ class FiniteScalar(Bottleneck):
         return {}, _perplexity(statistics["frequency"])
 
     def _bound(self, z: jax.Array) -> jax.Array:
-        """Numbers that round to `levels` integers around 0; an even number of them leans to the negative side."""
+        """Numbers that round to `levels` integers around 0; of an even number of levels, one more is negative."""
         levels = np.asarray(self.levels)
         half_width = (levels - 1) * (1 - 1e-3) / 2
         offset = np.where(levels % 2 == 0, 0.5, 0.0)
@@ -142,7 +151,11 @@ class FiniteScalar(Bottleneck):
 
 
 class Codebook(Bottleneck):
-    """Nearest of K learned codes; the kinds differ in how gradients pass and in how the codes learn."""
+    """The nearest of K learned codes; subclasses say how gradients pass and how the codes learn.
+
+    Parameters beside the codes: `usage`, how often each code was used since the last replacement, and `share`, the
+    moving average of its share.
+    """
 
     frozen = ("usage", "share")
     is_discrete = True
@@ -150,7 +163,7 @@ class Codebook(Bottleneck):
     def __init__(self, latent_dim: int, config: BottleneckConfig, *, rngs: nnx.Rngs):
         super().__init__(latent_dim)
         self.config = config
-        # Latents start out with numbers of order 1; smaller codes would all lie at the centre, and one win everything.
+        # Latents start at a magnitude of about 1. Much smaller codes would all lie at the centre: one would win all.
         codes = jax.random.normal(rngs.params(), (config.codebook_size, latent_dim))
         self.codebook = nnx.Param(codes)
         self.usage = nnx.Param(jnp.zeros(config.codebook_size))
@@ -166,7 +179,7 @@ class Codebook(Bottleneck):
 
     def codes(self, z: jax.Array) -> jax.Array:
         codebook = self.codebook[...]
-        # The square of z is the same for all codes.
+        # |z - c|^2 = |c|^2 - 2 z.c + |z|^2, whose last term is the same for all codes.
         distance = jnp.sum(jnp.square(codebook), axis=-1) - 2.0 * jnp.einsum(
             "...l,kl->...k", z, codebook, precision=jax.lax.Precision.HIGHEST
         )
@@ -178,37 +191,39 @@ class Codebook(Bottleneck):
         frequency = statistics["frequency"]
         share = SHARE_DECAY * self.share[...] + (1.0 - SHARE_DECAY) * frequency
         dead = jnp.sum(share < DEAD_SHARE / self.config.codebook_size)
-        new = {"share": share, "usage": self.usage[...] + frequency, **self._follow(statistics)}
+        new = {"share": share, "usage": self.usage[...] + frequency, **self._averages(statistics)}
         if self.config.replace_below:
             new |= self._replace(new, statistics["candidates"], step, key)
         return new, {**_perplexity(frequency), "dead_codes": dead}
 
     def _loss(self, z: jax.Array, nearest: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The weighted loss of the codes, and its terms."""
         del z, nearest
         return jnp.zeros(()), {}
 
     def _pass(self, z: jax.Array, nearest: jax.Array, key: jax.Array) -> jax.Array:
-        """The straight-through estimator: the code forward, the identity backward."""
+        """The output in training; here the straight-through estimator: the code forwards, the identity backwards."""
         del key
         return z + jax.lax.stop_gradient(nearest - z)
 
     def _statistics(self, z: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
+        """How often each code is used, and K latents of the batch that may replace codes, evenly spaced over it."""
         statistics = {"frequency": _frequency(codes, self.config.codebook_size)}
         if self.config.replace_below:
             vectors = jax.lax.stop_gradient(z).reshape(-1, self.latent_dim)
-            spread = np.linspace(0, len(vectors) - 1, self.config.codebook_size).astype(int)
-            statistics["candidates"] = vectors[spread]
+            chosen = np.linspace(0, len(vectors) - 1, self.config.codebook_size).astype(int)
+            statistics["candidates"] = vectors[chosen]
         return statistics
 
-    def _follow(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Parameters that follow the batch rather than a gradient."""
+    def _averages(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """New values of the parameters that are moving averages over batches and get no gradient."""
         del statistics
         return {}
 
     def _replace(
         self, new: dict[str, jax.Array], candidates: jax.Array, step: jax.Array, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Puts latents of the batch in place of codes hardly used, and starts counting anew."""
+        """Replaces codes that are hardly used by latents of the batch, if it is time, and starts to count anew."""
         codebook, usage = new.get("codebook", self.codebook[...]), new["usage"]
         due = replacement_due(step)
         rare = due & (usage < self.config.replace_below * jnp.mean(usage))
@@ -221,7 +236,7 @@ class Codebook(Bottleneck):
 
 
 class LossCodebook(Codebook):
-    """VQ: codes move to their latents, and latents to their codes, by a loss."""
+    """VQ-VAE (arXiv 1711.00937): a loss draws codes to their latents and, times `commitment`, latents to codes."""
 
     def _loss(self, z: jax.Array, nearest: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         codebook = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - nearest))
@@ -230,7 +245,7 @@ class LossCodebook(Codebook):
 
 
 class AveragedCodebook(Codebook):
-    """VQ whose codes are the moving averages of their latents."""
+    """VQ-VAE whose codes are moving averages of their latents (arXiv 1711.00937, appendix A.1)."""
 
     frozen = (*Codebook.frozen, "codebook", "code_count", "code_sum")
 
@@ -251,11 +266,11 @@ class AveragedCodebook(Codebook):
         total = jax.ops.segment_sum(vectors, codes.reshape(-1), self.config.codebook_size)
         return {**super()._statistics(z, codes), "code_sum": total / len(vectors)}
 
-    def _follow(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _averages(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
         decay = self.config.ema_decay
         count = decay * self.code_count[...] + (1.0 - decay) * statistics["frequency"]
         total = decay * self.code_sum[...] + (1.0 - decay) * statistics["code_sum"]
-        # Laplace smoothing: a code that nothing is near keeps a finite place.
+        # Laplace smoothing keeps a code without latents finite.
         smoothed = (count + 1e-5) / (1.0 + 1e-5 * len(count))
         return {"code_count": count, "code_sum": total, "codebook": total / smoothed[:, None]}
 
@@ -270,7 +285,10 @@ class AveragedCodebook(Codebook):
 
 
 class NoiseCodebook(Codebook):
-    """NSVQ: in training the error of quantisation is replaced by noise of its size, through which gradients pass."""
+    """NSVQ (arXiv 2202.07388): in training, noise of the same length replaces the error of quantisation.
+
+    Gradients pass through the length, to the latents and to the codes.
+    """
 
     def _pass(self, z: jax.Array, nearest: jax.Array, key: jax.Array) -> jax.Array:
         noise = jax.random.normal(key, z.shape)
@@ -278,11 +296,7 @@ class NoiseCodebook(Codebook):
 
 
 def make_bottleneck(config: BottleneckConfig, latent_dim: int, *, rngs: nnx.Rngs) -> Bottleneck:
-    """The bottleneck of a config.
-
-    Raises:
-      ConfigError: it does not fit the size of the latent.
-    """
+    """The bottleneck of a config; raises ConfigError if it does not fit the size of the latent."""
     if config.kind == "none":
         return Bottleneck(latent_dim)
     if config.kind == "kl":
@@ -290,8 +304,8 @@ def make_bottleneck(config: BottleneckConfig, latent_dim: int, *, rngs: nnx.Rngs
     if config.kind == "fsq":
         if len(config.fsq_levels) != latent_dim:
             raise ConfigError(
-                f"model.bottleneck.fsq_levels {config.fsq_levels} names {len(config.fsq_levels)} numbers and "
-                f"model.latent_dim is {latent_dim}; they must agree."
+                f"model.bottleneck.fsq_levels {config.fsq_levels} must have as many levels as model.latent_dim, "
+                f"{latent_dim}, has numbers."
             )
         return FiniteScalar(config.fsq_levels)
     classes = {"vq": LossCodebook, "vq_ema": AveragedCodebook, "nsvq": NoiseCodebook}
@@ -299,25 +313,25 @@ def make_bottleneck(config: BottleneckConfig, latent_dim: int, *, rngs: nnx.Rngs
 
 
 def replacement_due(step: jax.Array) -> jax.Array:
-    """Whether codes are replaced after this update: every 10 until 100, every 100 until 1,000, every 500 until 5,000.
+    """Whether codes are replaced after this update, on the schedule of LAPA (arXiv 2410.11758).
 
-    The schedule of LAPA (arXiv 2410.11758).
+    That is every 10 updates until 100, every 100 until 1,000 and every 500 until 5,000.
     """
     due = [(step <= until) & (step % every == 0) for until, every in ((100, 10), (1000, 100), (5000, 500))]
     return due[0] | due[1] | due[2]
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    """Length along the last axis, kept; its gradient at 0 is 0, where that of the plain norm is not a number."""
+    """Length along the last axis, which is kept with size 1; the gradient at 0 is 0, where that of a norm is NaN."""
     return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
 
 
 def _frequency(codes: jax.Array, size: int) -> jax.Array:
-    """Share of every code among all, `[K]`."""
+    """The share of every code among all `codes`, `[K]`."""
     return jnp.bincount(codes.reshape(-1), length=size).astype(jnp.float32) / codes.size
 
 
 def _perplexity(frequency: jax.Array) -> dict[str, jax.Array]:
-    """How many codes are in use, counted by the entropy of their frequencies, and the same as a share of all."""
+    """The number of codes in use, as the exponential of the entropy of their frequencies, and its share of all."""
     perplexity = jnp.exp(-jnp.sum(jax.scipy.special.xlogy(frequency, frequency)))
     return {"perplexity": perplexity, "perplexity_share": perplexity / len(frequency)}

@@ -1,6 +1,18 @@
-"""CoMo (arXiv 2505.17006) and its variants: inverse and forward dynamics models around a latent motion.
+"""CoMo (arXiv 2505.17006) and its variants: latent motion between an inverse and a forward dynamics model.
 
-Axes: B batch, T or K instants, P pairs, N tokens of one frame, D width, Q queries, L latent size of one query.
+For a pair of frames `O_t` and `O_{t+n}` with features `F = encoder(O)`:
+
+    z         = IDM(F_t, F_{t+n} - F_t)     inverse dynamics; the difference of features (Td) is the default input
+    latent    = bottleneck(z)               nothing in CoMo; a codebook, a grid or a Gaussian in its variants
+    prediction = FDM(O_t, latent)           forward dynamics
+
+    loss = mse_weight * |prediction - O_{t+n}|^2 + perceptual_weight * LPIPS(prediction, O_{t+n})
+           + tcl_weight * Tcl(z) + further terms of `MotionConfig`, each of weight 0 by default
+
+`dynamics.py` holds IDM and FDM, `bottlenecks.py` the bottlenecks, `losses.py` and `perceptual.py` the loss terms.
+
+Axes: B batch, T or K instants, P pairs, H and W pixels, N tokens of one frame, D width, Q queries, L numbers of one
+latent token.
 """
 
 from __future__ import annotations
@@ -16,24 +28,27 @@ from flax import nnx
 from como_jax.errors import ConfigError
 from como_jax.motion import losses, perceptual
 from como_jax.motion.bottlenecks import make_bottleneck
-from como_jax.motion.dynamics import ForwardDynamics, InverseDynamics
-from como_jax.motion.heads import FlowHead
+from como_jax.motion.dynamics import FlowHead, ForwardDynamics, InverseDynamics
 from como_jax.nn.layers import Linear, denormalize_frames, normalize_frames
+from como_jax.nn.primitives import merge_leading
 from como_jax.nn.vit import Vit
 from como_jax.spec.motion import MotionConfig
 from como_jax.spec.towers import VitConfig
-from como_jax.types import FramePairs, LatentMotion, LossOutput
+from como_jax.types import EncodedPair, FramePairs, LossOutput
 
 
-class View(NamedTuple):
-    """One of the two instants of every pair: normalised images `[B, P, H, W, 3]` and features `[B, P, N, D]`."""
+class EncodedFrames(NamedTuple):
+    """One frame of every pair, or all instants of a clip: normalised `[B, P, H, W, 3]` and encoded `[B, P, N, D]`.
+
+    `images` may be None where only the features are needed.
+    """
 
     images: jax.Array | None
     features: jax.Array
 
 
 class Como(nnx.Module):
-    """The motion model: frozen or trained encoder, inverse dynamics, bottleneck, forward dynamics."""
+    """The motion model: encoder, inverse dynamics model, bottleneck and forward dynamics model."""
 
     def __init__(
         self,
@@ -72,7 +87,7 @@ class Como(nnx.Module):
         self._add_objectives(vit, dtype, rngs)
 
     def _add_objectives(self, vit: VitConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        """Heads and networks of the loss terms that are on."""
+        """Heads and networks of the loss terms whose weights are not 0."""
         config, latent_size = self.config, self.config.num_queries * self.config.latent_dim
         if config.needs_network:
             self.perceptual = perceptual.Lpips(config.perceptual_space, dtype=dtype, rngs=rngs)
@@ -92,29 +107,30 @@ class Como(nnx.Module):
 
     def frozen_paths(self) -> tuple[str, ...]:
         """Parameters that the optimiser leaves alone, as prefixes of their paths."""
-        frozen = ("encoder",) if self.config.freeze_encoder else ()
+        encoder = ("encoder",) if self.config.freeze_encoder else ()
         network = ("perceptual",) if self.config.needs_network else ()
-        return (*frozen, *network, *(f"bottleneck/{name}" for name in self.bottleneck.frozen))
+        return (*encoder, *network, *(f"bottleneck/{name}" for name in self.bottleneck.frozen))
 
     def encode(self, frames: jax.Array) -> jax.Array:
         """Latent motion `[B, T - 1, Q, L]` between consecutive frames of uint8 `[B, T, H, W, 3]`."""
-        return self.bottleneck(self._encode(frames)).latent
+        return self.bottleneck(self._infer_consecutive(frames)).latent
 
     def codes(self, frames: jax.Array) -> jax.Array:
-        """Codebook entries int32 `[B, T - 1, Q]` of the latent motion, where the bottleneck is discrete."""
-        return self.bottleneck.codes(self._encode(frames))
+        """Codes int32 `[B, T - 1, Q]` of the same latent motion; raises ConfigError for a continuous bottleneck."""
+        return self.bottleneck.codes(self._infer_consecutive(frames))
 
     def encode_frame(self, frames: jax.Array) -> dict[str, jax.Array]:
-        """Features `[B, N, D]` of uint8 frames `[B, H, W, 3]`; and the frames, where their difference is encoded."""
-        embedded = {"features": self._features(normalize_frames(frames)[:, None])[:, 0]}
-        return embedded | ({"frames": frames} if self.config.motion_input == "rgb_difference" else {})
+        """Features `[B, N, D]` of uint8 frames `[B, H, W, 3]`; also the frames, if their difference is encoded."""
+        encoded = {"features": self._features(normalize_frames(frames)[:, None])[:, 0]}
+        return encoded | ({"frames": frames} if self.config.motion_input == "rgb_difference" else {})
 
-    def encode_pair(self, source: dict[str, jax.Array], target: dict[str, jax.Array]) -> LatentMotion:
+    def encode_pair(self, source: dict[str, jax.Array], target: dict[str, jax.Array]) -> EncodedPair:
         """The motion from each source to its target, both as `encode_frame` gives them."""
-        views = [
-            View(normalize_frames(x["frames"]) if "frames" in x else None, x["features"]) for x in (source, target)
+        frames = [
+            EncodedFrames(normalize_frames(x["frames"]) if "frames" in x else None, x["features"])
+            for x in (source, target)
         ]
-        inferred = self._infer(*jax.tree.map(lambda x: x[:, None], views))[:, 0]
+        inferred = self._infer(*jax.tree.map(lambda x: x[:, None], frames))[:, 0]
         return self.bottleneck.latent_motion(inferred)
 
     def predict(self, frame: jax.Array, latent: jax.Array) -> jax.Array:
@@ -122,19 +138,21 @@ class Como(nnx.Module):
         return denormalize_frames(self.fdm(normalize_frames(frame), latent))
 
     def loss(self, batch: FramePairs, key: jax.Array) -> LossOutput:
-        """The weighted sum of all terms that are on, each averaged over all pairs of the batch."""
+        """The weighted sum of all terms whose weights are not 0, each averaged over all pairs of the batch."""
+        config, instants = self.config, batch.frames.shape[1]
         images = normalize_frames(batch.frames)
-        offsets = [] if batch.offset_frames is None else [normalize_frames(batch.offset_frames)]
-        instants, images = images.shape[1], jnp.concatenate([images, *offsets], axis=1)
-        view = View(images, self._features(images))
+        if batch.offset_frames is not None:
+            images = jnp.concatenate([images, normalize_frames(batch.offset_frames)], axis=1)
+        # Every frame is encoded once, however many pairs it belongs to.
+        clip = EncodedFrames(images, self._features(images))
         current, future, offset = (
-            View(choose(view.images, instants, self.config.spans), choose(view.features, instants, self.config.spans))
+            jax.tree.map(lambda x, choose=choose: choose(x, instants, config.spans), clip)
             for choose in (_sources, _targets, _offsets)
         )
         inferred = self._infer(current, future)
         passed = self.bottleneck(inferred, key)
         terms = self._prediction_terms(current, future, passed.latent, batch) | self._latent_terms(passed.latent, batch)
-        if self.config.tcl_weight:
+        if config.tcl_weight:
             terms["tcl"] = self._contrast(self.bottleneck.center(inferred), current, future, offset)
         total = sum(self._weight(name) * value for name, value in terms.items()) + passed.loss
         statistics = {"bottleneck": passed.statistics} if passed.statistics else {}
@@ -143,7 +161,7 @@ class Como(nnx.Module):
     def update_codebook(
         self, statistics: dict[str, Any], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """Upkeep of the codebook after an update; see `LatentMotionModel`."""
+        """New parameters of the codebook after an update, and scalars for a dashboard; see `LatentMotionModel`."""
         params, metrics = self.bottleneck.update_codebook(statistics["bottleneck"], step, key)
         return {"bottleneck": params}, metrics
 
@@ -153,19 +171,21 @@ class Como(nnx.Module):
         return getattr(self.config, f"{term}_weight")
 
     def _features(self, images: jax.Array) -> jax.Array:
-        """Token features `[B, T, N, D]` of normalised images `[B, T, H, W, 3]`, each encoded once."""
+        """Token features `[B, T, N, D]` of normalised images `[B, T, H, W, 3]`."""
         chex.assert_rank(images, 5)
-        features = self.encoder(_merge(images)).reshape(*images.shape[:2], -1, self.encoder.config.width)
+        features = self.encoder(merge_leading(images)).reshape(*images.shape[:2], -1, self.encoder.config.width)
         return jax.lax.stop_gradient(features) if self.config.freeze_encoder else features
 
-    def _encode(self, frames: jax.Array) -> jax.Array:
-        """What the bottleneck is given, for consecutive frames of uint8 `[B, T, H, W, 3]`."""
+    def _infer_consecutive(self, frames: jax.Array) -> jax.Array:
+        """Input of the bottleneck, `[B, T - 1, Q, ...]`, for consecutive frames of uint8 `[B, T, H, W, 3]`."""
         images = normalize_frames(frames)
         features = self._features(images)
-        return self._infer(View(images[:, :-1], features[:, :-1]), View(images[:, 1:], features[:, 1:]))
+        return self._infer(
+            EncodedFrames(images[:, :-1], features[:, :-1]), EncodedFrames(images[:, 1:], features[:, 1:])
+        )
 
-    def _infer(self, source: View, target: View) -> jax.Array:
-        """Output of the inverse dynamics model `[B, P, Q, ...]` for the transition from `source` to `target`."""
+    def _infer(self, source: EncodedFrames, target: EncodedFrames) -> jax.Array:
+        """Output of the inverse dynamics model, `[B, P, Q, ...]`, for the transitions from `source` to `target`."""
         if self.config.motion_input == "difference":
             motion = target.features - source.features
         elif self.config.motion_input == "rgb_difference":
@@ -173,58 +193,62 @@ class Como(nnx.Module):
             motion = self._features(target.images - source.images)
         else:
             motion = target.features
-        inferred = self.idm(_merge(source.features), _merge(motion))
+        inferred = self.idm(merge_leading(source.features), merge_leading(motion))
         return inferred.reshape(*motion.shape[:2], *inferred.shape[1:])
 
     def _prediction_terms(
-        self, current: View, future: View, latent: jax.Array, batch: FramePairs
+        self, current: EncodedFrames, future: EncodedFrames, latent: jax.Array, batch: FramePairs
     ) -> dict[str, jax.Array]:
         """Errors of what the forward dynamics model predicts of the next frame."""
         config, terms = self.config, {}
-        images, target = _merge(current.images), _merge(future.images)
-        tokens = self.fdm.tokens(images, _merge(latent))
+        images, target = merge_leading(current.images), merge_leading(future.images)
+        tokens = self.fdm.tokens(images, merge_leading(latent))
         drawn = self.fdm.pixels(jax.lax.stop_gradient(tokens) if config.pixel_probe else tokens, images)
         terms["mse"] = losses.mean_squared_error(drawn, target)
         if config.perceptual_weight:
-            terms["perceptual"] = self._perceptual_distance(drawn, target, _merge(future.features))
+            terms["perceptual"] = self._perceptual_distance(drawn, target, merge_leading(future.features))
         if config.feature_weight:
             features = future.features - current.features if config.feature_target == "difference" else future.features
-            # The class token has no place in the picture.
-            terms["feature"] = losses.mean_squared_error(self.feature_head(tokens), _merge(features)[:, 1:])
+            # The class token belongs to no patch.
+            terms["feature"] = losses.mean_squared_error(self.feature_head(tokens), merge_leading(features)[:, 1:])
         if config.flow_weight:
-            terms["flow"] = losses.flow_error(self.flow_head(tokens), _merge(_need(batch.flow, "flow")))
+            terms["flow"] = losses.flow_error(self.flow_head(tokens), merge_leading(_need(batch.flow, "flow")))
         return terms
 
     def _latent_terms(self, latent: jax.Array, batch: FramePairs) -> dict[str, jax.Array]:
-        """Errors of what linear heads read out of the latent."""
+        """Errors of what linear heads read from the latent motion."""
         config, terms, flat = self.config, {}, _flatten(latent)
         if config.gap_weight:
             instants = batch.frames.shape[1]
             spans = np.concatenate([np.full(instants - span, span, np.float32) for span in config.spans])
-            gap = _merge(_need(batch.gap, "gap")[:, None] * spans)
+            gap = merge_leading(_need(batch.gap, "gap")[:, None] * spans)
             terms["gap"] = losses.mean_squared_error(self.gap_head(flat)[:, 0], jnp.log2(gap))
         if config.label_weight:
-            labels = _merge(_need(batch.labels, "label"))
-            terms["label"] = losses.masked_mse(self.label_head(flat), labels, _merge(batch.labelled))
+            labels = merge_leading(_need(batch.labels, "label"))
+            terms["label"] = losses.masked_mse(self.label_head(flat), labels, merge_leading(batch.labelled))
         return terms
 
     def _perceptual_distance(self, drawn: jax.Array, target: jax.Array, features: jax.Array) -> jax.Array:
-        # Only the picture may change to come closer, never the space in which the distance is taken.
+        # Gradients change the drawn image only, never the network that measures the distance.
         if self.config.needs_network:
             return jnp.mean(_without_gradient(self.perceptual)(drawn, target))
         space = _without_gradient(self.encoder)
         return jnp.mean(perceptual.feature_distance(space(drawn), jax.lax.stop_gradient(features)))
 
-    def _contrast(self, latent: jax.Array, current: View, future: View, offset: View) -> jax.Array:
-        """Tcl; the reversed pair starts from the future frame and its motion is the true reversal."""
+    def _contrast(
+        self, latent: jax.Array, current: EncodedFrames, future: EncodedFrames, offset: EncodedFrames
+    ) -> jax.Array:
+        """Tcl, with the extra branches z(t, t+n+d), the positive, and z(t+n, t), the true reversal."""
         if offset.images.shape != future.images.shape:
-            raise ConfigError("Tcl needs offset frames in the batch: set data.offset_frames or tcl_weight to 0.")
+            raise ConfigError(
+                "model.tcl_weight needs offset frames in the batch: set data.offset_frames, or model.tcl_weight to 0."
+            )
         model, sources, targets = self, (current, future), (offset, current)
         if not self.config.tcl_gradient_everywhere:
             model, sources, targets = _without_gradient(self), *jax.lax.stop_gradient((sources, targets))
-        # Joined along pairs, since the batch is split over devices.
+        # Joined along pairs, because the batch is split over devices.
         extra = model._infer(
-            *(jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *views) for views in (sources, targets))
+            *(jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *frames) for frames in (sources, targets))
         )
         shifted, reverse = jnp.split(model.bottleneck.center(extra), 2, axis=1)
         return losses.temporal_contrastive(
@@ -233,23 +257,18 @@ class Como(nnx.Module):
 
 
 def _sources(x: jax.Array, instants: int, spans: range) -> jax.Array:
-    """Of all pairs the first instant, `[B, P, ...]` out of `[B, K or more, ...]`."""
+    """The first instant of all pairs, `[B, P, ...]`, out of `[B, K or more, ...]`."""
     return jnp.concatenate([x[:, : instants - span] for span in spans], axis=1)
 
 
 def _targets(x: jax.Array, instants: int, spans: range) -> jax.Array:
-    """Of all pairs the second instant."""
+    """The second instant of all pairs."""
     return jnp.concatenate([x[:, span:instants] for span in spans], axis=1)
 
 
 def _offsets(x: jax.Array, instants: int, spans: range) -> jax.Array:
-    """Of all pairs the offset of the second instant; offsets of all instants but the first come after the instants."""
+    """The offset frame of each second instant; those of all instants but the first follow the instants in `x`."""
     return jnp.concatenate([x[:, instants + span - 1 :] for span in spans], axis=1)
-
-
-def _merge(x: jax.Array) -> jax.Array:
-    """Merges the two leading axes."""
-    return x.reshape(-1, *x.shape[2:])
 
 
 def _flatten(latent: jax.Array) -> jax.Array:
@@ -265,5 +284,5 @@ def _without_gradient(module: nnx.Module) -> Any:
 
 def _need(value: jax.Array | None, term: str) -> jax.Array:
     if value is None:
-        raise ConfigError(f"model.{term}_weight is on, whose data the batch lacks.")
+        raise ConfigError(f"model.{term}_weight is not 0, but the batch lacks the data of this term; set it to 0.")
     return value

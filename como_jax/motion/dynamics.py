@@ -1,11 +1,13 @@
-"""Inverse and forward dynamics: from features to latent motion, and from latent motion to the next frame.
+"""The two halves of CoMo (arXiv 2505.17006): inverse and forward dynamics models, and what is read from the second.
 
-Axes: B batch, N tokens of one frame, M patches of one frame, D width, Q queries, L latent size of one query.
+Axes: B batch, H and W pixels, N tokens of one frame, M patches of one frame, D width, Q queries, L numbers of a latent
+token, h and w cells of a flow map.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import chex
 import jax
@@ -13,22 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.errors import ConfigError
-from como_jax.nn.batch_split import keep_batch_split
-from como_jax.nn.layers import (
-    Block,
-    LayerNorm,
-    Linear,
-    patchify,
-    sincos_position_embedding,
-    unpatchify,
-    xavier_uniform,
-)
-from como_jax.nn.mixed_precision import broadcast_param
+from como_jax.nn.layers import Block, LayerNorm, Linear, patchify, sincos_position_embedding, unpatchify
+from como_jax.nn.primitives import broadcast_param, embedding, keep_batch_split, xavier_uniform
 from como_jax.nn.stack import Stack
+from como_jax.types import FLOW_STRIDE
 
 
 class InverseDynamics(nnx.Module):
-    """ME-IDM, the motion Q-former: learned queries read the current frame's features and its motion."""
+    """The inverse dynamics model (ME-IDM, a motion Q-former): learned queries read what changes between two frames.
+
+    Its sequence is: the queries; the features of the current frame and a separator, unless `conditioned` is False; the
+    motion. The outputs of the queries become the latent motion.
+    """
 
     def __init__(
         self,
@@ -47,17 +45,14 @@ class InverseDynamics(nnx.Module):
     ):
         self.num_queries, self.conditioned = num_queries, conditioned
         linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
-
-        def embedding(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, width)))
-
         self.input_proj = linear(feature_width, width)
-        self.queries = embedding(1, num_queries)
-        self.motion_type = embedding(1, 1)
+        self.queries = embedding(1, num_queries, width, rngs=rngs)
+        self.motion_type = embedding(1, 1, width, rngs=rngs)
         if conditioned:
-            self.separator = embedding(1, 1)
-            self.condition_type = embedding(1, 1)
-        self.pos_embed = embedding(1, num_queries + (2 * num_tokens + 1 if conditioned else num_tokens))
+            self.separator = embedding(1, 1, width, rngs=rngs)
+            self.condition_type = embedding(1, 1, width, rngs=rngs)
+        length = num_queries + (2 * num_tokens + 1 if conditioned else num_tokens)
+        self.pos_embed = embedding(1, length, width, rngs=rngs)
         self.blocks = Stack(lambda rngs: Block(width, num_heads, dtype=dtype, rngs=rngs), depth, remat=remat, rngs=rngs)
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.latent_hidden = linear(width, width)
@@ -65,6 +60,7 @@ class InverseDynamics(nnx.Module):
 
     def __call__(self, condition: jax.Array, motion: jax.Array) -> jax.Array:
         """Latent motion `[B, Q, L]`, float32, from features `[B, N, D]` of the current frame and of its motion."""
+        chex.assert_rank(motion, 3)
         chex.assert_equal_shape([condition, motion])
         motion = self.input_proj(motion)
 
@@ -82,7 +78,10 @@ class InverseDynamics(nnx.Module):
 
 
 class ForwardDynamics(nnx.Module):
-    """FDM: a ViT on the current frame's pixels with the latent motion added to every patch."""
+    """The forward dynamics model (FDM): a ViT on the current frame's pixels; the latent motion is added to each patch.
+
+    With `residual` it predicts the change of the current frame, which starts at none.
+    """
 
     def __init__(
         self,
@@ -103,6 +102,7 @@ class ForwardDynamics(nnx.Module):
         grid, pixels = image_size // patch_size, patch_size**2 * 3
         num_queries, latent_dim = latent_shape
         linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        self.image_size, self.latent_shape = image_size, latent_shape
         self.patch_size, self.residual = patch_size, residual
         self.patch_embed = linear(pixels, width)
         self.pos_embed = nnx.Param(jnp.asarray(sincos_position_embedding(grid, grid, width))[None])
@@ -114,12 +114,13 @@ class ForwardDynamics(nnx.Module):
         self.head = Linear(width, pixels, kernel_init=head_init, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: jax.Array, latent: jax.Array) -> jax.Array:
-        """Normalised next images `[B, H, W, 3]` from normalised images and latent motion `[B, Q, L]`."""
+        """The next images `[B, H, W, 3]` from `images`, both normalised, and latent motion `[B, Q, L]`."""
         return self.pixels(self.tokens(images, latent), images)
 
     def tokens(self, images: jax.Array, latent: jax.Array) -> jax.Array:
-        """What is known of the next frame, patch by patch: float32 `[B, M, D]`."""
-        chex.assert_rank([images, latent], [4, 3])
+        """Features of the next frame's patches, float32 `[B, M, D]`, from which heads read pixels, features or flow."""
+        chex.assert_shape(images, (len(latent), self.image_size, self.image_size, 3))
+        chex.assert_shape(latent, (None, *self.latent_shape))
         queries = self.latent_up(keep_batch_split(latent)).reshape(len(latent), -1)
         motion = keep_batch_split(self.latent_pool(keep_batch_split(queries)))
         x = self.patch_embed(patchify(images, self.patch_size))
@@ -127,6 +128,24 @@ class ForwardDynamics(nnx.Module):
         return self.norm(self.blocks(x))
 
     def pixels(self, tokens: jax.Array, images: jax.Array) -> jax.Array:
-        """Draws the next images `[B, H, W, 3]` from `tokens` of the current `images`."""
+        """The next images `[B, H, W, 3]` from `tokens` of the current `images`."""
         output = unpatchify(self.head(tokens), self.patch_size, *images.shape[1:3])
         return images + output if self.residual else output
+
+
+class FlowHead(nnx.Module):
+    """Optical flow from the tokens of the forward dynamics model."""
+
+    def __init__(self, width: int, patch_size: int, *, rngs: nnx.Rngs):
+        if patch_size % FLOW_STRIDE:
+            raise ConfigError(
+                f"model.flow_weight needs model.fdm_patch_size to be a multiple of {FLOW_STRIDE}, not {patch_size}."
+            )
+        self.cells = patch_size // FLOW_STRIDE
+        self.out = Linear(width, self.cells**2 * 2, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Displacements `[B, h, w, 2]`, in cells of the flow map, from tokens `[B, M, D]` of a square image."""
+        chex.assert_rank(tokens, 3)
+        side = math.isqrt(tokens.shape[1]) * self.cells
+        return unpatchify(self.out(tokens), self.cells, side, side)

@@ -5,6 +5,7 @@ Axes: B batch, N patches, M visible patches, D encoder width, E decoder width.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +20,7 @@ from como_jax.nn.layers import (
     sincos_position_embedding,
     unpatchify,
 )
-from como_jax.nn.mixed_precision import broadcast_param
+from como_jax.nn.primitives import broadcast_param, merge_leading
 from como_jax.nn.stack import Stack
 from como_jax.nn.vit import Vit
 from como_jax.spec.motion import MaeConfig
@@ -28,7 +29,7 @@ from como_jax.types import FramePairs, LossOutput
 
 
 class Mae(nnx.Module):
-    """Encoder on the visible patches, decoder on all, pixels of the masked patches as target."""
+    """An encoder reads the visible patches, a decoder all of them, and predicts the pixels of the masked ones."""
 
     def __init__(
         self,
@@ -54,8 +55,8 @@ class Mae(nnx.Module):
         self.decoder_pred = Linear(width, vit.patch_size**2 * 3, dtype=jnp.float32, rngs=rngs)
 
     def loss(self, batch: FramePairs, key: jax.Array) -> LossOutput:
-        """Mean squared error on masked patches, each patch normalised by its own mean and deviation."""
-        images = normalize_frames(batch.frames.reshape(-1, *batch.frames.shape[2:]))
+        """Mean squared error of the masked patches, each normalised by its own mean and standard deviation."""
+        images = normalize_frames(merge_leading(batch.frames))
         target = _standardize_patches(patchify(images, self.encoder.config.patch_size))[0]
         prediction, masked = self._reconstruct(images, key)
         error = jnp.mean(jnp.square(prediction - target), axis=-1)
@@ -63,16 +64,17 @@ class Mae(nnx.Module):
         return LossOutput(loss, {"masked_patch_mse": loss})
 
     def reconstruct(self, frames: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pictures of a reconstruction.
+        """Images to look at: what the encoder sees, and what the decoder makes of it.
 
         Args:
           frames: uint8 `[B, H, W, 3]`.
           key: draws the masks.
 
         Returns:
-          The masked input and the reconstruction (visible patches copied), float32 in [0, 1] `[B, H, W, 3]`.
+          The masked input, and the reconstruction with visible patches copied, float32 in [0, 1] `[B, H, W, 3]`.
         """
         size, patch = self.encoder.config.image_size, self.encoder.config.patch_size
+        chex.assert_shape(frames, (None, size, size, 3))
         images = normalize_frames(frames)
         patches = patchify(images, patch)
         _, mean, std = _standardize_patches(patches)
@@ -83,7 +85,7 @@ class Mae(nnx.Module):
         return tuple(denormalize_frames(unpatchify(x, patch, size, size)) for x in (hidden, filled))
 
     def _reconstruct(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Predicted standardised patches `[B, N, p * p * 3]` and the mask `[B, N]`, true where masked."""
+        """Predicted standardised patches `[B, N, p * p * 3]`, and the mask, bool `[B, N]`, True at masked patches."""
         tokens = self.encoder.embed_patches(images)
         batch, num_patches, width = tokens.shape
         num_visible = max(1, round(num_patches * (1.0 - self.config.mask_ratio)))
@@ -103,6 +105,7 @@ class Mae(nnx.Module):
 
 
 def _standardize_patches(patches: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Patches `[B, N, P]` of mean 0 and deviation 1, and their means and deviations `[B, N, 1]`."""
     mean = jnp.mean(patches, axis=-1, keepdims=True)
     std = jnp.sqrt(jnp.var(patches, axis=-1, keepdims=True) + 1e-6)
     return (patches - mean) / std, mean, std

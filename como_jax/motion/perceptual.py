@@ -1,4 +1,8 @@
-"""Perceptual distance (LPIPS, arXiv 1801.03924): images compared by the features of a network that knows pictures.
+"""Perceptual distance (LPIPS, arXiv 1801.03924): images compared by the features of a network trained on images.
+
+    d(a, b) = sum over taps of the mean over positions of w . (f(a) / |f(a)| - f(b) / |f(b)|)^2
+
+with features f and channel weights w. `Lpips` is the network; `load_perceptual` reads its weights.
 
 Axes: B batch, H and W pixels or positions, C channels, N tokens, D width.
 """
@@ -25,8 +29,8 @@ from como_jax.errors import ConfigError, RunError
 
 logger = logging.getLogger(__name__)
 
-# Under the root of the squared length. The released code adds it to the length instead, whose gradient is then not a
-# number where all features of a place are 0, as they often are after a ReLU. Lengths over 1e-3 differ by 5e-5 at most.
+# Added to the squared length, under the root. The released code adds it to the length instead, and its gradient is NaN
+# where all features of a position are 0, as they often are after a ReLU. Lengths above 1e-3 differ by at most 5e-5.
 EPSILON = 1e-10
 
 
@@ -38,7 +42,7 @@ class ConvSpec:
       index: its number among torchvision's modules, which names it in files of weights.
       channels, kernel, stride, padding: of the convolution.
       pool: side of the max pooling of stride two before it; 0 for none.
-      tap: whether its features, after the ReLU, are compared.
+      tap: whether its features are compared, after the ReLU.
     """
 
     index: int
@@ -80,15 +84,16 @@ NETWORKS = tuple(LAYOUTS)
 
 
 class Lpips(nnx.Module):
-    """LPIPS over VGG16 or AlexNet, in parameters `conv<torchvision's number>/{kernel, bias}` and `lin<tap>`.
+    """LPIPS over VGG16 or AlexNet, with parameters `conv<torchvision's number>/{kernel, bias}` and `lin<tap>`.
 
-    The released networks take pixels in [-1, 1], less (-.030, -.088, -.188) and over (.458, .448, .450). In terms of
+    They are random until those of `load_perceptual` replace them.
+
+    The released networks take pixels in [-1, 1], subtract (-.030, -.088, -.188) and divide by (.458, .448, .450). For
     pixels x in [0, 1] that is (2 x - 1 + .030) / .458 = (x - .485) / .229, and (x - .456) / .224, (x - .406) / .225:
-    ImageNet's normalisation, which frames have here already.
+    ImageNet's normalisation, which frames already have here.
     """
 
     def __init__(self, network: str, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        """Random weights; those of `load_perceptual` take their place. `dtype` is that of the convolutions."""
         self.network = network
         channels = 3
         for spec in _layout(network):
@@ -118,7 +123,7 @@ class Lpips(nnx.Module):
         smallest = _smallest_size(self.network)
         if min(prediction.shape[1:3]) < smallest:
             raise ConfigError(f"data.image_size must be at least {smallest} for the perceptual loss of {self.network}.")
-        # One at a time, so that nothing is propagated back through a target that takes no gradient.
+        # One image at a time, so that the backward pass skips a target without gradient.
         pairs = zip(self._features(prediction), self._features(target), strict=True)
         return sum(_distance(a, b, getattr(self, f"lin{number}")[...]) for number, (a, b) in enumerate(pairs))
 
@@ -134,20 +139,20 @@ class Lpips(nnx.Module):
 
 
 def feature_distance(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """The same distance without learned weights, float32 `[B]`, between token features `[B, N, D]` of any encoder."""
+    """The same distance without channel weights, float32 `[B]`, between token features `[B, N, D]` of any encoder."""
     chex.assert_rank([prediction, target], 3)
     chex.assert_equal_shape([prediction, target])
     return _distance(prediction, target, 1.0)
 
 
 def load_perceptual(path: epath.PathLike, network: str) -> dict[str, Any]:
-    """Parameters of `Lpips` from one file of weights, as nested float32 arrays.
+    """Parameters of `Lpips` from a file of weights, as nested float32 arrays.
 
-    The network is named as in torchvision (`features.0.weight`) or lpips (`net.slice1.0.weight`), the weights of its
-    channels as in lpips (`lin0.model.1.weight` or `lins.0.model.1.weight`); without the latter all channels weigh 1.
-    Prefixes such as `module.` do not matter, and what else the file holds is left aside.
+    Convolutions have the names of torchvision (`features.0.weight`) or of lpips (`net.slice1.0.weight`), and channel
+    weights those of lpips (`lin0.model.1.weight` or `lins.0.model.1.weight`); without the latter all channels weigh 1.
+    Prefixes such as `module.` do not matter, and other tensors are ignored.
 
-    PyTorch's own files are pickles, which are never read. They are saved as safetensors once, where PyTorch is:
+    PyTorch's own files are pickles, which are never read. Convert them once, where PyTorch is installed:
 
         import lpips, safetensors.torch
         tensors = lpips.LPIPS(net="vgg").state_dict()  # Or net="alex", or torch.load("vgg16.pth", weights_only=True).
@@ -159,7 +164,7 @@ def load_perceptual(path: epath.PathLike, network: str) -> dict[str, Any]:
 
     Raises:
       ConfigError: no such network.
-      RunError: no such file, another format, or a tensor that is missing, of another shape or there twice.
+      RunError: there is no such file, it has another format, or a tensor is missing, has another shape or occurs twice.
     """
     layout, path = _layout(network), epath.Path(path)
     tensors = _standard_names(_read(path), path)
@@ -173,7 +178,7 @@ def load_perceptual(path: epath.PathLike, network: str) -> dict[str, Any]:
         channels = spec.channels
     has_weights = any(name.startswith("lin") for name in tensors)
     if not has_weights:
-        logger.warning("%s has no channel weights (lin0.model.1.weight, ...): all channels weigh the same.", path)
+        logger.warning("%s has no channel weights (lin0.model.1.weight, ...), so all channels weigh the same.", path)
     for number, spec in enumerate(_taps(network)):
         name, shape = f"lin{number}.model.1.weight", (1, spec.channels, 1, 1)
         lin = _take(tensors, name, shape, path) if has_weights else np.ones(shape, np.float32)
@@ -192,7 +197,7 @@ def _taps(network: str) -> list[ConvSpec]:
 
 
 def _smallest_size(network: str) -> int:
-    """Side of the smallest image of which one position is left at the end."""
+    """Side of the smallest image that leaves one position after the last layer."""
     size = 1
     for spec in reversed(_layout(network)):
         size = max((size - 1) * spec.stride + spec.kernel - 2 * spec.padding, 1)
@@ -217,7 +222,7 @@ def _read(path: epath.Path) -> Mapping[str, np.ndarray]:
     if path.suffix not in (".safetensors", ".npz"):
         raise RunError(
             f"model.perceptual_file {path} is neither .safetensors nor .npz; save PyTorch weights as safetensors "
-            "first, with safetensors.torch.save_file (como_jax.motion.perceptual.load_perceptual says how)."
+            "first, as como_jax.motion.perceptual.load_perceptual describes."
         )
     if not path.is_file():
         raise RunError(f"model.perceptual_file {path} does not exist.")
@@ -238,7 +243,7 @@ _LIN_NAME = re.compile(r"(?:^|\.)lins?\.?(\d)\.model\.\d\.weight$")
 
 
 def _standard_names(tensors: Mapping[str, np.ndarray], path: epath.Path) -> dict[str, np.ndarray]:
-    """The tensors of network and channel weights under one name each, whichever the file gives them."""
+    """The tensors of convolutions and channel weights under their names in torchvision and lpips."""
     found: dict[str, np.ndarray] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0]):
         if conv := _CONV_NAME.search(name):

@@ -1,10 +1,10 @@
-"""LAQ and CoMo as the released code of LAPA, Moto and CoMo computes them: only for weights that were trained by it.
+"""LAQ and CoMo as the released code of LAPA, Moto and CoMo computes them, only for weights that this code trained.
 
-The papers, and the models of this package, differ from that code in details that change what the same weights give. A
-run whose config has `released_code` is of these classes; `como_jax.weights` makes such runs.
+That code differs from the papers, and from the models of this package, in details that change the output of the same
+weights. A run whose config has `released_code` uses these classes; `como_jax.weights` makes such runs.
 
-Axes: B batch, T frames, I and J rows and columns of patches, N tokens, M context tokens, D width, Q latent tokens of a
-pair, L latent size of one.
+Axes: B batch, T frames, I and J rows and columns of patches, H heads, M context tokens, D width, Q latent tokens of a
+pair, L numbers of one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from como_jax.motion.como import Como, View
-from como_jax.motion.laq import Laq
-from como_jax.motion.laq_layers import SpatialBlock, TemporalBlock
+from como_jax.motion.como import Como, EncodedFrames
+from como_jax.motion.laq import Laq, SpatialBlock, TemporalBlock
 from como_jax.nn.layers import LayerNorm, Linear
 from como_jax.nn.stack import Stack
 from como_jax.spec.motion import LaqConfig, MotionConfig
@@ -27,11 +26,11 @@ from como_jax.types import FramePairs
 
 LAPA_EPSILON = 1e-5
 MOTO_EPSILON = 1e-12
-"""Of the layer norms: PyTorch's own for LAPA, that of ViT in transformers for Moto and CoMo."""
+"""Epsilons of the layer norms: PyTorch's default in LAPA, that of the ViT in transformers in Moto and CoMo."""
 
 
 class ReleasedSpatialBlock(SpatialBlock):
-    """A spatial block whose position generator looks back only, and whose keys and values are not normalised."""
+    """A spatial block whose position generator is causal, and whose keys and values come from tokens without a norm."""
 
     def __init__(
         self, width: int, num_heads: int, head_size: int, *, cross: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -42,7 +41,7 @@ class ReleasedSpatialBlock(SpatialBlock):
             self.context_norm = LayerNorm(width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """`[B, T, I, J, D]` to the same, from `bias` `[H, I * J, I * J]` and `context` `[B * T, M, D]`."""
+        """`[B, T, I, J, D]` to the same shape, with `bias` `[H, I * J, I * J]` and `context` `[B * T, M, D]`."""
         x = x + self.peg(x)
         tokens = x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
         tokens = tokens + self.attn(self.norm1(tokens), tokens, bias)
@@ -53,13 +52,13 @@ class ReleasedSpatialBlock(SpatialBlock):
 
 
 class ReleasedTemporalBlock(TemporalBlock):
-    """A temporal block that sees both frames, and whose position generator takes the axes in another order.
+    """A temporal block that reads both frames, and whose position generator mixes up the axes.
 
-    The tokens lie in order (I, J, T), and are read as if it was (T, I, J).
+    The tokens lie in the order (I, J, T) and are read as if it were (T, I, J).
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, I, J, D]` to the same."""
+        """`[B, T, I, J, D]` to the same shape."""
         batch, frames, rows, columns, width = x.shape
         last = jnp.moveaxis(x, 1, 3)
         last = last + self.peg(last.reshape(x.shape)).reshape(last.shape)
@@ -90,20 +89,20 @@ class ReleasedLaq(Laq):
         self.spatial = stack(ReleasedSpatialBlock, config.spatial_depth)
         self.temporal = stack(ReleasedTemporalBlock, config.temporal_depth)
         self.decoder = stack(functools.partial(ReleasedSpatialBlock, cross=True), config.decoder_depth)
-        # From 4 x 4 to 2 x 2 positions by leaving out the border.
+        # From 4 x 4 to 2 x 2 positions: without padding.
         self.pool2 = nnx.Conv(config.latent_dim, config.latent_dim, (3, 3), padding="VALID", rngs=rngs)
         _set_epsilon(self, LAPA_EPSILON)
 
     def _draw(self, images: jax.Array, latent: jax.Array) -> jax.Array:
         batch, queries, size = latent.shape
-        # Read as [L, Q] of the memory of [Q, L], so that a token gets numbers of all of them.
+        # The memory of [Q, L] is read as [L, Q], so that every token gets numbers of all tokens.
         return super()._draw(images, latent.reshape(batch, size, queries).swapaxes(1, 2))
 
 
 class ReleasedComo(Como):
     """The motion model of github.com/TencentARC/Moto and of CoMo's code, which extends it.
 
-    A layer and a tanh come before the latent is projected up to the width of the forward dynamics model.
+    The latent passes another layer and a tanh before the forward dynamics model.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class ReleasedComo(Como):
         return super().predict(frame, self._hidden(latent))
 
     def _prediction_terms(
-        self, current: View, future: View, latent: jax.Array, batch: FramePairs
+        self, current: EncodedFrames, future: EncodedFrames, latent: jax.Array, batch: FramePairs
     ) -> dict[str, jax.Array]:
         return super()._prediction_terms(current, future, self._hidden(latent), batch)
 

@@ -1,6 +1,6 @@
-"""Transformer building blocks shared by all models.
+"""Images as patches, and the layers of transformers that all models share.
 
-Axes: B batch, N tokens, D width, H heads, K head size.
+Axes: B batch, H and W pixels, C channels, N tokens, D width, p pixels along the side of a patch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import numpy as np
 from flax import nnx
 
 from como_jax.errors import ConfigError
-from como_jax.nn.attention import FusableAttention, attend
-from como_jax.nn.mixed_precision import project
+from como_jax.nn.attention import Attention
+from como_jax.nn.primitives import project, xavier_uniform
 
-# Statistics of ImageNet RGB in [0, 1], with which MAE and CoMo normalise pixels.
+# Statistics of ImageNet's RGB values in [0, 1], with which MAE and CoMo normalise pixels.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-xavier_uniform = nnx.initializers.xavier_uniform()
 
 
 def normalize_frames(frames: jax.Array) -> jax.Array:
@@ -50,7 +48,7 @@ def unpatchify(patches: jax.Array, patch_size: int, height: int, width: int) -> 
 
 
 def sincos_position_embedding(rows: int, columns: int, width: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions `[rows * columns, width]` as in MAE (arXiv 2111.06377, appendix A)."""
+    """Fixed 2-D sine-cosine positions, float32 `[rows * columns, width]`, as in MAE (arXiv 2111.06377, appendix A)."""
     if width % 4:
         raise ConfigError(f"width {width} must be divisible by 4 for 2-D sine-cosine positions.")
     frequencies = 1.0 / 10000.0 ** (np.arange(width // 4) / (width / 4))
@@ -64,7 +62,7 @@ def sincos_position_embedding(rows: int, columns: int, width: int) -> np.ndarray
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer norm with the epsilon of ViT and MAE, in float32; only what it gives is of the compute dtype."""
+    """Layer norm with the epsilon of ViT and MAE; it computes in float32 and gives the compute dtype."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         super().__init__(width, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
@@ -94,60 +92,8 @@ class Linear(nnx.Linear):
         return project(x.astype(self.dtype), self.kernel[...], self.bias[...])
 
 
-class Attention(FusableAttention):
-    """Multi-head self-attention, optionally computed for the first tokens only."""
-
-    def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        if width % num_heads:
-            raise ConfigError(f"width {width} must be divisible by num_heads {num_heads}.")
-        self.dtype, self.head_size = dtype, width // num_heads
-        # The head axis is one of its own, so that tensor parallelism can split it.
-        self.qkv = nnx.LinearGeneral(width, (3, num_heads, self.head_size), kernel_init=xavier_uniform, rngs=rngs)
-        self.proj = nnx.LinearGeneral(
-            (num_heads, self.head_size), width, axis=(-2, -1), kernel_init=xavier_uniform, rngs=rngs
-        )
-
-    def __call__(self, x: jax.Array, num_outputs: int | None = None, mask: jax.Array | None = None) -> jax.Array:
-        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens, or to those of the mask.
-
-        Args:
-          x: tokens.
-          num_outputs: when set, only the first so many are computed.
-          mask: bool, broadcast to `[B, outputs, N]`; a row without any True attends to all alike.
-        """
-        x = x.astype(self.dtype)
-        query, key, value = self._heads(x[:, :num_outputs], 0), self._heads(x, 1), self._heads(x, 2)
-        mixed = attend(query, key, value, mask, implementation=self.implementation)
-        return project(mixed, self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
-
-    def _heads(self, x: jax.Array, part: int) -> jax.Array:
-        """Query (0), key (1) or value (2) `[B, N, H, K]` of tokens `[B, N, D]`."""
-        return project(x, self.qkv.kernel[...][:, part], self.qkv.bias[...][part])
-
-
-class CrossAttention(FusableAttention):
-    """Multi-head attention from tokens to a context of any width."""
-
-    def __init__(self, width: int, context_width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        if width % num_heads:
-            raise ConfigError(f"width {width} must be divisible by num_heads {num_heads}.")
-        self.dtype, self.head_size = dtype, width // num_heads
-        heads = (num_heads, self.head_size)
-        self.q = nnx.LinearGeneral(width, heads, kernel_init=xavier_uniform, rngs=rngs)
-        self.kv = nnx.LinearGeneral(context_width, (2, *heads), kernel_init=xavier_uniform, rngs=rngs)
-        self.proj = nnx.LinearGeneral(heads, width, axis=(-2, -1), kernel_init=xavier_uniform, rngs=rngs)
-
-    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`[B, N, D]` to `[B, N, D]`; `mask`, bool, is broadcast to `[B, N, M]` for a context `[B, M, C]`."""
-        x, context = x.astype(self.dtype), context.astype(self.dtype)
-        query = project(x, self.q.kernel[...], self.q.bias[...])
-        key, value = (project(context, self.kv.kernel[...][:, part], self.kv.bias[...][part]) for part in (0, 1))
-        mixed = attend(query, key, value, mask, implementation=self.implementation)
-        return project(mixed, self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
-
-
 class Mlp(nnx.Module):
-    """Two layers with a GELU between them, exact or by its tanh approximation."""
+    """Two layers with a GELU between them, either exact or in its tanh approximation."""
 
     def __init__(self, width: int, hidden: int, *, tanh_gelu: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.tanh_gelu = tanh_gelu
@@ -155,11 +101,12 @@ class Mlp(nnx.Module):
         self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` to `[..., D]`."""
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.tanh_gelu))
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block; an `mlp_width` of 0 is four times the width."""
+    """Pre-norm transformer block; an `mlp_width` of 0 stands for four times the width."""
 
     def __init__(
         self,
@@ -176,16 +123,7 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, mlp_width or 4 * width, tanh_gelu=tanh_gelu, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, num_outputs: int | None = None) -> jax.Array:
-        """`[B, N, D]` to `[B, num_outputs or N, D]`."""
-        x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs)
-        return x + self.mlp(self.norm2(x))
-
-
-class MaskedBlock(Block):
-    """Pre-norm transformer block whose tokens attend as a mask says."""
-
-    def __call__(self, x: jax.Array, mask: jax.Array, num_outputs: int | None = None) -> jax.Array:
-        """`[B, N, D]` to `[B, num_outputs or N, D]`; see `Attention`."""
-        x = x[:, :num_outputs] + self.attn(self.norm1(x), num_outputs, mask)
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, num_outputs: int | None = None) -> jax.Array:
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; see `Attention` for the arguments."""
+        x = x[:, :num_outputs] + self.attn(self.norm1(x), mask, num_outputs=num_outputs)
         return x + self.mlp(self.norm2(x))

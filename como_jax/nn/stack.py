@@ -1,4 +1,4 @@
-"""A stack of equal layers: the one place that scans over depth and rematerialises."""
+"""A stack of equal layers: the only place that scans over depth and rematerialises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from como_jax.errors import ConfigError
-from como_jax.nn.batch_split import keep_batch_split
+from como_jax.nn.primitives import keep_batch_split
 
 REMAT_POLICIES = {
     "none": None,
@@ -19,9 +19,9 @@ REMAT_POLICIES = {
 
 
 class Stack(nnx.Module):
-    """`depth` layers whose parameters carry a leading layer axis, run by `jax.lax.scan`.
+    """`depth` layers whose parameters have a leading layer axis, run by `jax.lax.scan`.
 
-    One layer is traced and compiled whatever the depth.
+    So only one layer is traced and compiled, whatever the depth.
     """
 
     def __init__(
@@ -33,17 +33,17 @@ class Stack(nnx.Module):
         self.remat = remat
         graphdef = nnx.split(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), depth)
-        # One layer after the other: all at once need twice the parameters' memory to make the random numbers in.
+        # One layer after the other: drawing the random numbers of all at once needs twice the memory of the parameters.
         params = jax.lax.map(lambda key: nnx.split(make_layer(nnx.Rngs(key)))[1], keys)
         self.layers = nnx.merge(graphdef, params)
 
     def __call__(self, x: jax.Array, *context: jax.Array, num_outputs: int | None = None) -> jax.Array:
-        """Runs all layers on `x`, which they keep in shape.
+        """Runs all layers on `x`, whose shape they keep.
 
         Args:
-          x: input tokens, `[B, N, D]` or what the layers take.
+          x: input tokens, `[B, N, D]` or whatever the layers take.
           *context: further arguments, the same for every layer.
-          num_outputs: when set, the last layer computes only its first `num_outputs` tokens.
+          num_outputs: if set, the last layer computes only its first `num_outputs` tokens.
         """
         graphdef, params = nnx.split(self.layers)
 
@@ -52,7 +52,9 @@ class Stack(nnx.Module):
             return keep_batch_split(x), None
 
         def last(x: jax.Array, layer_params: nnx.State) -> jax.Array:
-            return keep_batch_split(nnx.merge(graphdef, layer_params)(keep_batch_split(x), *context, num_outputs))
+            return keep_batch_split(
+                nnx.merge(graphdef, layer_params)(keep_batch_split(x), *context, num_outputs=num_outputs)
+            )
 
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
@@ -73,7 +75,7 @@ class Stack(nnx.Module):
           *context: further arguments, the same for every layer.
 
         Returns:
-          What the last layer gives, and the new states of all layers.
+          The output of the last layer, and the new states of all layers.
         """
         graphdef, params = nnx.split(self.layers)
 

@@ -11,7 +11,7 @@ from como_jax.errors import ConfigError
 from como_jax.motion.build import DTYPES, vit_config
 from como_jax.nn.model_def import ModelDef
 from como_jax.policies.autoregressive import AutoregressivePolicy
-from como_jax.policies.diffusion_policy import DiffusionPolicy
+from como_jax.policies.diffusion import DiffusionPolicy
 from como_jax.policies.vla import LatentVla
 from como_jax.spec.policies import (
     AutoregressiveConfig,

@@ -1,37 +1,40 @@
-"""What a policy sees, as tokens of one width: pictures of all cameras, proprioception and the instruction.
+"""The observation of a policy as tokens of one width: images of all cameras, proprioceptive state and instruction.
 
-Axes: B batch, T instants, C cameras, N tokens of one instant, M tokens of the instruction, D width.
+Axes: B batch, T instants, C cameras, H and W pixels, N tokens of one instant, M tokens of the instruction, D width.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from como_jax.nn.batch_split import keep_batch_split
-from como_jax.nn.clip_text import ClipTextTower
 from como_jax.nn.layers import LayerNorm, Linear, normalize_frames
-from como_jax.nn.siglip import Siglip, scale_frames
-from como_jax.nn.t5 import T5Tower
-from como_jax.nn.text import ByteTransformer, EmbeddingTower, TextFeatures, TokenTable
-from como_jax.nn.vit import Vit
+from como_jax.nn.primitives import embedding, keep_batch_split
+from como_jax.nn.text_towers import TextFeatures, make_text_tower
+from como_jax.nn.vit import Siglip, Vit, scale_frames
 from como_jax.spec.policies import ObservationConfig
-from como_jax.spec.towers import TextConfig
 from como_jax.types import Observation
 
 
 class ObservationFeatures(NamedTuple):
-    """Tokens of every instant `[B, T, N, D]`, which of them are there, bool `[B, T, N]`, and of the instruction."""
+    """The tokens of an observation.
+
+    Attributes:
+      tokens: of the images and the state of every instant, `[B, T, N, D]`.
+      mask: bool `[B, T, N]`, False at the tokens of missing cameras.
+      text: of the instruction.
+    """
 
     tokens: jax.Array
     mask: jax.Array
     text: TextFeatures
 
     def context(self) -> tuple[jax.Array, jax.Array]:
-        """All tokens `[B, T * N + M, D]` in one sequence, and which of them are there."""
+        """All tokens in one sequence, `[B, T * N + M, D]`, and their mask, bool `[B, T * N + M]`."""
         batch, instants, tokens, width = self.tokens.shape
         seen = self.tokens.reshape(batch, instants * tokens, width)
         return (
@@ -41,11 +44,11 @@ class ObservationFeatures(NamedTuple):
 
 
 class ConvTower(nnx.Module):
-    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; float32, for it is small."""
+    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU. It is small, so float32."""
 
     @staticmethod
     def channels(width: int) -> tuple[int, ...]:
-        """Of the pictures, and behind each convolution."""
+        """Channels of the images, and after each convolution."""
         return (3, max(8, width // 4), max(8, width // 2), width, width)
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -61,6 +64,7 @@ class ConvTower(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features `[B, H / 16, W / 16, D]` of normalised images `[B, H, W, 3]`."""
+        chex.assert_shape(images, (None, None, None, 3))
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.silu(norm(keep_batch_split(conv(keep_batch_split(x)))))
@@ -68,7 +72,7 @@ class ConvTower(nnx.Module):
 
 
 class ObservationEncoder(nnx.Module):
-    """Reads an `Observation`. One image tower sees the pictures of all cameras and instants."""
+    """Makes tokens of an `Observation`. One image tower encodes the images of all cameras and instants."""
 
     def __init__(
         self,
@@ -80,10 +84,6 @@ class ObservationEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-
-        def embedding(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (*shape, width)))
-
         if config.image_tower == "conv":
             self.images = ConvTower(config.vit.width, dtype=dtype, rngs=rngs)
         else:
@@ -91,31 +91,34 @@ class ObservationEncoder(nnx.Module):
             self.images = tower(config.vit, dtype=dtype, remat="none" if config.freeze_images else remat, rngs=rngs)
         side = config.grid // config.pool
         self.image_proj = Linear(config.vit.width, width, dtype=dtype, rngs=rngs)
-        self.image_pos = embedding(side * side)
-        self.camera_embed = embedding(config.cameras)
-        self.instant_embed = embedding(config.instants)
+        self.image_pos = embedding(side * side, width, rngs=rngs)
+        self.camera_embed = embedding(config.cameras, width, rngs=rngs)
+        self.instant_embed = embedding(config.instants, width, rngs=rngs)
         self.text = make_text_tower(config.text, dtype=dtype, rngs=rngs)
         if config.text.tower != "tokens":
             self.text_proj = Linear(self.text.width, width, dtype=dtype, rngs=rngs)
         if config.state_size:
             self.state_proj = Linear(config.state_size, width, dtype=dtype, rngs=rngs)
-            self.no_state = embedding()
+            self.no_state = embedding(width, rngs=rngs)
 
     def frozen_paths(self) -> tuple[str, ...]:
-        """What the optimiser leaves alone."""
-        paths = ["images"] if self.config.freeze_images else []
-        return (*paths, *(["text"] if self.config.text.is_frozen else []))
+        """Paths of the parameters that the optimiser leaves alone."""
+        images = ("images",) if self.config.freeze_images else ()
+        return (*images, *(("text",) if self.config.text.is_frozen else ()))
 
     def __call__(self, observation: Observation) -> ObservationFeatures:
-        """Tokens of width D of everything that is seen."""
+        """The tokens of an observation, which has the cameras and instants of the config."""
+        config = self.config
         observation.check_shapes()
+        size = config.vit.image_size
+        chex.assert_shape(observation.images, (None, config.instants, config.cameras, size, size, 3))
         images = self._image_tokens(observation.images)
         batch, instants, cameras, per_camera, width = images.shape
         images = images + self.image_pos[...] + self.camera_embed[...][:, None]
         tokens = [images.reshape(batch, instants, cameras * per_camera, width)]
         seen = jnp.repeat(observation.has_camera > 0, per_camera, axis=1)
         masks = [jnp.broadcast_to(seen[:, None], (batch, instants, cameras * per_camera))]
-        if self.config.state_size:
+        if config.state_size:
             has_state = observation.has_state[:, None, None] > 0
             state = jnp.where(has_state, self.state_proj(observation.state), self.no_state[...])
             tokens.append(state[:, :, None])
@@ -124,7 +127,7 @@ class ObservationEncoder(nnx.Module):
         return ObservationFeatures(everything, jnp.concatenate(masks, axis=2), self._read_text(observation))
 
     def _image_tokens(self, images: jax.Array) -> jax.Array:
-        """`[B, T, C, H, W, 3]` to `[B, T, C, N, D]`."""
+        """`[B, T, C, H, W, 3]` to the tokens of each camera, `[B, T, C, tokens, D]`, after pooling."""
         config, leading = self.config, images.shape[:3]
         flat = images.reshape(-1, *images.shape[3:])
         features = self.images(scale_frames(flat) if config.image_tower == "siglip" else normalize_frames(flat))
@@ -137,6 +140,7 @@ class ObservationEncoder(nnx.Module):
         return self.image_proj(cells.reshape(-1, config.vit.width)).reshape(*leading, side * side, -1)
 
     def _read_text(self, observation: Observation) -> TextFeatures:
+        """The instruction's features, at the width of the policy."""
         found = self.text(observation)
         tokens, pooled = found.tokens, found.pooled
         if self.config.text.is_frozen:
@@ -144,15 +148,3 @@ class ObservationEncoder(nnx.Module):
         if self.config.text.tower != "tokens":
             tokens, pooled = self.text_proj(tokens), self.text_proj(pooled)
         return TextFeatures(tokens, found.mask, pooled)
-
-
-def make_text_tower(config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
-    """The tower of the config: a module with a `width` that makes `TextFeatures` of an `Observation`."""
-    towers = {
-        "bytes": ByteTransformer,
-        "clip": ClipTextTower,
-        "t5": T5Tower,
-        "embedding": EmbeddingTower,
-        "tokens": TokenTable,
-    }
-    return towers[config.tower](config, dtype=dtype, rngs=rngs)

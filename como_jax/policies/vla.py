@@ -1,9 +1,11 @@
-"""A vision-language-action model: a decoder that reads pictures and an instruction and writes latent or true actions.
+"""Vision-language-action model: a decoder reads images and an instruction and writes latent motion or actions.
 
-After LAPA (arXiv 2410.11758): latent pretraining writes the latent action of a video, as codes or, for CoMo, as
-continuous vectors; action finetuning replaces that output by the actions of a robot, as bins or as vectors. With both
-kinds of data at once it learns both outputs, which do not see each other. Axes: B batch, P tokens of the prefix, S of
-an output, Q latent tokens, L numbers of one, H steps of a chunk, A action, D width.
+After LAPA (arXiv 2410.11758). In latent pretraining it writes the latent motion of a video, as codes or, for CoMo, as
+continuous vectors; in action finetuning it writes the actions of a robot, as bins or as vectors. With both kinds of
+data at once it learns both outputs, which do not read each other.
+
+Axes: B batch, P tokens of the prefix, S tokens of an output, N all tokens, M tokens of the instruction, Q latent
+tokens, L numbers of one, H steps of a chunk, A action, D width.
 """
 
 from __future__ import annotations
@@ -21,21 +23,32 @@ from flax import nnx
 
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.decoder import Decoder
-from como_jax.policies.color_jitter import jitter_colors
-from como_jax.policies.latent_heads import masked_mean
+from como_jax.policies.heads import (
+    OutputTokens,
+    bin_midpoints,
+    code_tokens,
+    masked_mean,
+    round_gripper,
+    to_bins,
+    vector_tokens,
+)
 from como_jax.policies.observation import ObservationEncoder
-from como_jax.policies.output_tokens import OutputTokens, bin_midpoints, code_tokens, to_bins, vector_tokens
 from como_jax.spec.policies import ObservationConfig, VlaConfig
 from como_jax.types import LossOutput, Observation, PolicyBatch
+
+# Largest changes at strength 1, as policies on robot data are commonly trained (OpenVLA, arXiv 2406.09246, and LAPA).
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.2, 0.2, 0.2, 0.05
+# NTSC's luma and two colour differences; turning the two differences changes the hue.
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 
 
 class Prefix(NamedTuple):
     """What the decoder reads before it writes.
 
     Attributes:
-      tokens: `[B, P, D]`, of pictures first, of the instruction after.
-      present: bool `[B, P]`.
-      seen: how many tokens are of pictures and states.
+      tokens: `[B, P, D]`: images and state first, then the instruction.
+      present: bool `[B, P]`, False at missing cameras and at padding of the text.
+      seen: the number of tokens of images and state.
     """
 
     tokens: jax.Array
@@ -44,19 +57,19 @@ class Prefix(NamedTuple):
 
     @property
     def length(self) -> jax.Array:
-        """int32 `[B]`, tokens that are there."""
+        """The number of tokens that are present, int32 `[B]`."""
         return jnp.sum(self.present, axis=1, dtype=jnp.int32)
 
 
 class Target(NamedTuple):
-    """Values of an output's tokens, `[B, S]` or `[B, S, L]`, and which are known, float32 of that shape."""
+    """Values of an output's tokens, `[B, S]` or `[B, S, L]`, and a mask of that shape, 1 where they are known."""
 
     values: jax.Array
     mask: jax.Array
 
 
 class LatentVla(nnx.Module):
-    """See the module's docstring."""
+    """The policy that this module's docstring describes."""
 
     def __init__(
         self,
@@ -80,7 +93,7 @@ class LatentVla(nnx.Module):
         elif config.action_size:
             sizes = (width, config.chunk, config.action_size)
             self.action = vector_tokens(*sizes, head=config.action_head, **flow, rngs=rngs)
-        # Last, so that with equal seeds all of the above is the same with and without latents.
+        # Last, so that with the same seed all of the above is the same with and without latents.
         if config.codebook_size:
             sizes = (width, config.latent_queries, config.codebook_size)
             self.latent = code_tokens(*sizes, temperature=config.temperature, rngs=rngs)
@@ -89,14 +102,14 @@ class LatentVla(nnx.Module):
             self.latent = vector_tokens(*sizes, head=config.latent_head, **flow, rngs=rngs)
 
     def frozen_paths(self) -> tuple[str, ...]:
-        """What the optimiser leaves alone."""
+        """Paths of the parameters that the optimiser leaves alone."""
         return (
             *(f"observation/{path}" for path in self.observation.frozen_paths()),
             *(f"decoder/{path}" for path in self.decoder.frozen_paths()),
         )
 
     def loss(self, batch: PolicyBatch, key: jax.Array) -> LossOutput:
-        """Errors of the chunk that starts now, of the latent motion from now on, and of the instruction's text."""
+        """Errors of the actions and of the latent motion that start now, and of the instruction's text, weighted."""
         config, observation = self.config, batch.observation
         color_key, head_key = jax.random.split(key)
         if config.color_jitter:
@@ -123,7 +136,7 @@ class LatentVla(nnx.Module):
         return LossOutput(total, terms)
 
     def sample_actions(self, observation: Observation, keys: jax.Array) -> jax.Array:
-        """Normalised actions `[B, H, A]` from now on; see `Policy`.
+        """Chunks of normalised actions `[B, H, A]`; see `Policy`.
 
         Raises:
           ConfigError: the policy has no actions.
@@ -134,14 +147,10 @@ class LatentVla(nnx.Module):
         values = self._generate(self.action, observation, keys)
         if config.action_head == "bins":
             values = bin_midpoints(values, config.num_bins)
-        actions = values.reshape(-1, config.chunk, config.action_size)
-        if config.gripper_dim < 0:
-            return actions
-        gripper = jnp.where(actions[..., config.gripper_dim] > 0, 1.0, -1.0)
-        return actions.at[..., config.gripper_dim].set(gripper)
+        return round_gripper(values.reshape(-1, config.chunk, config.action_size), config.gripper_dim)
 
     def predict_latents(self, observation: Observation, keys: jax.Array) -> jax.Array:
-        """The latent motion from now on, normalised float32 `[B, Q * L]`, or its codes, int32 `[B, Q]`.
+        """The latent motion that starts now, normalised float32 `[B, Q * L]`, or its codes, int32 `[B, Q]`.
 
         Raises:
           ConfigError: the policy has no latents.
@@ -152,17 +161,16 @@ class LatentVla(nnx.Module):
         return values.reshape(len(values), -1)
 
     def _read(self, observation: Observation) -> Prefix:
-        """The prefix of what is seen and said."""
-        chex.assert_axis_dimension(observation.images, 1, self.instants)
+        """The prefix of an observation."""
         features = self.observation(observation)
         tokens, present = features.context()
         return Prefix(tokens, present, tokens.shape[1] - features.text.tokens.shape[1])
 
     def _decode(self, prefix: Prefix, written: Sequence[jax.Array]) -> list[jax.Array]:
-        """What comes out at the prefix and at each output `[B, S, D]`, all of whose tokens are given."""
+        """What the decoder gives at the prefix, `[B, P, D]`, and at each sequence of `written`, `[B, S, D]`."""
         lengths = [part.shape[1] for part in written]
         mask = attention_mask(prefix.present, prefix.seen, lengths, causal_text=self.config.causal_text)
-        # An output starts where the prefix ends, whatever else is written.
+        # The positions of every output follow the prefix, as if it were the only one.
         starts = [prefix.length[:, None] + jnp.arange(length) for length in lengths]
         positions = jnp.concatenate([_count(prefix.present), *starts], axis=1)
         tokens = [part.astype(self.decoder.dtype) for part in (prefix.tokens, *written)]
@@ -170,7 +178,7 @@ class LatentVla(nnx.Module):
         return jnp.split(out, np.cumsum([prefix.tokens.shape[1], *lengths])[:-1], axis=1)
 
     def _generate(self, output: OutputTokens, observation: Observation, keys: jax.Array) -> jax.Array:
-        """The values of an output, token after token, with the keys and values of all before in a cache."""
+        """The values of an output, one token after another, with the keys and values of earlier tokens in a cache."""
         prefix = self._read(observation)
         batch, begin = prefix.present.shape
         places = jnp.arange(begin + output.length)
@@ -195,17 +203,14 @@ class LatentVla(nnx.Module):
         now = (self.instants - 1) * config.stride
         chex.assert_axis_dimension(batch.action, 1, now + config.chunk)
         mask = jnp.asarray(batch.has_action[:, now:])
-        # Unknown actions may be anything, NaN too, which would pass through a mask.
-        action = jnp.where(mask > 0, batch.action[:, now:], 0.0)
-        if config.gripper_dim >= 0:
-            gripper = jnp.where(action[..., config.gripper_dim] > 0, 1.0, -1.0)
-            action = action.at[..., config.gripper_dim].set(gripper)
+        # Unknown actions may be NaN, which would pass through a mask.
+        action = round_gripper(jnp.where(mask > 0, batch.action[:, now:], 0.0), config.gripper_dim)
         if config.action_head != "bins":
             return Target(action, mask)
         return Target(to_bins(action, config.num_bins).reshape(len(mask), -1), mask.reshape(len(mask), -1))
 
     def _latent_target(self, batch: PolicyBatch) -> Target:
-        """The latent motion from now on, or its codes."""
+        """The latent motion that starts now, or its codes."""
         config, now = self.config, (self.instants - 1) * self.config.stride
         empty = self.latent.empty(len(batch.action))
         if batch.has_latent is None:
@@ -218,7 +223,7 @@ class LatentVla(nnx.Module):
         return Target(values, jnp.broadcast_to(known, empty.shape).astype(jnp.float32))
 
     def _text_loss(self, features: jax.Array, text: jax.Array) -> jax.Array:
-        """Cross entropy of every token of the instruction `[B, M]` but the first, of which those before are known."""
+        """Cross entropy of every token of the instruction `[B, M]` but the first, given the tokens before it."""
         table = self.observation.text.table[...].astype(features.dtype)
         logits = (features[:, :-1] @ table.T).astype(jnp.float32)
         error = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(text[:, 1:] - 1, 0))
@@ -226,17 +231,18 @@ class LatentVla(nnx.Module):
 
 
 def attention_mask(present: jax.Array, seen: int, lengths: Sequence[int], *, causal_text: bool) -> jax.Array:
-    """Who reads whom, bool `[B, N, N]`: row i reads column j.
+    """Which token reads which, bool `[B, N, N]`: row i reads column j.
 
-    All of the prefix reads each other, or with `causal_text` pictures read pictures, and text also the text before it.
-    An output's tokens read the prefix and those before them, and nothing of other outputs.
+    The tokens of the prefix read each other; with `causal_text`, tokens of images and state read only each other, and
+    the text reads them and the text before it. The tokens of an output read the prefix and the tokens before them in
+    their own output.
 
     Args:
-      present: bool `[B, P]`, tokens of the prefix that are there; others are read by none but themselves, which keeps
-        every row of the softmax proper.
-      seen: how many tokens of the prefix are of pictures and states.
-      lengths: tokens of every output.
-      causal_text: see above.
+      present: bool `[B, P]`, which tokens of the prefix are there. Others are read only by themselves, which keeps
+        every row of the softmax finite.
+      seen: the number of tokens of images and state in the prefix.
+      lengths: the number of tokens of every output.
+      causal_text: whether the instruction is read from left to right.
     """
     prefix = present.shape[1]
     output = np.repeat(np.arange(len(lengths) + 1), [prefix, *lengths])
@@ -250,5 +256,27 @@ def attention_mask(present: jax.Array, seen: int, lengths: Sequence[int], *, cau
 
 
 def _count(present: jax.Array) -> jax.Array:
-    """Positions, int32 `[B, P]`, that leave out what is not there."""
+    """Positions, int32 `[B, P]`, that count only the tokens that are present."""
     return jnp.maximum(jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def jitter_colors(images: jax.Array, key: jax.Array, strength: float) -> jax.Array:
+    """Changes brightness, contrast, saturation and hue at random, in the same way for all images of a sample.
+
+    Args:
+      images: uint8 `[B, ..., H, W, 3]`.
+      key: of the draws.
+      strength: 1 for changes of up to 20 %, and of the hue by up to 5 % of the circle; 0 for none.
+    """
+    draws = strength * jax.random.uniform(key, (4, len(images)), minval=-1.0, maxval=1.0)
+    draws = draws.reshape(4, len(images), *(1,) * (images.ndim - 1))
+    brightness, contrast, saturation = _BRIGHTNESS * draws[0], 1 + _CONTRAST * draws[1], 1 + _SATURATION * draws[2]
+    angle = 2 * np.pi * _HUE * draws[3, ..., 0]
+    x = images.astype(jnp.float32) / 255 + brightness
+    mean = x.mean(axis=(-3, -2), keepdims=True)
+    x = (x - mean) * contrast + mean
+    yiq = jnp.einsum("...c,dc->...d", x, _TO_YIQ, precision="highest")
+    luma, first, second = yiq[..., 0], yiq[..., 1] * saturation[..., 0], yiq[..., 2] * saturation[..., 0]
+    turned = (first * jnp.cos(angle) - second * jnp.sin(angle), first * jnp.sin(angle) + second * jnp.cos(angle))
+    x = jnp.einsum("...c,dc->...d", jnp.stack([luma, *turned], axis=-1), np.linalg.inv(_TO_YIQ), precision="highest")
+    return jnp.rint(jnp.clip(x, 0, 1) * 255).astype(jnp.uint8)

@@ -24,7 +24,7 @@ _LARGEST_LATENT = 5.0
 _LANGUAGE, _OBSERVATION, _LATENT, _ACTION = range(4)
 
 
-class Motion(NamedTuple):
+class KnownLatents(NamedTuple):
     """Latents of all instants, `[B, T, Q, L]` or codes `[B, T, Q]`, and where they are known, bool `[B, T]`."""
 
     values: Tensor
@@ -67,7 +67,7 @@ class AutoregressivePolicy(nn.Module):
         actions = self.action_head(self(features, motion).actions[:, -1])
         return with_gripper(actions, self.config.gripper_dims)
 
-    def forward(self, features: ObservationFeatures, motion: Motion | None) -> Outputs:
+    def forward(self, features: ObservationFeatures, motion: KnownLatents | None) -> Outputs:
         """Runs the transformer over the whole sequence; action queries read the latents that are known."""
         config, width = self.config, self.config.width
         batch, instants, observations = features.tokens.shape[:3]
@@ -92,13 +92,13 @@ class AutoregressivePolicy(nn.Module):
         _, _, *outputs = x.split([part.shape[1] for part in tokens], dim=1)
         return Outputs(*(self.norm(part).reshape(batch, instants, -1, width) for part in outputs))
 
-    def _latent_tokens(self, motion: Motion) -> Tensor:
+    def _latent_tokens(self, motion: KnownLatents) -> Tensor:
         """`[B, T, Q + 1, D]`: a start token and the latents, so that the output of each predicts the next."""
         latents = self.latent_in(motion.values)
         start = self.latent_start.expand_as(latents[:, :, :1])
         return torch.cat([start, latents], dim=2) + self.latent_pos
 
-    def _generate(self, features: ObservationFeatures, noise: Noise) -> Motion:
+    def _generate(self, features: ObservationFeatures, noise: Noise) -> KnownLatents:
         """Latents of the last instant, token after token; those of earlier ones are unknown."""
         config, device = self.config, features.tokens.device
         shape = (len(features.tokens), self.instants, config.latent_queries)
@@ -110,10 +110,10 @@ class AutoregressivePolicy(nn.Module):
         known[:, -1] = True
         for token in range(config.latent_queries):
             # What is not yet generated stands in the sequence, but no earlier token reads it.
-            output = self(features, Motion(values, known)).latents[:, -1, token]
+            output = self(features, KnownLatents(values, known)).latents[:, -1, token]
             values = values.clone()
             values[:, -1, token] = self.latent_head.sample(output, noise)
-        return Motion(values, known)
+        return KnownLatents(values, known)
 
 
 def allowed_pairs(instants: int, language: int, per_instant: Sequence[int]) -> np.ndarray:

@@ -30,7 +30,7 @@ CONV_STRIDE = 16
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The tower that reads instructions; fields as of `como_jax.nn.text.TextConfig`.
+    """The tower that reads instructions; fields as of `como_jax.spec.towers.TextConfig`.
 
     Attributes:
       prompt: what an instruction is put into, at {}.
@@ -80,7 +80,7 @@ class ObservationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """How samples are made; fields of `como_jax.policies.diffusion.DiffusionConfig`."""
+    """How samples are made; fields of `como_jax.spec.policies.DiffusionConfig`."""
 
     kind: str
     train_steps: int
@@ -92,7 +92,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionPolicyConfig:
-    """Sizes; fields of `como_jax.policies.diffusion_policy.DiffusionPolicyConfig`."""
+    """Sizes; fields of `como_jax.spec.policies.DiffusionPolicyConfig`."""
 
     width: int
     depth: int

@@ -1,6 +1,6 @@
 """Where arrays live: parameter path -> logical axes -> mesh axes, in one table.
 
-Models know of it what `como_jax.nn.batch_split` says. Batches are split over `data` and `fsdp`, parameters and
+Models know of it what `como_jax.nn.primitives` says. Batches are split over `data` and `fsdp`, parameters and
 optimiser moments over `fsdp` and `tensor`.
 """
 
@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from como_jax.errors import MeshError
-from como_jax.nn.batch_split import BATCH_AXES, BATCH_SPEC
+from como_jax.nn.primitives import BATCH_AXES, BATCH_SPEC
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

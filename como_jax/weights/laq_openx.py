@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from como_jax.errors import ConfigError
-from como_jax.motion.laq_layers import NUM_NULL_TOKENS
+from como_jax.motion.laq import NUM_NULL_TOKENS
 from como_jax.weights.checkpoints import Weights
 from como_jax.weights.importing import Constant, Foreign, Options, Skip
 from como_jax.weights.tables import Entry, Table, array, kernel, linear

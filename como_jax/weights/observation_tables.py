@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from como_jax.nn.text import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS
+from como_jax.nn.text_towers import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS
 from como_jax.spec.policies import CONV_STRIDE
 from como_jax.spec.towers import PUBLIC_TOWERS, TextConfig, VitConfig
 from como_jax.weights.motion import vit_table

@@ -114,7 +114,7 @@ def _embedding(path: str, width: int, size: int, codes: int) -> Table:
 
 
 def _head(path: str, kind: str, width: int, size: int, *, hidden: int, depth: int) -> Table:
-    """A head of `como_jax.policies.latent_heads` that gives `size` numbers."""
+    """A head of `como_jax.policies.heads` that gives `size` numbers."""
     name = path.replace("/", ".")
     if kind not in ("diffusion", "flow"):
         return linear(f"{path}/out", f"{name}.out", width, size)

@@ -17,8 +17,7 @@ from ml_collections import ConfigDict
 from como_jax.errors import OutputError, RunError
 from como_jax.files import write_json
 from como_jax.motion.build import FAMILIES, build_model, vit_config
-from como_jax.nn.siglip import Siglip
-from como_jax.nn.vit import Vit
+from como_jax.nn.vit import Siglip, Vit
 from como_jax.spec.towers import VitConfig
 from como_jax.training.checkpoint import load_params
 from como_jax.training.run import claim_workdir, read_config

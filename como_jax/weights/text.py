@@ -14,7 +14,7 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import ConfigError, RunError
-from como_jax.nn.text_layers import ACTIVATIONS, GATED
+from como_jax.nn.text_towers import ACTIVATIONS, GATED
 from como_jax.spec.towers import TextConfig
 from como_jax.weights.tables import CONFIG_NAME, Tensors, make_parameter, read_json, read_setting
 from como_jax.weights.text_tables import T5_TOKENS, clip_table, t5_table

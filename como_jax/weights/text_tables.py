@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from como_jax.nn.text_layers import GATED
+from como_jax.nn.text_towers import GATED
 from como_jax.spec.towers import TextConfig
 from como_jax.weights.tables import Table, array, clip_blocks, kernel, norm, qkv_kernel
 

@@ -29,7 +29,7 @@ from como_jax.data.language import (
     write_embeddings,
 )
 from como_jax.errors import ConfigError, DatasetError
-from como_jax.policies.observation import make_text_tower
+from como_jax.nn.text_towers import make_text_tower
 from como_jax.spec.towers import TextConfig
 from como_jax.weights.text import load_text_tower, text_config_of
 from como_jax.weights.text_tables import t5_table

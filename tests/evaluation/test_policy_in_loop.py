@@ -19,7 +19,7 @@ from como_jax.evaluation.rollouts import in_loop as policy_in_loop
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
 from como_jax.evaluation.rollouts.rollout import RolloutOptions
 from como_jax.evaluation.rollouts.success import EpisodeResult
-from como_jax.policies.latent_heads import masked_mean
+from como_jax.policies.heads import masked_mean
 from como_jax.policies.spec import PolicySpec
 from como_jax.training import sharding
 from como_jax.training.writers import NullWriter

@@ -232,7 +232,10 @@ def test_kl_draws_with_the_variance_it_was_given() -> None:
         ({"kind": "vq", "codebook_size": 1}, "model.bottleneck.codebook_size 1 must be at least 2"),
         ({"kind": "vq", "replace_below": 1.5}, "model.bottleneck.replace_below 1.5 must lie in"),
         ({"kind": "fsq", "fsq_levels": [8, 1]}, r"model.bottleneck.fsq_levels \(8, 1\) must all be at least 2"),
-        ({"kind": "fsq", "fsq_levels": [8, 5]}, "names 2 numbers and model.latent_dim is 3"),
+        (
+            {"kind": "fsq", "fsq_levels": [8, 5]},
+            r"model.bottleneck.fsq_levels \(8, 5\) must have as many levels as model.latent_dim, 3",
+        ),
     ],
 )
 def test_what_makes_no_bottleneck_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -226,7 +226,7 @@ def test_the_prediction_depends_on_the_latent_and_lies_in_the_range_of_pictures(
 
 def test_tcl_without_offset_frames_is_refused(como: ModelDef, como_params: Params) -> None:
     batch = types.fake_frame_pairs(offset=False)
-    with pytest.raises(ConfigError, match="Tcl needs offset frames"):
+    with pytest.raises(ConfigError, match="model.tcl_weight needs offset frames.*set data.offset_frames"):
         jax.eval_shape(lambda params: como.bind(params).loss(batch, jax.random.key(0)), como_params)
 
 
@@ -357,5 +357,5 @@ def test_objectives_that_cannot_be_are_refused(make_como: MakeComo, options: dic
 def test_a_batch_without_what_a_term_needs_is_refused(make_como: MakeComo, name: str) -> None:
     model = make_como(**{f"{name}_weight": 1.0}, label_size=4)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    with pytest.raises(ConfigError, match="whose data the batch lacks"):
+    with pytest.raises(ConfigError, match=f"model.{name}_weight.*set it to 0"):
         jax.eval_shape(lambda params: model.bind(params).loss(types.fake_frame_pairs(), jax.random.key(0)), params)

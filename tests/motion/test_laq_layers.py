@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf, softmax
 
-from como_jax.motion.laq_layers import (
+from como_jax.motion.laq import (
     CosineAttention,
     GatedMlp,
     PositionBias,

@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
-from como_jax.nn.attention import attend
-from como_jax.nn.layers import Attention, CrossAttention
+from como_jax.nn.attention import Attention, CrossAttention, attend
 
 
 @pytest.fixture
@@ -41,9 +40,9 @@ def allowed(*shape: int, nothing: bool = False) -> np.ndarray:
 # How models call their attention: on tokens `[2, 6, 16]` and a context of 4.
 WAYS: dict[str, Callable[[Mapping[str, Any], jax.Array, jax.Array], jax.Array]] = {
     "all": lambda parts, x, _: parts["own"](x),
-    "first of an odd number": lambda parts, x, _: parts["own"](x[:, :5], 3),
-    "masked": lambda parts, x, _: parts["own"](x, None, allowed(2, 6, 6, nothing=True)),
-    "odd and masked": lambda parts, x, _: parts["own"](x[:, :5], 4, allowed(2, 1, 5)),
+    "first of an odd number": lambda parts, x, _: parts["own"](x[:, :5], num_outputs=3),
+    "masked": lambda parts, x, _: parts["own"](x, allowed(2, 6, 6, nothing=True)),
+    "odd and masked": lambda parts, x, _: parts["own"](x[:, :5], allowed(2, 1, 5), num_outputs=4),
     "context with one mask": lambda parts, x, context: parts["cross"](x, context, allowed(1, 6, 4)),
 }
 

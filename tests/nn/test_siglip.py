@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from como_jax.nn.siglip import Siglip, scale_frames
-from como_jax.nn.vit import Vit
+from como_jax.nn.vit import Siglip, Vit, scale_frames
 from como_jax.spec.towers import VitConfig
 
 CONFIG = VitConfig(image_size=14, patch_size=7, width=12, depth=1, num_heads=2, mlp_width=20)

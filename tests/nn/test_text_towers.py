@@ -13,9 +13,7 @@ from safetensors.numpy import save_file
 from scipy.special import erf, log_softmax
 
 from como_jax.errors import ConfigError, RunError
-from como_jax.nn.t5 import relative_buckets
-from como_jax.nn.text import TextFeatures
-from como_jax.policies.observation import make_text_tower
+from como_jax.nn.text_towers import TextFeatures, make_text_tower, relative_buckets
 from como_jax.spec.towers import TextConfig
 from como_jax.weights.text import load_text_tower, text_config_of
 
@@ -332,7 +330,7 @@ def test_a_tower_and_its_config_must_agree(tmp_path: Path) -> None:
     assert (config.width, config.depth, config.frozen) == (16, 2, False)
     with pytest.raises(ConfigError, match="text.max_length 13 is more than the 12 positions"):
         make_text_tower(config, dtype=np.float32, rngs=nnx.Rngs(0))
-    with pytest.raises(ConfigError, match="text.tower=t5 has no vocabulary_size"):
+    with pytest.raises(ConfigError, match="text.tower=t5 needs text.vocabulary_size"):
         make_text_tower(TextConfig(tower="t5"), dtype=np.float32, rngs=nnx.Rngs(0))
 
 

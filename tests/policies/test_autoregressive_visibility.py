@@ -20,16 +20,16 @@ from tiny_autoregressive import (
 
 from como_jax import types
 from como_jax.nn.model_def import Params
-from como_jax.policies.autoregressive import Motion
+from como_jax.policies.autoregressive import KnownLatents
 
-Inputs = tuple[types.Observation, Motion, np.ndarray]
+Inputs = tuple[types.Observation, KnownLatents, np.ndarray]
 
 
 @functools.cache
 def outputs_function() -> Callable[..., Any]:
     model = make_model("regression")
 
-    def run(params: Params, observation: types.Observation, motion: Motion, use_latents: jax.Array) -> Any:
+    def run(params: Params, observation: types.Observation, motion: KnownLatents, use_latents: jax.Array) -> Any:
         policy = model.bind(params)
         return policy(policy.observation(observation), motion, use_latents)
 
@@ -47,7 +47,11 @@ def changed(inputs: Inputs, others: Inputs) -> tuple[np.ndarray, np.ndarray]:
 
 def make_inputs(use_latents: bool = True, known: bool = True) -> Inputs:
     values = np.random.default_rng(2).normal(size=(BATCH, INSTANTS, QUERIES, LATENT)).astype(np.float32)
-    return make_batch().observation, Motion(values, np.full((BATCH, INSTANTS), known)), np.full(BATCH, use_latents)
+    return (
+        make_batch().observation,
+        KnownLatents(values, np.full((BATCH, INSTANTS), known)),
+        np.full(BATCH, use_latents),
+    )
 
 
 def with_pixels(inputs: Inputs, sample: int, instant: int, camera: int = 0) -> Inputs:

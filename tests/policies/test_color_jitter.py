@@ -5,7 +5,7 @@ import colorsys
 import jax
 import numpy as np
 
-from como_jax.policies.color_jitter import jitter_colors
+from como_jax.policies.vla import jitter_colors
 
 IMAGES = np.random.default_rng(0).integers(60, 180, (64, 2, 6, 6, 3), dtype=np.uint8)
 jitter = jax.jit(jitter_colors, static_argnums=2)

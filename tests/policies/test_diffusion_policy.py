@@ -15,7 +15,7 @@ from scipy import stats
 
 from como_jax.errors import ConfigError
 from como_jax.nn.model_def import ModelDef
-from como_jax.policies.diffusion_policy import DiffusionPolicy
+from como_jax.policies.diffusion import DiffusionPolicy
 from como_jax.spec.policies import DiffusionConfig, DiffusionPolicyConfig, ObservationConfig
 from como_jax.spec.towers import TextConfig, VitConfig
 from como_jax.types import PolicyBatch, fake_policy_batch

@@ -16,7 +16,7 @@ from flax import nnx, traverse_util
 from como_jax.errors import ConfigError
 from como_jax.nn.layers import normalize_frames
 from como_jax.nn.model_def import ModelDef
-from como_jax.policies.diffusion_policy import DiffusionPolicy
+from como_jax.policies.diffusion import DiffusionPolicy
 from como_jax.policies.observation import ConvTower, ObservationEncoder, ObservationFeatures
 from como_jax.spec.policies import DiffusionConfig, DiffusionPolicyConfig, ObservationConfig
 from como_jax.spec.towers import TextConfig, VitConfig

@@ -15,7 +15,7 @@ import pytest
 from como_jax import types
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.model_def import ModelDef, Params, merge_params
-from como_jax.policies.output_tokens import bin_midpoints, to_bins
+from como_jax.policies.heads import bin_midpoints, to_bins
 from como_jax.policies.vla import LatentVla, attention_mask
 from como_jax.spec.policies import ObservationConfig, VlaConfig
 from como_jax.spec.towers import DecoderConfig, TextConfig, VitConfig

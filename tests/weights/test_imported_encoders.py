@@ -18,7 +18,7 @@ from como_jax.errors import ConfigError, RunError
 from como_jax.motion.mae import Mae
 from como_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD, sincos_position_embedding
 from como_jax.nn.model_def import ModelDef
-from como_jax.nn.siglip import Siglip
+from como_jax.nn.vit import Siglip
 from como_jax.spec.motion import MaeConfig
 from como_jax.spec.towers import VitConfig
 from como_jax.weights.checkpoints import Weights, read_weights

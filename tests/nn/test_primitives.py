@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from como_jax.nn.mixed_precision import broadcast_param, matmul, project
+from como_jax.nn.primitives import broadcast_param, matmul, project
 
 
 @pytest.mark.parametrize(

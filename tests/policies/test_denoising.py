@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from como_jax.errors import ConfigError
-from como_jax.policies.diffusion import add_noise, alpha_bars, denoise
+from como_jax.policies.denoising import add_noise, alpha_bars, denoise
 from como_jax.spec.policies import DiffusionConfig
 
 MODES, WEIGHTS, SPREAD = np.array([-0.7, 0.5]), np.array([0.3, 0.7]), 0.05

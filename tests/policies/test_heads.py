@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from como_jax.policies import latent_heads
-from como_jax.policies.diffusion import alpha_bars
-from como_jax.policies.latent_heads import CodeHead, DiffusionHead
+from como_jax.policies import heads
+from como_jax.policies.denoising import alpha_bars
+from como_jax.policies.heads import CodeHead, DiffusionHead
 from como_jax.spec.policies import DiffusionConfig
 
 MEAN, DEVIATION = np.array([1.0, -0.5]), 0.3
@@ -88,5 +88,5 @@ def test_codes_are_drawn_in_proportion_to_their_tempered_probability(temperature
 
 
 def test_a_mean_over_nothing_is_zero() -> None:
-    assert latent_heads.masked_mean(jnp.ones(3), jnp.zeros(3)) == 0.0
-    assert latent_heads.masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([1.0, 1.0, 0.0])) == 2.0
+    assert heads.masked_mean(jnp.ones(3), jnp.zeros(3)) == 0.0
+    assert heads.masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([1.0, 1.0, 0.0])) == 2.0
