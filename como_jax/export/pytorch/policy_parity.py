@@ -232,7 +232,7 @@ def _autoregressive_jax(config: ConfigDict) -> Any:
         module, (batch, instants) = model.bind(params), observation.images.shape[:2]
         known = jnp.full((batch, instants), policy.generate_latents and policy.latent_dim > 0)
         values = _latents(keys, instants, policy.latent_queries, policy.latent_dim, policy.codebook_size)
-        outputs = module(module.observation(observation), jax_policy.Motion(values, known), jnp.ones(batch, bool))
+        outputs = module(module.observation(observation), jax_policy.KnownLatents(values, known), jnp.ones(batch, bool))
         found = {NETWORK: module.action_head(outputs.actions)}
         return found | ({_LATENTS: outputs.latents} if policy.generate_latents and policy.latent_dim else {})
 
@@ -244,7 +244,7 @@ def _autoregressive_torch(module: AutoregressivePolicy, observation: TorchObserv
     if config.generate_latents:
         values = _latents(keys, module.instants, config.latent_queries, config.latent_dim, config.codebook_size)
         known = torch.ones((len(keys), module.instants), dtype=torch.bool)
-        motion = torch_policy.Motion(_to_torch(values), known)
+        motion = torch_policy.KnownLatents(_to_torch(values), known)
     outputs = module(module.observation(observation), motion)
     return {NETWORK: module.action_head(outputs.actions)} | ({_LATENTS: outputs.latents} if motion else {})
 
@@ -345,7 +345,7 @@ def draw_noise(config: ModelConfig, keys: jax.Array) -> Iterator[np.ndarray]:
 def _token_noise(
     config: AutoregressiveConfig | VlaConfig, keys: jax.Array, length: int, size: int, codes: int
 ) -> Iterator[np.ndarray]:
-    """The noise of the heads of `como_jax.policies.latent_heads`, for tokens that are codes or vectors of some size."""
+    """The noise of the heads of `como_jax.policies.heads`, for tokens that are codes or vectors of some size."""
     for token in range(length):
         token_keys = _fold(keys, token)
         if codes and config.temperature:
@@ -370,7 +370,7 @@ def _head_diffusion(config: AutoregressiveConfig | VlaConfig) -> DiffusionConfig
 def _denoising_noise(
     config: DiffusionConfig, start: jax.Array, later: jax.Array, shape: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
-    """The noise that `como_jax.policies.diffusion.denoise` starts from and adds, from keys for each."""
+    """The noise that `como_jax.policies.denoising.denoise` starts from and adds, from keys for each."""
     yield _normal(start, shape)
     if config.kind == "ddpm" and config.eta:
         for step in range(config.sample_steps):
