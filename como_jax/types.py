@@ -143,10 +143,10 @@ class PolicyBatch:
 
 
 class LossOutput(NamedTuple):
-    """What a model's loss gives.
+    """The result of a model's loss.
 
     Attributes:
-      total: scalar, what is minimised.
+      total: scalar to minimise.
       terms: scalars for a dashboard.
       statistics: batch statistics that `update_codebook` reads after the update, such as the usage of each code. They
         are means over the batch, so that those of microbatches average to those of the batch. Empty for most models.
@@ -158,20 +158,23 @@ class LossOutput(NamedTuple):
 
 
 class EncodedPair(NamedTuple):
-    """Latent motion `[B, Q, L]`, and where it is discrete the numbers of its codes, int32 `[B, Q]`."""
+    """Latent motion of pairs of frames, `[B, Q, L]`, and the numbers of its codes if it is discrete, int32 `[B, Q]`."""
 
     latent: jax.Array
     codes: jax.Array | None
 
 
 class LatentMotionModel(Protocol):
-    """What metrics, labels, reports and policies may assume of a latent-motion model of any family."""
+    """What metrics, labelling, reports and exports may assume of a latent motion model of any family."""
 
     def encode(self, frames: Array) -> jax.Array:
         """Latent motion `[B, T - 1, Q, L]` between consecutive frames of uint8 `[B, T, H, W, 3]`."""
 
     def encode_frame(self, frames: Array) -> Any:
-        """All that can be computed of each frame alone, uint8 `[B, H, W, 3]`: a tree of arrays `[B, ...]`."""
+        """The part of `encode` that needs one frame alone: a tree of arrays `[B, ...]` from uint8 `[B, H, W, 3]`.
+
+        So each frame is encoded once, however many pairs it belongs to.
+        """
 
     def encode_pair(self, source: Any, target: Any) -> EncodedPair:
         """The motion from each source to its target, both as `encode_frame` gives them."""
@@ -180,20 +183,20 @@ class LatentMotionModel(Protocol):
         """The frame, float32 in [0, 1] `[B, H, W, 3]`, that follows uint8 `frame` under `latent` `[B, Q, L]`."""
 
     def loss(self, batch: FramePairs, key: jax.Array) -> LossOutput:
-        """What is minimised, and its terms."""
+        """The loss of a batch; the key draws what training draws."""
 
     def update_codebook(
         self, statistics: dict[str, Any], step: jax.Array, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """Upkeep after an update, called where `loss` gave statistics.
+        """Updates the codebook after a step of the optimiser; called only if `loss` gave statistics.
 
         Args:
-          statistics: of the whole batch.
+          statistics: those of `loss`, averaged over the whole batch.
           step: int32 scalar, updates done.
-          key: draws what upkeep draws.
+          key: draws the replacements of codes.
 
         Returns:
-          Parameters to put in place of the model's own, nested by module name, and scalars for a dashboard.
+          Parameters that replace the model's own, nested by module name, and scalars for a dashboard.
         """
 
 
@@ -201,14 +204,14 @@ class Policy(Protocol):
     """What training, rollouts and exports may assume of a policy of any family."""
 
     def loss(self, batch: PolicyBatch, key: jax.Array) -> LossOutput:
-        """What is minimised, and its terms."""
+        """The loss of a batch; the key draws what training draws."""
 
     def sample_actions(self, observation: Observation, keys: jax.Array) -> jax.Array:
-        """Normalised action chunks, float32 `[B, H, A]`, the first action for now.
+        """Chunks of normalised actions, float32 `[B, H, A]`; the first action is for the current step.
 
         Args:
-          observation: of B scenes.
-          keys: `[B]`, one for each, so that a sample does not depend on what else is in the batch.
+          observation: of B independent samples.
+          keys: `[B]`, one for each sample, so that its actions do not depend on the rest of the batch.
         """
 
 

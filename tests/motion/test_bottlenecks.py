@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +148,7 @@ def test_statistics_of_eight_devices_are_those_of_one() -> None:
         params = model.init(jax.random.key(0))
         alone = run(model, params, z, KEY)
         spread = run(model, params, sharding.shard_batch(z, mesh), KEY)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone.statistics, spread.statistics)
+        chex.assert_trees_all_close(alone.statistics, spread.statistics, rtol=1e-7, atol=1e-6)
 
 
 def test_codes_are_replaced_often_at_first_and_then_seldom() -> None:

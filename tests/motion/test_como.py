@@ -334,7 +334,7 @@ def test_what_is_not_labelled_does_not_count(make_como: MakeComo) -> None:
     some, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
     first = jax.tree.map(lambda x: x[:1], batch)
     np.testing.assert_allclose(some, jax.jit(loss)(params, first), rtol=1e-5)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    chex.assert_tree_all_finite(gradient)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -135,11 +136,11 @@ def test_the_gradient_of_tcl_equals_that_of_three_encoded_pairs(
 
     options = {**TCL, "freeze_encoder": False, "tcl_gradient_everywhere": everywhere}
     _, gradients = loss_and_gradients(**options)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, reference(como_params))
+    chex.assert_trees_all_close(gradients, reference(como_params), rtol=1e-3, atol=1e-4)
 
 
 def test_rematerialisation_leaves_loss_and_gradients_of_the_model_as_they_are(loss_and_gradients: Callable) -> None:
     options = {**TCL, "freeze_encoder": False, "tcl_gradient_everywhere": True}
     plain, full = loss_and_gradients(**options), loss_and_gradients(**options, remat="full")
     np.testing.assert_allclose(plain[0], full[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), plain[1], full[1])
+    chex.assert_trees_all_close(plain[1], full[1], rtol=1e-3, atol=1e-5)

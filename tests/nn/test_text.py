@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_an_empty_instruction_is_finite_and_so_is_its_gradient() -> None:
     graphdef, params = tower(CONFIG)
     text = observe(text=np.zeros((1, 8), np.int32))
     gradient = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params)(text).pooled[0, 0]))(params)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    chex.assert_tree_all_finite(gradient)
 
 
 def test_a_text_that_fills_its_field_is_read_to_its_last_byte() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +119,7 @@ def test_rematerialisation_changes_neither_output_nor_gradients(num_outputs: int
     for remat in ("dots", "full"):
         other_value, other_gradients = run(remat)
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), other_gradients, gradients)
+        chex.assert_trees_all_close(other_gradients, gradients, rtol=1e-4, atol=1e-3)
 
 
 def test_layers_of_a_stack_start_different() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,7 @@ def test_every_variant_gives_a_loss_of_actions_and_of_its_latents(variant: str) 
     expected |= {"latent_loss", "latent_share"} if variant != "robot" else set()
     assert set(terms) == expected | ({"latent_accuracy"} if variant == "codes" else set())
     assert np.isfinite(total) and terms["action_share"] == 0.5 and terms.get("latent_share", 0.5) == 0.5
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+    chex.assert_tree_all_finite(gradients)
 
 
 @pytest.mark.parametrize("variant", WITH_LATENTS)
@@ -77,7 +78,7 @@ def test_padding_of_the_instruction_changes_nothing() -> None:
 def test_a_policy_without_latents_has_the_other_parameters_of_one_with_latents(variant: str) -> None:
     robot, both = init("robot"), init(variant)
     assert set(both) - set(robot) == LATENT_PARAMS
-    jax.tree.map(np.testing.assert_array_equal, robot, {name: both[name] for name in robot})
+    chex.assert_trees_all_equal(robot, {name: both[name] for name in robot})
 
 
 def test_a_policy_that_knows_of_no_latents_acts_like_one_without_them() -> None:
@@ -123,7 +124,7 @@ def test_unknown_labels_may_be_anything(variant: str) -> None:
     action = np.where(batch.has_action > 0, batch.action, np.nan)
     total, _, gradients = loss_of(variant, dataclasses.replace(batch, latent=latent, action=action))
     np.testing.assert_allclose(total, loss_of(variant, batch)[0], rtol=1e-6)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+    chex.assert_tree_all_finite(gradients)
 
 
 def test_the_action_loss_is_that_of_sampled_actions() -> None:

@@ -91,7 +91,7 @@ def test_every_variant_has_finite_losses_and_samples_of_the_right_shape(variant:
     batch = make_batch(variant)
     total, terms, gradients = loss_of(variant, batch)
     assert np.isfinite(total) and terms["action_share"] == terms["latent_share"] == 0.5
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+    chex.assert_tree_all_finite(gradients)
     assert ({"action_accuracy", "latent_accuracy", "text_loss"} <= set(terms)) == (variant == "codes")
     actions, latents = (sample(variant, name, batch.observation) for name in ("sample_actions", "predict_latents"))
     assert actions.shape == (BATCH, CHUNK, ACTIONS) and actions.dtype == np.float32
