@@ -74,18 +74,10 @@ class StreamLabeller:
         self._params, self._mesh, self._max_gap = params, mesh, max_gap
         parts = sharding.batch_shards(mesh)
         self.batch_size = -(-batch_size // parts) * parts
-        rows, whole = NamedSharding(mesh, sharding.BATCH_SPEC), NamedSharding(mesh, PartitionSpec())
-
-        def step(params: Params, carry: Any, frames: jax.Array, back: jax.Array) -> tuple[Any, EncodedPair]:
-            motion = model.bind(params)
-            embedded = motion.encode_frame(frames)
-            window = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), carry, embedded)
-            window = jax.lax.with_sharding_constraint(window, whole)
-            source = jax.tree.map(lambda x: x[max_gap + jnp.arange(len(frames)) - back], window)
-            label = motion.encode_pair(jax.lax.with_sharding_constraint(source, rows), embedded)
-            return jax.tree.map(lambda x: x[len(frames) :], window), label
-
-        self._step = sharding.jit(step, mesh, donate_argnums=1, out_shardings=(whole, whole))
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._step = sharding.jit_once(
+            _step, mesh, model, max_gap, mesh, donate_argnums=1, out_shardings=(whole, whole)
+        )
         self._embed = lambda params, frames: model.bind(params).encode_frame(frames)
 
     def __call__(self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
@@ -146,6 +138,20 @@ class StreamLabeller:
         shapes = jax.eval_shape(self._embed, self._params, frames)
         whole = NamedSharding(self._mesh, PartitionSpec())
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes)
+
+
+def _step(
+    model: ModelDef, max_gap: int, mesh: Mesh, params: Params, carry: Any, frames: jax.Array, back: jax.Array
+) -> tuple[Any, EncodedPair]:
+    """The embedded frames that the next batch looks back at, and the motion that leads to each frame `[B]`."""
+    rows, whole = NamedSharding(mesh, sharding.BATCH_SPEC), NamedSharding(mesh, PartitionSpec())
+    motion = model.bind(params)
+    embedded = motion.encode_frame(frames)
+    window = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), carry, embedded)
+    window = jax.lax.with_sharding_constraint(window, whole)
+    source = jax.tree.map(lambda x: x[max_gap + jnp.arange(len(frames)) - back], window)
+    label = motion.encode_pair(jax.lax.with_sharding_constraint(source, rows), embedded)
+    return jax.tree.map(lambda x: x[len(frames) :], window), label
 
 
 def read_frames(reader: FrameReader, frames: Samples) -> tuple[np.ndarray, np.ndarray]:

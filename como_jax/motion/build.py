@@ -13,7 +13,7 @@ from como_jax.motion.como import Como
 from como_jax.motion.laq import Laq
 from como_jax.motion.mae import Mae
 from como_jax.motion.released import ReleasedComo, ReleasedLaq
-from como_jax.nn.model_def import ModelDef
+from como_jax.nn.model_def import ModelDef, define
 from como_jax.spec.motion import BottleneckConfig, LaqConfig, MaeConfig, MotionConfig
 from como_jax.spec.towers import VitConfig
 
@@ -38,13 +38,13 @@ def build_model(config: ConfigDict) -> ModelDef:
         if config.data.pair_span > 1:
             raise ConfigError("data.pair_span must be 1 for LAQ, which encodes both frames of a pair together.")
         laq = LaqConfig(**config.model)
-        return ModelDef.create(lambda rngs: laq_class(config.data.image_size, laq, **options, rngs=rngs))
+        return define(laq_class, config.data.image_size, laq, **options)
     if config.family == "mae":
         vit, mae = vit_config(config), MaeConfig(**config.model)
-        return ModelDef.create(lambda rngs: Mae(vit, mae, **options, rngs=rngs))
+        return define(Mae, vit, mae, **options)
     if config.family == "como":
         vit, motion = vit_config(config), motion_config(config)
-        return ModelDef.create(lambda rngs: como_class(vit, motion, **options, rngs=rngs))
+        return define(como_class, vit, motion, **options)
     raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(FAMILIES)}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ Params = dict[str, Any]
 """Parameters, nested by module name."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelDef:
     """A model without its parameters.
 
@@ -56,6 +57,16 @@ class ModelDef:
             is_frozen = any(f"{name}/".startswith(f"{prefix}/") for prefix in self.frozen)
             (frozen if is_frozen else trained)[path] = value
         return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+
+
+@functools.lru_cache(maxsize=32)
+def define(module_class: Callable[..., nnx.Module], *settings: Any, **options: Any) -> ModelDef:
+    """The model that a class makes of settings, which are hashable.
+
+    Equal settings give the same object, and functions that are jitted for it are kept, so that several runs of one
+    process, as in a notebook, compile once.
+    """
+    return ModelDef.create(lambda rngs: module_class(*settings, **options, rngs=rngs))
 
 
 def merge_params(first: Params, second: Params) -> Params:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
 from como_jax.motion.build import DTYPES, vit_config
-from como_jax.nn.model_def import ModelDef
+from como_jax.nn.model_def import ModelDef, define
 from como_jax.policies.autoregressive import AutoregressivePolicy
 from como_jax.policies.diffusion import DiffusionPolicy
 from como_jax.policies.vla import LatentVla
@@ -37,13 +37,13 @@ def build_policy(config: ConfigDict) -> ModelDef:
     options = {"dtype": DTYPES[config.train.dtype], "remat": config.train.remat}
     if config.family == "diffusion_policy":
         diffusion = diffusion_policy_config(config)
-        return ModelDef.create(lambda rngs: DiffusionPolicy(observation, diffusion, **options, rngs=rngs))
+        return define(DiffusionPolicy, observation, diffusion, **options)
     if config.family == "autoregressive_policy":
         autoregressive = AutoregressiveConfig(**_model_fields(config, AutoregressiveConfig), **_window(config))
-        return ModelDef.create(lambda rngs: AutoregressivePolicy(observation, autoregressive, **options, rngs=rngs))
+        return define(AutoregressivePolicy, observation, autoregressive, **options)
     if config.family == "latent_vla":
         vla = vla_config(config)
-        return ModelDef.create(lambda rngs: LatentVla(observation, vla, **options, rngs=rngs))
+        return define(LatentVla, observation, vla, **options)
     raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(POLICY_FAMILIES)}.")
 
 

@@ -142,6 +142,16 @@ def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> jax.stages.
     return jax.jit(on_mesh, **options)
 
 
+@functools.lru_cache(maxsize=64)
+def jit_once(function: Callable[..., Any], mesh: Mesh, *first: Any, **options: Any) -> jax.stages.Wrapped:
+    """`jit` of a function whose first arguments are given, such as a model.
+
+    Equal calls return the same function, so that what several runs or evaluations of one process do is compiled once.
+    All arguments are hashable, and the function is one of a module.
+    """
+    return jit(functools.partial(function, *first), mesh, **options)
+
+
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Rows of a global batch that this host's devices hold, ascending; hosts that `tensor` spans hold the same."""
     places = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((batch_size,))

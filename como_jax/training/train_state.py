@@ -88,6 +88,18 @@ def create_state(
     model: ModelDef, optimizer: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
     """A fresh state with the shardings of `abstract`, never whole on one device."""
-    init = functools.partial(init_state, model, optimizer, use_ema=abstract.ema is not None)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, abstract))
+    use_ema = abstract.ema is not None
+    return _initialiser(model, optimizer, use_ema, tuple(shardings), structure)(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _initialiser(
+    model: ModelDef,
+    optimizer: optax.GradientTransformation,
+    use_ema: bool,
+    shardings: tuple[jax.sharding.Sharding, ...],
+    structure: jax.tree_util.PyTreeDef,
+) -> jax.stages.Wrapped:
+    init = functools.partial(init_state, model, optimizer, use_ema=use_ema)
+    return jax.jit(init, out_shardings=jax.tree.unflatten(structure, shardings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -49,18 +50,18 @@ def build_training(config: ConfigDict, model: ModelDef, mesh: Mesh) -> Training:
     Raises:
       ConfigError: `config.train.attention` does not fit model and devices.
     """
-    model = choose_attention(config, model, mesh)
-    optim = OptimConfig(**config.optim)
-    optimizer = make_optimizer(optim, config.train.num_steps)
+    model, optim, train = choose_attention(config, model, mesh), OptimConfig(**config.optim), config.train
+    return _training(model, optim, train.num_steps, config.seed, train.accumulation, mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _training(
+    model: ModelDef, optim: OptimConfig, num_steps: int, seed: int, accumulation: int, mesh: Mesh
+) -> Training:
+    optimizer = make_optimizer(optim, num_steps)
     abstract = abstract_state(model, optimizer, mesh, use_ema=optim.ema_decay > 0)
     step = make_train_step(
-        model,
-        optimizer,
-        mesh,
-        abstract,
-        seed=config.seed,
-        accumulation=config.train.accumulation,
-        ema_decay=optim.ema_decay,
+        model, optimizer, mesh, abstract, seed=seed, accumulation=accumulation, ema_decay=optim.ema_decay
     )
     return Training(optimizer, abstract, step)
 

@@ -79,15 +79,7 @@ class MaeEvaluator:
         self._sets, self._mesh, self._config = sets, mesh, config
         self._batch_size = fit_batch(config.batch_size, mesh)
         self._rows = sharding.batch_rows(mesh, self._batch_size)
-
-        def analyze(params: Params, frames: jax.Array) -> dict[str, jax.Array]:
-            mae, key = model.bind(params), jax.random.key(0)
-            empty = jnp.zeros(len(frames), jnp.int32)
-            loss = mae.loss(FramePairs(frames, empty, empty), key).total
-            masked, filled = mae.reconstruct(frames[:, 1], key)
-            return {"loss": loss, "masked": masked, "filled": filled}
-
-        self._analyze = sharding.jit(analyze, mesh, out_shardings=sharding.replicated(mesh))
+        self._analyze = sharding.jit_once(_reconstruct, mesh, model, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
         """Evaluates the first batch of every set, writes and returns `eval_<split>/masked_patch_mse`."""
@@ -105,6 +97,15 @@ class MaeEvaluator:
         metrics = with_means(metrics)
         writer.scalars(step, metrics)
         return metrics
+
+
+def _reconstruct(model: ModelDef, params: Params, frames: jax.Array) -> dict[str, jax.Array]:
+    """The loss of a batch, and the second frame of each clip: masked, and with its masked patches filled in."""
+    mae, key = model.bind(params), jax.random.key(0)
+    empty = jnp.zeros(len(frames), jnp.int32)
+    loss = mae.loss(FramePairs(frames, empty, empty), key).total
+    masked, filled = mae.reconstruct(frames[:, 1], key)
+    return {"loss": loss, "masked": masked, "filled": filled}
 
 
 def _probe(name: str, fitted: Transitions, held_out: Transitions) -> dict[str, float]:

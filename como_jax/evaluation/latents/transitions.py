@@ -230,8 +230,7 @@ class TransitionRunner:
         """
         self._mesh, self._batch_size = mesh, fit_batch(batch_size, mesh)
         self._rows = sharding.batch_rows(mesh, self._batch_size)
-        analyze = functools.partial(_analyze, model, with_ssim)
-        self._analyze = sharding.jit(analyze, mesh, out_shardings=sharding.replicated(mesh))
+        self._analyze = sharding.jit_once(_analyze, mesh, model, with_ssim, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Params, item: EvaluationSet, num_clips: int, num_pictures: int = 0) -> Transitions:
         """One pass over clips that are spread evenly over the set."""

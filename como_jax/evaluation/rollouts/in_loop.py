@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -100,8 +99,8 @@ class PolicyEvaluator:
         train = [part for data in sets for part in data.parts if part.source.split == "train"]
         self._priors = {part.source.directory.name: _most_frequent(part) for part in train if part.codes is not None}
         options = {"static_argnames": "now", "out_shardings": sharding.replicated(mesh)}
-        self._sum_actions = sharding.jit(functools.partial(_sum_actions, model), mesh, **options)
-        self._sum_latents = sharding.jit(functools.partial(_sum_latents, model), mesh, **options)
+        self._sum_actions = sharding.jit_once(_sum_actions, mesh, model, **options)
+        self._sum_latents = sharding.jit_once(_sum_latents, mesh, model, **options)
 
     def __call__(self, params: Params, step: int, writer: MetricWriter | NullWriter) -> dict[str, float]:
         """Evaluates, writes and returns `eval_<split>/<metric>` and `success/<task>`.

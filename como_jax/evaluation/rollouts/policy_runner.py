@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import chex
@@ -50,11 +51,7 @@ class PolicyRunner:
         self._state_size = spec.state_size
         self._replicated = sharding.replicated(mesh)
 
-        def sample(params: Params, observation: Observation, seeds: jax.Array) -> jax.Array:
-            keys = jax.vmap(_fold)(seeds)
-            return model.bind(params).sample_actions(observation, keys)
-
-        self._sample = jax.jit(sample, out_shardings=self._replicated)
+        self._sample = _sampler(model, self._replicated)
 
     def with_params(self, params: Params) -> PolicyRunner:
         """The same runner, with its compiled programs, and other parameters."""
@@ -131,6 +128,16 @@ def load_policy(
         )
     instructions = InstructionReader.make(run.config.text, workdir)
     return PolicyRunner(run.model, run.params, spec, spec.scales_of(dataset), instructions, mesh, run.step)
+
+
+@functools.lru_cache(maxsize=32)
+def _sampler(model: ModelDef, replicated: jax.sharding.Sharding) -> jax.stages.Wrapped:
+    """From parameters, an observation and seeds `[n, k]` to n chunks of actions; made once for a model."""
+
+    def sample(params: Params, observation: Observation, seeds: jax.Array) -> jax.Array:
+        return model.bind(params).sample_actions(observation, jax.vmap(_fold)(seeds))
+
+    return jax.jit(sample, out_shardings=replicated)
 
 
 def _fold(seeds: jax.Array) -> jax.Array:
