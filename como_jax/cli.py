@@ -31,7 +31,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             keep_programs(_CACHE.value)
             main(argv[1:])
         except UsageError as error:
-            _fail(str(error), status=2)
+            _fail(name_flags(str(error)), status=2)
         except NonFiniteError as error:
             _fail(str(error), status=1)
 
@@ -45,6 +45,11 @@ def keep_programs(directory: str | None) -> None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def name_flags(message: str) -> str:
+    """Replaces the fields that a message of the library names in backquotes by the command's flags of these names."""
+    return re.sub(r"`(\w+)`", lambda field: f"--{field[1]}" if field[1] in flags.FLAGS else field[0], message)
 
 
 def no_arguments(arguments: Sequence[str]) -> None:

@@ -10,6 +10,11 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {guesses[0]}?" if guesses else ""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of any error as one line, or the name of its class if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class UsageError(ValueError):
     """What was asked for cannot be done as asked; the base of all errors that a user can mend."""
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writes files in such a way that a reader never sees a half-written one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from etils import epath
 
 
 def write_atomic(path: epath.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it."""
+    """Lets `write` fill a temporary file beside `path`, and then renames it to `path`."""
     path = epath.Path(path)
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
@@ -29,5 +29,5 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
-    """Writes strict JSON, without NaN, atomically."""
+    """Writes strict JSON atomically; raises ValueError for NaN and infinity."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

@@ -1,10 +1,12 @@
-"""The folder in which a directory is made part by part, and from which the same command goes on after a kill.
+"""The staging folder, in which an output directory is made part by part, so that a killed command can go on.
 
-OUT.partial/plan.json     what is being made: only the same plan goes on with it
-OUT.partial/lock          held by the process that runs, freed by the system however that ends
-OUT.partial/done/         one file a finished part, renamed into place when all files of the part are
+OUT.partial/plan.json     what is being made: only a command with the same plan goes on with it
+OUT.partial/lock          held by the running process; the system frees it when the process ends or is killed
+OUT.partial/done/         one file for each finished part, written after all files of the part
 OUT.partial/dataset/      what becomes OUT
-OUT.partial/replaced/     the older OUT, for the moment in which the new one takes its place
+OUT.partial/replaced/     the older OUT, while the new one takes its place
+
+What may be overwritten is decided here alone: by `check_apart`, `check_output`, and `Staging.publish`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from como_jax.errors import OutputError
 from como_jax.files import write_json
 
 _MAX_SHOWN = 60
+_EXISTS = "{} exists already; `overwrite` replaces it"
 
 
 class Staging:
@@ -34,7 +37,7 @@ class Staging:
 
         Args:
           out: directory to be made.
-          activity: what messages call the making of it, such as "conversion".
+          activity: what messages call the work, such as "conversion".
         """
         self.out, self._activity = out, activity
         self.folder = out.with_name(f"{out.name}.partial")
@@ -45,12 +48,12 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps others that would make the same output away, and removes the folder if no plan is left in it.
+        """Locks the output against other processes, and removes the folder in the end if no plan is left in it.
 
-        A bucket has no locks, so that nobody is kept away there.
+        A bucket has no locks, so other processes are not kept away there.
 
         Raises:
-          OutputError: another process makes it.
+          OutputError: another process is making the same output.
         """
         self.folder.mkdir(exist_ok=True)
         with contextlib.nullcontext() if not is_local(self.folder) else self._lock():
@@ -64,7 +67,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        # A lock of the system's, and not the mere existence of a file, ends with the process that holds it.
+        # The system frees this lock when the process ends; a file that merely exists would stay.
         with open(self.folder / "lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,22 +81,26 @@ class Staging:
             yield
 
     def is_published(self, plan: Mapping[str, Any]) -> bool:
-        """Whether an earlier run of a plan had published the dataset, and was killed before it had tidied up."""
-        # The plan is written after the folder of the dataset is made, which only publishing takes away.
+        """Whether an earlier run of the plan has published the dataset, and was killed before it had tidied up."""
+        # The plan is written after the dataset folder is made, which only publishing moves away.
         return self._found_plan() == _as_json(plan) and not self.dataset.exists()
 
     def open(self, plan: Mapping[str, Any], restart: bool) -> None:
-        """Makes the folder for a plan, or goes on with what an earlier run of the same plan left in it.
+        """Makes the folder for a plan, or keeps what an earlier run of the same plan has left in it.
+
+        Args:
+          plan: everything that decides what is made, as JSON can hold it.
+          restart: discard what is there.
 
         Raises:
-          OutputError: what is there belongs to another plan, and is not to be discarded.
+          OutputError: the folder belongs to another plan, and `restart` is not set.
         """
         found = self._found_plan()
         if found is not None and self.dataset.exists() and not restart:
             if changes := _changes(found, _as_json(plan)):
                 raise OutputError(
                     f"{self.folder} holds an unfinished {self._activity} with other settings or sources ({changes}); "
-                    "--restart discards it"
+                    "`restart` discards it"
                 )
             return
         _delete(self._plan, self.dataset, self._replaced, self._done)
@@ -105,7 +112,7 @@ class Staging:
         return json.loads(self._plan.read_text()) if self._plan.exists() else None
 
     def finished(self, parts: Sequence[str]) -> dict[str, Any]:
-        """Notes of the parts that are complete; everything else is removed from the unfinished dataset."""
+        """Returns the notes of the parts that are complete, and removes everything else from the dataset folder."""
         finished, kept = {}, set()
         for part in parts:
             entry = self._entry(part)
@@ -121,12 +128,12 @@ class Staging:
         return finished
 
     def read_notes(self, part: str) -> Any:
-        """The notes of a part, or None when it is not finished."""
+        """Returns the notes of a part, or None if it is not finished."""
         entry = self._entry(part)
         return None if entry is None else entry["notes"]
 
     def write_notes(self, part: str, files: Sequence[str], notes: Any) -> None:
-        """Marks a part as finished, once all its files are in place; notes are anything that JSON holds, but None."""
+        """Marks a part as finished, after all its files are in place; notes are any JSON value but None."""
         sizes = {name: (self.dataset / name).stat().length for name in files}
         write_json(self._done / f"{part}.json", {"files": sizes, "notes": notes})
 
@@ -139,24 +146,24 @@ class Staging:
         return path.exists() and path.stat().length == size
 
     def publish(self, overwrite: bool) -> None:
-        """Makes the dataset the output; after a kill at any point in it, the same command goes on.
+        """Makes the dataset the output; if this is killed at any point, the same command can go on.
 
         Raises:
-          OutputError: the output exists, and is not to be replaced.
+          OutputError: the output exists, and `overwrite` is not set.
         """
         if self.out.exists():
             if not overwrite:
-                raise OutputError(f"{self.out} exists already; --overwrite replaces it")
+                raise OutputError(_EXISTS.format(self.out))
             self.out.rename(self._replaced)
         self.dataset.rename(self.out)
         self.tidy()
 
     def tidy(self) -> None:
-        """Removes what is left of a published dataset, the plan last, so that this can be taken up again."""
+        """Removes what is left beside a published dataset; the plan goes last, so that a killed run can be resumed."""
         _delete(self._replaced, self._done, self._plan)
 
     def discard(self) -> None:
-        """Gives an unfinished conversion up; without a plan, the folder is removed with the lock."""
+        """Gives up the unfinished work: without a plan, the folder is removed when the lock is released."""
         _delete(self._plan)
 
 
@@ -173,15 +180,19 @@ def _as_json(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_parent(out: epath.Path) -> None:
-    """Makes the folder above an output.
-
-    Raises:
-      OutputError: it cannot be made.
-    """
+    """Makes the folder above an output; raises OutputError if that is not possible."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def check_apart(out: epath.Path, source: object) -> None:
+    """Raises OutputError if an output lies inside the source folder, where a later run would take it for data."""
+    if not isinstance(source, str) or not is_local(source) or not is_local(out):
+        return
+    if out.resolve().is_relative_to(epath.Path(source).resolve()):
+        raise OutputError(f"`out` {out} lies inside `source` {source}; choose a folder outside of it")
 
 
 def check_output(out: epath.Path, overwrite: bool | None, marks: Sequence[str] = ("dataset_info.json",)) -> None:
@@ -201,9 +212,9 @@ def check_output(out: epath.Path, overwrite: bool | None, marks: Sequence[str] =
     elif overwrite is None:
         raise OutputError(f"{out} exists already; remove it or choose another directory")
     elif not overwrite:
-        raise OutputError(f"{out} exists already; --overwrite replaces it")
+        raise OutputError(_EXISTS.format(out))
     elif not any((out / mark).exists() for mark in marks):
-        raise OutputError(f"{out} is not a dataset, so --overwrite will not replace it")
+        raise OutputError(f"{out} is not a dataset, so `overwrite` will not replace it")
 
 
 @contextlib.contextmanager
@@ -243,12 +254,12 @@ def new_folder(out: epath.PathLike, overwrite: bool | None = None, marks: Sequen
 
 
 def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is one of the file system, and not of a bucket."""
+    """Whether a path belongs to the file system and not to a bucket."""
     return "://" not in os.fspath(path)
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Names the differences between two plans, and those of their settings one by one."""
+    """Names the differences between two plans; those of nested mappings one by one."""
     names = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)

@@ -1,4 +1,4 @@
-"""Looks a dataset over, as it came or converted, and says what is wrong with it and what to do.
+"""Examines a dataset, converted or not, and says what is wrong with it and what to do.
 
     python -m tools.doctor DATASET
     python -m tools.doctor clips --control_rate 3 --out clips.html --json clips.json
@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 
 from como_jax import cli
-from como_jax.convert.builder import check_control_rate
+from como_jax.convert.settings import check_control_rate
 from como_jax.doctor.diagnosis import examine
 from como_jax.doctor.findings import Severity
 from como_jax.doctor.report import to_json, to_text, write_page
@@ -37,13 +37,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_episodes", 100, "Look at this many, evenly spread; 0 for all.", lower_bound=0)
     flags.DEFINE_float("control_rate", None, "Steps per second (Hz) of a source, where it is known better.")
     flags.DEFINE_float("gap_seconds", defaults.gap_seconds, "Time between the frames of a pair.", lower_bound=1e-3)
-    flags.DEFINE_float("still", defaults.still, "A pair with less mean motion a step is still.", lower_bound=0.0)
+    flags.DEFINE_float("still", defaults.still, "A pair with less mean motion per step is still.", lower_bound=0.0)
     flags.DEFINE_float("cut", defaults.cut, "A step with more motion is a hard cut.", lower_bound=0.0)
     flags.DEFINE_bool("strict", False, "Exit with status 2 if there are errors or warnings.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reads the flags, looks at the dataset, prints and writes."""
+    """Examines the dataset that the command line names, and prints and writes what was found."""
     if len(arguments) != 1:
         raise ConfigError("Expected the folder of one dataset: python -m tools.doctor DATASET.")
     values = flags.FLAGS
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def page_path(dataset: epath.Path, out: str | None) -> epath.Path:
-    """Where the page goes."""
+    """Returns where the page is written."""
     name = f"{dataset.resolve().name}_doctor.html"
     if out is None:
         return epath.Path(name)

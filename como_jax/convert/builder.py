@@ -1,8 +1,8 @@
-"""The writer that all dataset builders share.
+"""The base of all dataset builders.
 
 A builder for another source subclasses `EpisodeBuilder` and answers three questions: what the steps hold
 (`layout`), where the data lies (`sources`), and which episodes one source has (`episodes`). Everything else
-is the same for all: splits, shards, records, episode tables, statistics, the report of what was left out.
+is the same for all: splits, shards, records, episode tables, statistics, and the report of what was left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import abc
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NoReturn
@@ -21,20 +20,21 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from como_jax.convert import report
-from como_jax.convert.progress import Progress
+from como_jax.convert.report import Progress, SourceOutcome
 from como_jax.convert.runners import Runner, run_here
+from como_jax.convert.settings import Settings
 from como_jax.convert.shards import OnSource, ShardExamples, ShardNotes, ShardWriter, table_name
 from como_jax.convert.sources import Shard, Source, assign_splits, make_shards
 from como_jax.data import schema
 from como_jax.data.schema import Episode
-from como_jax.errors import ConversionError
+from como_jax.errors import ConversionError, one_line
 from como_jax.names import DEFAULT_CAMERA
-from como_jax.staging import Staging, check_output, is_local, make_parent
+from como_jax.staging import Staging, check_apart, check_output, make_parent
 
 MIN_STEPS = 2
 _DESCRIPTION = "Episodes in the schema of como_jax.data.schema, one record a step."
 _MAX_NAMED_FAILURES = 3
-# To be raised when the same plan would give other files, so that no conversion goes on with those of an older version.
+# Increase it when the same plan would give other files, so that no conversion goes on with those of an older version.
 _FORMAT = 1
 
 
@@ -44,61 +44,40 @@ class SourceError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """In place of an episode: a part of the source that was left out, while the rest goes on."""
+    """Yielded in place of an episode: a part of the source was left out, and the rest goes on."""
 
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Warned:
-    """Between episodes: what the user should know; the same text is counted, so keep names out of it."""
+    """Yielded between episodes: what the user should know.
+
+    Equal messages of several sources are counted together, so keep names out of the message.
+    """
 
     message: str
 
 
+Item = Episode | LeftOut | Warned
+
+
 @dataclasses.dataclass(frozen=True)
 class StepLayout:
-    """What every step of a dataset holds; the first camera is the one that motion is measured on."""
+    """What every step of a dataset holds; motion is measured on the first camera."""
 
     cameras: tuple[str, ...] = (DEFAULT_CAMERA,)
     state_size: int | None = None
     action_size: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What can be asked of every builder; each field is a flag of `tools.datasets.build`.
-
-    Attributes:
-      image_size: larger pictures are scaled down until their shorter side has this many pixels.
-      validation_fraction: share of the sources that becomes the split `val`.
-      seed: fixes all that is drawn at random.
-    """
-
-    image_size: int = 256
-    validation_fraction: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ConversionError(f"image_size must be a positive number of pixels, got {self.image_size}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ConversionError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}")
-
-
-def check_control_rate(rate: float) -> None:
-    """Raises ConversionError unless the control rate is a positive number of steps per second."""
-    if not (math.isfinite(rate) and rate > 0):
-        raise ConversionError(f"control_rate must be a positive number of steps per second (Hz), got {rate}")
-
-
 def dataset_name(out: epath.PathLike) -> str:
-    """A valid TFDS dataset name from the last part of a path."""
+    """Makes a valid TFDS dataset name from the last part of a path."""
     name = re.sub(r"\W+", "_", epath.Path(out).name.lower(), flags=re.ASCII).strip("_")
     return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
 
 
-def _ignore(outcome: report.SourceOutcome) -> None:
+def _ignore(outcome: SourceOutcome) -> None:
     """Tells nobody about a source."""
 
 
@@ -107,7 +86,8 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     Attributes:
       settings_class: the `Settings` of this builder.
-      decoder_errors: what may be raised by a damaged source; it becomes a `SourceError`.
+      decoder_errors: what reading a damaged source may raise; it is treated like a `SourceError`.
+      max_sources_per_shard, max_bytes_per_shard: a shard is closed when it reaches one of them.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -117,7 +97,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     max_bytes_per_shard: ClassVar[int] = 2**30
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # TFDS keeps a global registry of classes by name, and nobody looks these up in it.
+        # TFDS keeps a global registry of classes by name, which is not needed here.
         super().__init_subclass__(skip_registration=True, **kwargs)
 
     def __init__(self, out: epath.PathLike, settings: Settings, name: str | None = None):
@@ -132,7 +112,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
           ConversionError: the name is not valid, or the source cannot be converted as asked.
         """
         out_path = epath.Path(out).expanduser()
-        # Only where a name is needed: resolving would make a local path of a bucket's.
+        # Only if the path has no name of its own: resolving would turn the path of a bucket into a local one.
         self.out = out_path.resolve() if out_path.name in ("", "..") else out_path
         self.settings = settings
         self.name = dataset_name(self.out) if name is None else name
@@ -143,28 +123,28 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self.staging = Staging(self.out, "conversion")
         super().__init__(file_format="array_record", data_dir=self.out.parent)
         self._data_dir = str(self.staging.dataset)
-        # TFDS rebuilds a copy, in a worker for example, from these arguments.
+        # TFDS makes a copy of the builder, in a worker for example, from these arguments.
         self._original_state = {"out": out, "settings": settings, "name": name}
 
     @property
     @abc.abstractmethod
     def layout(self) -> StepLayout:
-        """What the steps hold."""
+        """The cameras of the steps, and the sizes of their states and actions."""
 
     @abc.abstractmethod
     def sources(self) -> list[Source]:
-        """Everything there is to convert, in a stable order, without reading the data itself."""
+        """Returns everything there is to convert, in a stable order, without reading the data itself."""
 
     @abc.abstractmethod
-    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
-        """Yields the episodes of one source; depends on the settings and the source alone.
+    def episodes(self, source: Source) -> Iterator[Item]:
+        """Yields the episodes of one source; may depend on nothing but the settings and the source.
 
         Raises:
           SourceError or one of `decoder_errors`: the rest of the source cannot be used.
         """
 
     def warnings(self) -> list[str]:
-        """What the user should know about the conversion as a whole."""
+        """Returns what the user should know about the conversion as a whole."""
         return []
 
     def convert(
@@ -172,20 +152,20 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     ) -> dict[str, Any]:
         """Runs the conversion, or goes on with one that was stopped, and returns its report.
 
-        A failed run leaves its finished shards in the staging folder, and nothing when there are none.
+        A failed run keeps its finished shards in the staging folder. If there are none, it leaves nothing.
 
         Args:
           overwrite: replace a dataset that exists already, once the new one is complete.
           show_progress: draw a progress bar on stderr.
-          restart: discard what a stopped conversion left.
+          restart: discard what a stopped conversion has left.
           runner: writes the shards.
 
         Raises:
-          ConversionError: `out` is in the way, another conversion into it runs or was stopped, or nothing could be
-            converted.
+          OutputError: `out` exists already, or another conversion into it runs or was stopped.
+          ConversionError: nothing could be converted.
           OSError: the output cannot be written.
         """
-        _check_outside(self.out, getattr(self.settings, "source", None))
+        check_apart(self.out, getattr(self.settings, "source", None))
         sources = assign_splits(self.sources(), self.settings.validation_fraction, self.settings.seed)
         shards = make_shards(sources, schema.SPLITS, self.max_sources_per_shard, self.max_bytes_per_shard)
         plan = self._plan(shards)
@@ -204,19 +184,19 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return result
 
     def download_and_prepare(self) -> None:
-        """What TFDS calls `convert`, whose options take the place of those of TFDS."""
+        """Converts, under the name that this has in TFDS."""
         self.convert()
 
     def shard_writer(self) -> ShardWriter:
-        """Writes shards into the staging folder."""
+        """Returns a writer of shards into the staging folder."""
         return ShardWriter(self.info.features, self.staging)
 
     def shard_examples(self, shard: Shard, on_source: OnSource = _ignore) -> ShardExamples:
-        """The records of a shard; `on_source` is told when a source is done."""
-        return ShardExamples(shard, self._sound_episodes, on_source)
+        """Returns the records of a shard; `on_source` is called when a source is done."""
+        return ShardExamples(shard, self._usable_episodes, on_source)
 
     def records_path(self, shard: Shard) -> epath.Path:
-        """File of a shard's records in the staging folder."""
+        """Returns the file of a shard's records in the staging folder."""
         return self._get_filename_template(shard.split).sharded_filepath(
             shard_index=shard.index, num_shards=shard.count
         )
@@ -226,7 +206,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self.shard_writer().write(self.shard_examples(shard, on_source), self.records_path(shard))
 
     def _plan(self, shards: Sequence[Shard]) -> dict[str, Any]:
-        """All that decides what is in the shards, for the staging folder to tell one conversion from another."""
+        """Returns everything that decides what is in the shards, by which one conversion differs from another."""
         listing = json.dumps([dataclasses.asdict(shard) for shard in shards])
         return {
             "format": _FORMAT,
@@ -260,7 +240,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             raise
 
     def _finish(self, shards: Sequence[Shard]) -> dict[str, Any]:
-        """Writes all that describes the shards as a whole, and returns the report."""
+        """Writes everything that describes the shards as a whole, and returns the report."""
         notes = {shard: self._notes(shard) for shard in shards}
         outcomes = sorted((outcome for each in notes.values() for outcome in each.outcomes), key=lambda o: o.source)
         if not any(outcome.episodes for outcome in outcomes):
@@ -316,28 +296,36 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         # TFDS would write all shards at once, and their records alone.
         raise NotImplementedError("call convert")
 
-    def _sound_episodes(self, source: Source, outcome: report.SourceOutcome) -> Iterator[Episode]:
-        """Yields the episodes of a source that can be used, and notes what happened to the others."""
+    def read(self, source: Source, outcome: SourceOutcome) -> Iterator[Episode]:
+        """Yields the episodes of a source, and notes in `outcome` what was left out and what the user should know.
+
+        Every fault of a source becomes an entry of the report here.
+        """
         try:
             for item in self.episodes(source):
                 if isinstance(item, LeftOut):
                     outcome.problems.append(item.reason)
                 elif isinstance(item, Warned):
                     outcome.warnings.append(item.message)
-                elif fault := find_fault(item, self.layout):
-                    outcome.problems.append(f"episode {item.episode_id}: {fault}")
                 else:
                     yield item
         except (SourceError, *self.decoder_errors) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            outcome.problems.append(reason)
+            outcome.problems.append(one_line(error))
+
+    def _usable_episodes(self, source: Source, outcome: SourceOutcome) -> Iterator[Episode]:
+        """Yields the episodes of a source that fit the layout; the others are noted like all that is left out."""
+        for episode in self.read(source, outcome):
+            if fault := find_fault(episode, self.layout):
+                outcome.problems.append(f"episode {episode.episode_id}: {fault}")
+            else:
+                yield episode
 
 
 def find_fault(episode: Episode, layout: StepLayout) -> str | None:
-    """Says why an episode cannot be used, or None.
+    """Returns why an episode cannot be used, or None.
 
     Raises:
-      RuntimeError: the builder broke its own promise about what the steps hold.
+      RuntimeError: the steps are not what the builder's own layout says.
     """
     if len(episode.steps) < MIN_STEPS:
         return f"has {len(episode.steps)} step(s), and a pair of frames needs {MIN_STEPS}"
@@ -355,14 +343,6 @@ def find_fault(episode: Episode, layout: StepLayout) -> str | None:
         if not np.isfinite(np.stack(values)).all():
             return f"some {field} is not finite"
     return None
-
-
-def _check_outside(out: epath.Path, source: object) -> None:
-    """Raises ConversionError for an output inside the source folder, where a second run would take it for data."""
-    if not isinstance(source, str) or not is_local(source) or not is_local(out):
-        return
-    if out.resolve().is_relative_to(epath.Path(source).resolve()):
-        raise ConversionError(f"--out {out} lies inside --source {source}; choose a folder outside of it")
 
 
 def _nothing_left(outcomes: Sequence[report.SourceOutcome]) -> str:

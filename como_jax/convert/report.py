@@ -1,12 +1,15 @@
-"""What a conversion says about itself: the report of what became of each source, beside the statistics."""
+"""What a conversion says about itself: the report of what became of each source, and the progress bar."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from tqdm import tqdm
 
 from como_jax.convert.statistics import dataset_statistics
 from como_jax.data import schema
@@ -15,6 +18,7 @@ from como_jax.files import write_json
 REPORT_NAME = "conversion_report.json"
 STATISTICS_NAME = "statistics.json"
 _MAX_EXAMPLES = 5
+_MAX_LISTED = 5
 
 
 @dataclasses.dataclass
@@ -25,7 +29,7 @@ class SourceOutcome:
       source: its name.
       episodes: number of episodes that were written.
       problems: why the source, or parts of it, were left out.
-      warnings: what its user should know; equal texts of several sources are counted together.
+      warnings: what the user should know; equal messages of several sources are counted together.
     """
 
     source: str
@@ -35,7 +39,7 @@ class SourceOutcome:
 
 
 def summarize_outcomes(outcomes: Sequence[SourceOutcome], extra_warnings: Iterable[str] = ()) -> dict[str, Any]:
-    """The part of the report that is about the sources."""
+    """Returns the part of the report that is about the sources."""
     converted = [outcome for outcome in outcomes if outcome.episodes and not outcome.problems]
     partial = [outcome for outcome in outcomes if outcome.episodes and outcome.problems]
     left_out = [outcome for outcome in outcomes if not outcome.episodes]
@@ -66,8 +70,8 @@ def write_summary(
     """Writes statistics and report of a finished set of shards, and returns the report.
 
     Args:
-      directory: holds the episode tables.
-      description: what was converted and how, at the head of the report.
+      directory: the folder with the episode tables.
+      description: what was converted and how; the report begins with it.
       outcomes: of all sources.
       warnings: those that belong to no single source.
     """
@@ -84,6 +88,25 @@ def write_summary(
     return summary
 
 
+def summarize(summary: Mapping[str, Any], out: str) -> list[str]:
+    """Returns the lines that a user reads after a conversion into `out`: its size, and what is missing from it."""
+    sizes = [
+        f"{split} {summary['episodes'][split]} episodes, {steps} steps" for split, steps in summary["steps"].items()
+    ]
+    lines = [f"dataset {summary['name']} in {out}: {'; '.join(sizes)}"]
+    for title in ("left_out", "partially_converted"):
+        entries = summary[title]
+        if entries:
+            lines.append(f"{title.replace('_', ' ')}: {len(entries)} of {summary['sources']['found']} sources")
+        lines += [f"  {entry['source']}: {entry['reasons'][0]}" for entry in entries[:_MAX_LISTED]]
+        if len(entries) > _MAX_LISTED:
+            lines.append(f"  and {len(entries) - _MAX_LISTED} more")
+    for warning in summary["warnings"]:
+        times = f" ({warning['count']} sources)" if warning["count"] > 1 else ""
+        lines.append(f"warning: {warning['message']}{times}")
+    return [*lines, f"the full report is {out}/{REPORT_NAME}"]
+
+
 def _group_warnings(outcomes: Sequence[SourceOutcome]) -> list[dict[str, Any]]:
     sources: dict[str, list[str]] = {}
     for outcome in outcomes:
@@ -93,3 +116,39 @@ def _group_warnings(outcomes: Sequence[SourceOutcome]) -> list[dict[str, Any]]:
         {"message": message, "count": len(names), "examples": names[:_MAX_EXAMPLES]}
         for message, names in sorted(sources.items())
     ]
+
+
+class Progress:
+    """Progress bar over the sources, with rate and time left; beside it episodes, and sources with problems."""
+
+    def __init__(self, total: int, done: Iterable[SourceOutcome] = (), show: bool = True):
+        """Draws the bar.
+
+        Args:
+          total: number of sources.
+          done: outcomes of an earlier run, which count as done but not for the rate.
+          show: whether to draw anything at all.
+        """
+        done = list(done)
+        self._counts: Counter[str] = Counter()
+        # A log file should not fill up with progress bars.
+        pace = 0.1 if sys.stderr.isatty() else 30
+        self._bar = tqdm(total=total, initial=len(done), disable=not show, unit="source", mininterval=pace)
+        for outcome in done:
+            self._count(outcome)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def add(self, outcome: SourceOutcome) -> None:
+        """Counts one more source."""
+        self._count(outcome)
+        self._bar.update()
+
+    def _count(self, outcome: SourceOutcome) -> None:
+        self._counts["episodes"] += outcome.episodes
+        self._counts["with problems"] += bool(outcome.problems)
+        self._bar.set_postfix(self._counts, refresh=False)

@@ -1,6 +1,6 @@
-"""Ways to write the shards of a conversion: in this process, in several, or on Apache Beam.
+"""Ways to write the shards of a conversion: in this process, in several processes, or on Apache Beam.
 
-All call the same code of the builder, and what they write is the same byte for byte.
+All of them call the same code of the builder and write the same bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 
-from como_jax.convert.progress import Progress
-from como_jax.convert.report import SourceOutcome
+from como_jax.convert.report import Progress, SourceOutcome
 from como_jax.convert.shards import ShardNotes
 from como_jax.convert.sources import Shard
 from como_jax.errors import ConversionError
@@ -37,7 +36,7 @@ Runner = Callable[["EpisodeBuilder", Sequence[Shard], Progress], None]
 
 
 def usable_cores() -> int:
-    """Number of CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -48,13 +47,14 @@ def run_here(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progres
 
 
 def run_in_processes(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress, count: int) -> None:
-    """Writes shards in several processes, each of which makes the builder anew and gets one shard after the other.
+    """Writes shards in several processes, each of which has its own builder and gets one shard after the other.
 
-    The processes end with this one, however that ends.
+    The processes end when this one ends, even if it is killed. `concurrent.futures` is not used, because its pool
+    does not say which source a killed process was converting, and cannot stop shards that are being written.
 
     Raises:
-      ConversionError: a process was killed.
-      Exception: what went wrong in a process.
+      ConversionError: a process was killed, or `count` is not positive.
+      Exception: whatever a process raised.
     """
     if count < 1:
         raise ConversionError(f"processes must be 1 or more, got {count}")
@@ -80,11 +80,11 @@ def run_on_beam(
     """Writes shards as a Beam pipeline.
 
     Args:
-      builder: whose staging folder all workers have to reach by the same path.
-      shards: to write.
-      progress: follows the shards as they appear in the staging folder.
+      builder: all workers must reach its staging folder by the same path.
+      shards: the shards to write.
+      progress: is updated when a shard appears in the staging folder.
       runner: one of `BEAM_RUNNERS`.
-      options: of the pipeline, as `--name=value`.
+      options: options of the pipeline, as `--name=value`.
 
     Raises:
       ConversionError: Beam is not installed.
@@ -96,9 +96,9 @@ def run_on_beam(
         pipeline_options = importlib.import_module("apache_beam.options.pipeline_options")
     except ImportError as error:
         raise ConversionError(
-            f"--beam_runner needs Apache Beam ({error}); install it with: pip install 'como_jax[beam]'"
+            f"the runner {runner} needs Apache Beam ({error}); install it with: pip install 'como_jax[beam]'"
         ) from error
-    # Beam would take the arguments of this command for its own otherwise.
+    # Without flags, Beam would parse the arguments of this command.
     flags = pipeline_options.PipelineOptions(flags=list(options))
     with _follow(builder, shards, progress), beam.Pipeline(runner=runner, options=flags) as pipeline:
         for index, shard in enumerate(shards):
@@ -110,8 +110,8 @@ def run_on_beam(
 class _Worker:
     """One process that writes shards, at the other end of a pipe.
 
-    The process gets shards, and answers with the outcome of every source, None when a shard is finished, or the
-    error that stopped it.
+    The process receives shards. For each it sends the outcome of every source and then None, or the error that
+    stopped it.
     """
 
     def __init__(self, builder: EpisodeBuilder):
@@ -124,7 +124,7 @@ class _Worker:
     def __enter__(self) -> _Worker:
         with _interrupts_held_back():
             self._process.start()
-        # Were this end kept open, nobody would notice that the process is gone.
+        # While this process holds that end open, the death of the other one would not close the pipe.
         self._far_end.close()
         return self
 
@@ -134,7 +134,7 @@ class _Worker:
         self.connection.close()
 
     def start_next(self, shards: Iterator[Shard]) -> bool:
-        """Hands over the next shard; returns whether there was one."""
+        """Sends the next shard; returns whether there was one."""
         self._shard, self._num_done = next(shards, None), 0
         if self._shard is not None:
             with self._checked():
@@ -142,7 +142,7 @@ class _Worker:
         return self._shard is not None
 
     def receive(self) -> SourceOutcome | None:
-        """The outcome of the next source, or None when the shard is finished."""
+        """Receives the outcome of the next source, or None when the shard is finished."""
         with self._checked():
             message = self.connection.recv()
         if isinstance(message, BaseException):
@@ -156,16 +156,16 @@ class _Worker:
             yield
         except (EOFError, ConnectionError):
             self._process.join()
-            raise ConversionError(self._obituary()) from None
+            raise ConversionError(self._why_ended()) from None
 
-    def _obituary(self) -> str:
+    def _why_ended(self) -> str:
         assert self._shard is not None
         sources, status = self._shard.sources, self._process.exitcode or 0
-        source = f"{sources[self._num_done].name}" if self._num_done < len(sources) else f"shard {self._shard.name}"
+        source = sources[self._num_done].name if self._num_done < len(sources) else f"shard {self._shard.name}"
         if status == -signal.SIGKILL:
             return (
                 f"a process was killed while it converted {source}, probably because memory ran out; "
-                "try fewer --processes"
+                "try fewer `processes`"
             )
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         return f"a process ended {how} while it converted {source}"
@@ -173,16 +173,17 @@ class _Worker:
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Keeps Ctrl-C, which in a terminal goes to all processes of a command, from a process that is being started.
+    """Protects a process that is being started from Ctrl-C, which a terminal sends to all processes of a command.
 
-    It inherits the blocked signal, and this process, which says how all of them end, interrupts itself afterwards:
-    another of its threads may get the signal, and a half-started process would end with a traceback.
+    The new process inherits the blocked signal; interrupted while it starts, it would end with a traceback. This
+    process, which stops the others, raises KeyboardInterrupt afterwards if Ctrl-C was pressed meanwhile. It also sets
+    a handler, because another of its threads may get the signal.
     """
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
-    # It would be started with the first process, and unblock the signal on the way.
+    # Otherwise it would be started with the first process, which unblocks the signal.
     resource_tracker.ensure_running()
     pressed: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
@@ -197,11 +198,11 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def _work(builder: EpisodeBuilder, connection: Connection) -> None:
-    """What a worker process does until there is nobody to hand it shards."""
-    # One thread for each of the processes that share the cores.
+    """The main function of a worker process: writes the shards that it receives."""
+    # The processes share the cores, so that each of them uses one thread.
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Nobody hears of it when the conversion is gone.
+    # When the conversion has ended, nobody reads the messages.
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             shard = connection.recv()
@@ -214,7 +215,7 @@ def _work(builder: EpisodeBuilder, connection: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """Leaves no process behind that writes on when the conversion was killed."""
+    """Ends this process when the conversion was killed, so that it does not go on writing."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -222,7 +223,7 @@ def _end_with_parent() -> None:
 
 
 def _sendable(error: BaseException) -> BaseException:
-    """An error, with its traceback in a note, as one that can be rebuilt in another process."""
+    """Returns the error, with its traceback in a note, in a form that can be sent to another process."""
     trace = "".join(traceback.format_exception(error))
     try:
         copy = multiprocessing.reduction.ForkingPickler.loads(multiprocessing.reduction.ForkingPickler.dumps(error))
@@ -234,7 +235,7 @@ def _sendable(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _follow(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress) -> Iterator[None]:
-    """Counts shards as they appear in the staging folder, wherever they were written."""
+    """Counts shards as they appear in the staging folder, whichever machine has written them."""
     stop = threading.Event()
 
     def watch() -> None:

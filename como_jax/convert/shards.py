@@ -1,7 +1,8 @@
-"""Writing one shard: its records by TFDS, its episode table, and the notes that mark it as finished."""
+"""Writes one shard: its records with TFDS, its episode table, and the notes that mark it as finished."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -11,9 +12,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import file_adapters, writer
+from tensorflow_datasets.core import example_serializer, file_adapters, writer
 
-from como_jax.convert.record_files import StableSerializer, disk_errors
 from como_jax.convert.report import SourceOutcome
 from como_jax.convert.sources import Shard, Source
 from como_jax.data import schema
@@ -24,12 +24,12 @@ from como_jax.staging import Staging, is_local
 
 @dataclasses.dataclass(frozen=True)
 class ShardNotes:
-    """What a finished shard tells the rest of the conversion.
+    """What the conversion needs to know of a finished shard.
 
     Attributes:
-      num_records: steps in it.
-      num_bytes: size of its file of records.
-      outcomes: of its sources.
+      num_records: number of steps.
+      num_bytes: size of the file of records.
+      outcomes: what became of each source.
     """
 
     num_records: int
@@ -38,7 +38,7 @@ class ShardNotes:
 
     @classmethod
     def read(cls, staging: Staging, shard: Shard) -> ShardNotes | None:
-        """The notes of a shard, or None when it is not finished."""
+        """Reads the notes of a shard; None if it is not finished."""
         notes = staging.read_notes(shard.name)
         if notes is None:
             return None
@@ -46,7 +46,7 @@ class ShardNotes:
 
 
 def table_name(shard: Shard) -> str:
-    """File name of a shard's episode table."""
+    """Returns the file name of a shard's episode table."""
     return schema.episode_table_name(shard.split, shard.index, shard.count)
 
 
@@ -54,13 +54,34 @@ EpisodesOf = Callable[[Source, SourceOutcome], Iterator[Episode]]
 OnSource = Callable[[SourceOutcome], None]
 
 
+class StableSerializer(example_serializer.ExampleSerializer):
+    """Gives the same bytes in every process; protobuf alone puts the fields in an order that differs between them."""
+
+    def serialize_example(self, example: Any) -> bytes:
+        return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: epath.Path) -> Iterator[None]:
+    """Turns the RuntimeError that ArrayRecord raises when it cannot write a file into an OSError.
+
+    Other RuntimeErrors, which a builder may raise meanwhile, are left as they are: they do not name the file.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if str(path) in str(error):
+            raise OSError(f"cannot write records: {error}") from error
+        raise
+
+
 class ShardExamples:
-    """The step records of one shard, in order, made while they are taken; holds one episode at a time.
+    """The step records of one shard, in order, made while they are iterated over; holds one episode at a time.
 
     Attributes:
       shard: the shard.
-      rows: of the episode table, of the episodes that were taken so far.
-      outcomes: of the sources that were taken so far.
+      rows: rows of the episode table, one for each episode so far.
+      outcomes: what became of each source so far.
     """
 
     def __init__(self, shard: Shard, episodes: EpisodesOf, on_source: OnSource):
@@ -68,8 +89,8 @@ class ShardExamples:
 
         Args:
           shard: the shard.
-          episodes: gives the episodes of a source that can be used, and notes in the outcome what the others lack.
-          on_source: is told when a source is done.
+          episodes: yields the episodes of a source that can be used, and notes in the outcome what was left out.
+          on_source: is called when a source is done.
         """
         self.shard = shard
         self.rows: list[dict[str, Any]] = []
@@ -78,7 +99,7 @@ class ShardExamples:
         self._on_source = on_source
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields keys and records; a second pass would be another object."""
+        """Yields keys and records; iterate only once."""
         for source in self.shard.sources:
             outcome = SourceOutcome(source.name)
             for episode in self._episodes(source, outcome):
@@ -93,10 +114,10 @@ class ShardExamples:
 
 
 class ShardWriter(writer.ShardWriter):
-    """TFDS's writer of one shard, which also completes the shard; on Beam too, where TFDS calls `write`."""
+    """TFDS's writer of shards, which also writes episode table and notes; on Beam too, where TFDS calls `write`."""
 
     def __init__(self, features: tfds.features.FeaturesDict, staging: Staging):
-        """Prepares writing into a staging folder."""
+        """Prepares writing records with these features into a staging folder."""
         serializer = StableSerializer(features.get_serialized_info())
         super().__init__(features, serializer, _AtomicExampleWriter(file_adapters.FileFormat.ARRAY_RECORD))
         self._staging = staging

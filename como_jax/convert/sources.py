@@ -1,4 +1,4 @@
-"""Sources of a conversion, and how they are dealt out to splits and shards."""
+"""Sources of a conversion, and how they are distributed to splits and shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-# Enough shards for the cores of a large machine; up to there, shards have as little as is worth a file.
+# Names of splits of a source that become `val`.
+VALIDATION_SPLITS = ("val", "valid", "validation", "eval", "test")
+# As many shards as keep the cores of a large machine busy; up to that number, shards are kept small.
 _MANY_SHARDS = 512
 _FEW_SOURCES = 4
 _FEW_BYTES = 2**25
@@ -15,13 +17,13 @@ _FEW_BYTES = 2**25
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One file, or one group of records, which is converted on its own.
+    """A file, or a group of records, that is converted on its own.
 
     Attributes:
-      path: below the source folder wherever there is one, or another stable name.
+      path: path below the source folder if there is one, or another stable name.
       split: the split it belongs to, or None to have it drawn.
-      records: first record and the one after the last, where the source is a part of a file.
-      num_bytes: size of the source, which limits how many share a shard.
+      records: first record and the one after the last, if the source is a part of a file.
+      num_bytes: size of the source, which limits how many sources share a shard.
     """
 
     path: str
@@ -36,9 +38,9 @@ class Source:
 
 
 def assign_splits(sources: Sequence[Source], fraction: float, seed: int) -> list[Source]:
-    """Gives every source a split, keeping those that have one; draws by name, whatever the order.
+    """Gives a split to every source that has none; the draw depends on the names and the seed, not on the order.
 
-    At least one source is drawn for each split when there are two or more to draw and the fraction is not 0.
+    If there are two or more to draw, and the fraction is not 0, each split gets at least one.
     """
     undecided = [source.name for source in sources if source.split is None]
 
@@ -54,7 +56,7 @@ def assign_splits(sources: Sequence[Source], fraction: float, seed: int) -> list
 
 
 def group_sources(sources: Sequence[Source], max_sources: int, max_bytes: int) -> list[list[Source]]:
-    """Groups sources into shards, in order, with at least one source a shard."""
+    """Groups sources into shards, in order, with at least one source in each."""
     shards: list[list[Source]] = []
     size = 0
     for source in sources:
@@ -68,13 +70,13 @@ def group_sources(sources: Sequence[Source], max_sources: int, max_bytes: int) -
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of records and its episode table, which are written as a unit.
+    """One file of records and its episode table, which are written together.
 
     Attributes:
       split: `train` or `val`.
-      index: from 0, within the split.
+      index: position within the split, from 0.
       count: number of shards of the split.
-      sources: what is converted into it, in order.
+      sources: what is converted into the shard, in order.
     """
 
     split: str
@@ -84,14 +86,14 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Unique within the dataset, and a part of the names of its files."""
+        """Unique within the dataset; the names of the files contain it."""
         return f"{self.split}-{self.index:05d}-of-{self.count:05d}"
 
 
 def make_shards(sources: Sequence[Source], splits: Sequence[str], max_sources: int, max_bytes: int) -> list[Shard]:
-    """Deals sources with a split out to shards, depending on nothing but the sources and the limits.
+    """Distributes sources that have a split to shards; the result depends only on the sources and the limits.
 
-    Shards are the units of parallel work and of resuming, so that they are kept small while there are few.
+    Shards are the units of parallel work and of resuming, so they are kept small while there are few.
     """
     num_bytes = sum(source.num_bytes for source in sources)
     few_sources = max(_FEW_SOURCES, math.ceil(len(sources) / _MANY_SHARDS))

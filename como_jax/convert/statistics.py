@@ -1,4 +1,4 @@
-"""Statistics of a converted dataset, from its episode tables alone: no picture is decoded for them."""
+"""Statistics of a converted dataset, computed from its episode tables without decoding any image."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _MAX_VALUES = 2**26
 
 
 def dataset_statistics(tables: Mapping[str, Sequence[epath.Path]]) -> dict[str, Any]:
-    """Counts and control rates of all splits, and what the steps of `train` are like.
+    """Computes counts and control rates of all splits, and the distributions of the steps of `train`.
 
-    Quantiles are exact, for which all values of some dimensions are held at once: as many dimensions as have
-    2**26 values together (0.25 GB), and one at least, besides two copies of one dimension in float64. The tables
-    are read again for the next dimensions, one file at a time.
+    Quantiles are exact. For them, all values of some dimensions are held in memory: as many dimensions as have
+    2**26 values together (0.25 GB), at least one, and two copies of one dimension in float64. For the next
+    dimensions the tables are read again, one file at a time.
 
     Args:
       tables: files of the episode table of every split, in order.
 
     Returns:
-      What `statistics.json` holds. `motion` is over all steps that have one before them.
+      The content of `statistics.json`. `motion` is over all steps that follow another step.
     """
     rates: Counter[float] = Counter()
     splits = {}
@@ -57,7 +57,7 @@ def _read(paths: Iterable[epath.Path], columns: list[str]) -> Iterator[pa.Table]
 
 
 def _distribution(paths: Sequence[epath.Path], column: str) -> dict[str, Any] | None:
-    """Statistics of every dimension of a list<list<float>> column over all steps; None if it holds nothing."""
+    """Statistics of every dimension of a list<list<float>> column over all steps; None if it is empty."""
     count, size = 0, 0
     for values in _steps(paths, column):
         count, size = count + len(values), values.shape[1]
@@ -72,7 +72,7 @@ def _distribution(paths: Sequence[epath.Path], column: str) -> dict[str, Any] | 
 
 
 def _steps(paths: Sequence[epath.Path], column: str) -> Iterator[np.ndarray]:
-    """The values of a column, float32 `[steps, size]` a file, without the files that have none."""
+    """Yields the values of a column, float32 `[steps, size]` for each file that has any."""
     for table in _read(paths, [column]):
         steps = table[column].combine_chunks().flatten()
         if len(steps):
@@ -80,7 +80,7 @@ def _steps(paths: Sequence[epath.Path], column: str) -> Iterator[np.ndarray]:
 
 
 def _motion(paths: Sequence[epath.Path]) -> dict[str, Any] | None:
-    """Statistics of the motion from a step to the next; the first step of an episode has none."""
+    """Statistics of the motion from one step to the next, without the 0 of the first step of each episode."""
     parts = []
     for table in _read(paths, ["motion"]):
         lists = table["motion"].combine_chunks()
@@ -93,7 +93,7 @@ def _motion(paths: Sequence[epath.Path]) -> dict[str, Any] | None:
 
 
 def _describe(values: np.ndarray, quantiles: Mapping[str, float]) -> dict[str, float]:
-    # float64, or sums over millions of steps lose digits.
+    # In float32, sums over millions of steps lose digits.
     values = values.astype(np.float64)
     statistics = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
     numbers = np.quantile(values, list(quantiles.values()), overwrite_input=True)

@@ -1,69 +1,78 @@
-"""Decoding of video files with PyAV, which carries its own FFmpeg."""
+"""Decodes video files with PyAV, which brings its own FFmpeg."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator
 
 import av
 import numpy as np
 from etils import epath
 
-from como_jax.convert.listing import check_file
+from como_jax.convert.folder import check_file
 
 VIDEO_ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError)
-# Twice the pixels of 8K video; a header can claim any size, and a decoder holds several pictures of it at once.
+# Twice the pixels of 8K video. A header can claim any size, and a decoder holds several images of that size at once.
 MAX_PIXELS = 2**26
+AV1_DECODERS = ("libdav1d", "libaom-av1")
 _COMPLETE_SHARE = 0.95
+# H.264 and its successors hold back at most so many frames to reorder them.
+_MAX_REORDERED = 16
+# No video is as long, and FFmpeg counts time in 64 bits.
+_MAX_SECONDS = 1e9
 
 
 class VideoReader:
-    """The frames of one video file, in order.
+    """The frames of one video file, in order; use it in a `with` statement.
 
     Attributes:
-      frame_rate: average frames per second by the container, or None when it does not say.
+      codec: name of the format of the images, such as `h264` or `av1`.
+      height, width: size of the images as the header gives it.
+      frame_rate: average frames per second according to the container, or None if it does not say.
     """
 
     def __init__(self, path: epath.PathLike):
-        """Opens the file; close it, or use the reader in a `with` statement.
+        """Opens the file.
 
         Raises:
-          ValueError: the file has no pictures, or larger ones than `MAX_PIXELS`.
+          ValueError: the file has no video, or one with more than `MAX_PIXELS` pixels.
           av.error.FFmpegError, OSError: the file cannot be read or is of an unknown format.
         """
         check_file(epath.Path(path))
-        # A file of Python's also reads from buckets. Playlists must not make FFmpeg open what they name.
+        # A Python file can also read from buckets. Playlists must not make FFmpeg open the files that they name.
         self._file = epath.Path(path).open("rb")
         try:
-            # FFmpeg decodes the first pictures while it opens a file. Titles are not read, whatever their encoding.
+            # FFmpeg decodes the first images while it opens a file. The encoding of titles does not matter.
             options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
             self._container = av.open(self._file, options=options, metadata_errors="replace")
             self._stream = self._first_video()
         except BaseException:
             self._file.close()
             raise
-        # How many frames come out before a damaged one depends on the number of threads, and what a conversion
-        # writes must not depend on the machine. The cores are for several processes.
+        # The number of frames that come out before a damaged one depends on the number of threads, and what a
+        # conversion writes must not depend on the machine. The cores are used by several processes.
         self._stream.thread_count = 1
         self._stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         self._size: tuple[int, int] | None = None
+        decoder = self._stream.codec_context.name
+        self.codec = "av1" if decoder in AV1_DECODERS else decoder
+        self.height, self.width = self._stream.height, self._stream.width
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.frame_rate = float(rate) if rate else None
 
-    def __enter__(self) -> "VideoReader":
+    def __enter__(self) -> VideoReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
         self._container.close()
         self._file.close()
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Yields RGB pictures, uint8 `[H, W, 3]`, upright.
+        """Yields RGB images, uint8 `[H, W, 3]`, upright.
 
         Raises:
-          ValueError: a frame is damaged or of another size, or the file ends before its container says.
-          av.error.FFmpegError: the decoder gave up.
+          ValueError: a frame is damaged or of another size, or the file ends too early for its container.
+          av.error.FFmpegError: the decoder failed.
         """
         count, first, last = 0, None, None
         try:
@@ -81,8 +90,31 @@ class VideoReader:
         seconds = None if first is None or last is None else last - first
         self._check_complete(count, seconds)
 
+    def frames_between(self, begin: float, end: float) -> Iterator[np.ndarray]:
+        """Yields the RGB images, uint8 `[H, W, 3]`, that are shown from `begin` to `end` seconds.
+
+        Raises:
+          ValueError: a frame is damaged or of another size, or the times are not in order.
+          av.error.FFmpegError: the decoder failed.
+        """
+        if not -_MAX_SECONDS < begin < end < _MAX_SECONDS:
+            raise ValueError(f"the metadata let it run from {begin} to {end} seconds of its video")
+        frame_seconds = 1 / self.frame_rate if self.frame_rate else 0.0
+        # The bounds are sums of durations. Half a frame keeps rounding errors from moving a frame across them.
+        begin, end = begin - frame_seconds / 2, end - frame_seconds / 2
+        # FFmpeg seeks by the time at which a frame is decoded, which is earlier than the time at which it is shown.
+        target = max(0.0, begin - _MAX_REORDERED * frame_seconds)
+        assert self._stream.time_base is not None
+        self._container.seek(math.floor(target / self._stream.time_base), stream=self._stream)
+        for frame in self._decoded():
+            if frame.time is None or frame.time < begin:
+                continue
+            if frame.time >= end:
+                return
+            yield self._picture(frame, f"the frame at {frame.time:.3f} s")
+
     def _first_video(self) -> av.VideoStream:
-        """The first stream with pictures; raises ValueError if there is none that can be decoded."""
+        """Returns the first video stream; raises ValueError if there is none that can be decoded."""
         if not self._container.streams.video:
             raise ValueError("no video stream")
         stream = self._container.streams.video[0]
@@ -96,11 +128,11 @@ class VideoReader:
         try:
             yield from self._container.decode(self._stream)
         except av.error.ArgumentError as error:
-            # All that a decoder says of a size that its container was silent about.
+            # A decoder says no more about a size that is too large and that the container did not announce.
             raise ValueError(f"{error}; pictures of more than {MAX_PIXELS} pixels are not read") from error
 
     def _picture(self, frame: av.VideoFrame, name: str) -> np.ndarray:
-        """The RGB picture of a frame, upright; raises ValueError if it cannot be used."""
+        """Returns the RGB image of a frame, upright; raises ValueError if it cannot be used."""
         if frame.is_corrupt:
             raise ValueError(f"{name} is damaged")
         size = frame.width, frame.height
@@ -113,14 +145,14 @@ class VideoReader:
         return np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
 
     def _check_complete(self, count: int, seconds: float | None) -> None:
-        """Raises ValueError if the stream ended noticeably before the end that its container announces."""
+        """Raises ValueError if the stream ended clearly before the end that its container announces."""
         expected = self._stream.frames
         duration = self._container.duration
         if self._stream.codec_context.name == "gif":
             self._check_gif_trailer(count)
         elif duration and seconds is not None and (expected or len(self._container.streams) == 1):
-            # A trimmed video may keep hidden frames, and sound may outlast the picture, so that neither the
-            # number of frames nor the duration is proof enough where both are known.
+            # A trimmed video may keep hidden frames, and sound may be longer than the images. So if both the number
+            # of frames and the duration are known, both must show that the end is missing.
             frame_seconds = 1 / self.frame_rate if self.frame_rate else 0.0
             full_seconds = duration / av.time_base
             too_short = seconds + frame_seconds < _COMPLETE_SHARE * full_seconds
@@ -129,7 +161,7 @@ class VideoReader:
                 raise ValueError(f"ends after {count} frames, although {announced} were announced")
 
     def _check_gif_trailer(self, count: int) -> None:
-        # A GIF does not say how many frames it has, but it has a last byte.
+        # A GIF does not say how many frames it has, but its last byte is always the same.
         self._file.seek(-min(64, self._file.seek(0, 2)), 2)
         if not self._file.read().rstrip(b"\0\r\n").endswith(b";"):
             raise ValueError(f"ends in the middle, after {count} frames")

@@ -1,4 +1,4 @@
-"""From a dataset to all that is said about it."""
+"""Examines a dataset: reads its episodes, runs the checks, and collects facts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from como_jax.doctor.checks import run_checks
-from como_jax.doctor.findings import Finding, Problem, Severity, count_of, name_some
-from como_jax.doctor.recording import PROBES
+from como_jax.doctor.findings import Finding, Problem, Severity, count_of, error, name_some
 from como_jax.doctor.sources.base import DatasetView
-from como_jax.doctor.survey import Survey, Thresholds
+from como_jax.doctor.survey import PROBES, Survey, Thresholds
 from como_jax.errors import DatasetError
 
 _MAX_INSTRUCTIONS = 10
@@ -23,14 +22,14 @@ _ORDER = (Severity.ERROR, Severity.WARNING, Severity.INFO)
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """All that is said about a dataset.
+    """Everything that the doctor says about a dataset.
 
     Attributes:
-      name: of the dataset.
-      facts: by the name of the fact.
-      findings: the worst first.
-      instructions: the most frequent ones and their numbers of episodes.
-      survey: what the figures show.
+      name: name of the dataset.
+      facts: text of every fact, by its name.
+      findings: the worst ones first.
+      instructions: the most frequent ones, with their numbers of episodes.
+      survey: what the figures are drawn from.
     """
 
     name: str
@@ -40,17 +39,17 @@ class Diagnosis:
     survey: Survey
 
     def count(self, severity: Severity) -> int:
-        """Findings of a severity."""
+        """Returns the number of findings of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
 
 def examine(view: DatasetView, limit: int, thresholds: Thresholds, *, show_progress: bool = False) -> Diagnosis:
-    """Looks a dataset over.
+    """Examines a dataset.
 
     Args:
-      view: the dataset; can be used once.
-      limit: about how many episodes are looked at, evenly spread; 0 for all.
-      thresholds: what counts as still, cut and too short.
+      view: the dataset; it can be used only once.
+      limit: about how many episodes to look at, evenly spread; 0 for all.
+      thresholds: what counts as still, as a cut and as too short.
       show_progress: draw a progress bar on stderr if that is a terminal.
 
     Raises:
@@ -81,8 +80,7 @@ def examine(view: DatasetView, limit: int, thresholds: Thresholds, *, show_progr
 def _check_problems(problems: list[Problem]) -> Iterable[Finding]:
     if problems:
         named = name_some([f"{problem.source} ({problem.reason.rstrip('.')})" for problem in problems])
-        yield Finding(
-            Severity.ERROR,
+        yield error(
             "unreadable",
             f"{count_of(len(problems), 'part')} of the dataset cannot be read: {named}.",
             "A conversion leaves them out; fetch these files again if they matter.",

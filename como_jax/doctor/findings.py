@@ -10,7 +10,7 @@ _MAX_NAMED = 4
 
 
 class Severity(enum.StrEnum):
-    """How bad a finding is."""
+    """How bad a finding is: errors make a part of the data useless, warnings harm training without being noticed."""
 
     INFO = "info"
     WARNING = "warning"
@@ -22,8 +22,8 @@ class Finding:
     """One fault or peculiarity.
 
     Attributes:
-      severity: errors make a part of the data useless, warnings harm training unnoticed, infos are good to know.
-      name: of the kind of finding, the same in every run.
+      severity: how bad it is.
+      name: name of this kind of finding, the same in every run.
       message: one sentence that says what it is.
       advice: one sentence that says what to do.
     """
@@ -32,6 +32,21 @@ class Finding:
     name: str
     message: str
     advice: str
+
+
+def info(name: str, message: str, advice: str) -> Finding:
+    """Something that is good to know."""
+    return Finding(Severity.INFO, name, message, advice)
+
+
+def warning(name: str, message: str, advice: str) -> Finding:
+    """Something that harms training without being noticed."""
+    return Finding(Severity.WARNING, name, message, advice)
+
+
+def error(name: str, message: str, advice: str) -> Finding:
+    """Something that makes a part of the data useless."""
+    return Finding(Severity.ERROR, name, message, advice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +58,14 @@ class Problem:
 
 
 def name_some(names: Sequence[object]) -> str:
-    """The first few names, and how many more there are."""
+    """Lists the first few names, and says how many more there are."""
     shown = ", ".join(str(name) for name in names[:_MAX_NAMED])
     more = len(names) - _MAX_NAMED
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 def name_dimensions(dimensions: Sequence[int]) -> str:
-    """Sorted dimensions with ranges joined, as in `0-5, 7`."""
+    """Lists sorted dimensions with ranges joined, as in `0-5, 7`."""
     parts: list[list[int]] = []
     for dimension in dimensions:
         if parts and dimension == parts[-1][-1] + 1:
@@ -61,12 +76,12 @@ def name_dimensions(dimensions: Sequence[int]) -> str:
 
 
 def count_of(count: int, noun: str) -> str:
-    """As in `1 file`, or `2 files`."""
+    """Returns `1 file`, or `2 files`."""
     return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
 def share_of(part: int, total: int, noun: str) -> str:
-    """As in `3 of 12 episodes`, or `all 12 episodes`."""
+    """Returns `3 of 12 episodes`, or `all 12 episodes`."""
     if part == total:
         return f"all {total} {noun}s" if total != 1 else f"the one {noun}"
     return f"{part} of {total} {noun}s"

@@ -1,4 +1,7 @@
-"""What is kept of the episodes that stream past: a small summary of each, and samples of fixed size."""
+"""What the checks see of a dataset: a summary of each episode, samples of their steps, and strips of a few.
+
+Episodes stream past one at a time as a `Recording`; only summaries and samples of fixed size are kept.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,98 @@ import numpy as np
 
 from como_jax.convert import images
 from como_jax.data.clips import gap_steps
-from como_jax.doctor.recording import Recording
+from como_jax.data.schema import Episode
 
+PROBES = 6
+"""Number of images of every camera that are looked at, evenly spaced over the episode."""
 PROFILE_SIZE = 32
 _STRIP_HEIGHT = 96
 _HASH_SIDE = 16
-# Under this difference of grey values two neighbours count as equal, so that compression does not flip bits.
+# Neighbours whose grey values differ by less count as equal, so that compression does not flip bits.
 _HASH_MARGIN = 3
 _SAMPLED_ROWS = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
+class Recording:
+    """An episode of T steps with all its numbers and a few of its images, whatever it was read from.
+
+    Attributes:
+      episode_id: unique within the dataset.
+      control_rate: Hz, or None if unknown.
+      motion: float32 `[T]`, see `schema.EPISODE_TABLE_SCHEMA`.
+      pictures: RGB images, uint8 `[H, W, 3]`, at `probe_steps(T)`, by camera; the first camera is the main one.
+      resolution: height and width of the stored images, by camera.
+      action, state: float32 `[T, size]`, or None.
+      instruction: empty if unknown.
+      split: empty if the dataset has no splits.
+    """
+
+    episode_id: str
+    control_rate: float | None
+    motion: np.ndarray
+    pictures: Mapping[str, Sequence[np.ndarray]]
+    resolution: Mapping[str, tuple[int, int]]
+    action: np.ndarray | None = None
+    state: np.ndarray | None = None
+    instruction: str = ""
+    split: str = ""
+
+
+def probe_steps(num_steps: int) -> list[int]:
+    """Returns the numbers of the `PROBES` steps whose images are looked at; short episodes repeat some."""
+    return np.linspace(0, num_steps - 1, PROBES).round().astype(int).tolist()
+
+
+def record_episode(
+    episode: Episode,
+    control_rate: float | None,
+    resolution: Mapping[str, tuple[int, int]] | None = None,
+    split: str = "",
+) -> Recording:
+    """Makes a recording of an episode of a dataset builder.
+
+    Args:
+      episode: an episode with at least one step.
+      control_rate: Hz, or None if unknown; takes the place of the rate of the episode.
+      resolution: height and width of the cameras whose stored images are larger than those of the episode.
+      split: the split that the episode belongs to.
+
+    Raises:
+      ValueError: an image is damaged, or the steps have vectors of several sizes.
+    """
+    probed = [episode.steps[index] for index in probe_steps(len(episode.steps))]
+    pictures = {camera: [images.decode_image(step.images[camera]) for step in probed] for camera in probed[0].images}
+    return Recording(
+        episode_id=episode.episode_id,
+        control_rate=control_rate,
+        motion=np.asarray(episode.motion, np.float32),
+        pictures=pictures,
+        resolution={camera: shots[0].shape[:2] for camera, shots in pictures.items()} | dict(resolution or {}),
+        action=_stack([step.action for step in episode.steps], "action"),
+        state=_stack([step.state for step in episode.steps], "state"),
+        instruction=episode.language_instruction,
+        split=split,
+    )
+
+
+def _stack(values: Sequence[np.ndarray | None], kind: str) -> np.ndarray | None:
+    present = [np.asarray(value, np.float32) for value in values if value is not None]
+    if not present:
+        return None
+    if len(present) < len(values) or len({value.shape for value in present}) > 1:
+        raise ValueError(f"not every step has the same number of {kind} values")
+    return np.stack(present)
+
+
+@dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """What counts as what.
+    """Limits of the checks.
 
     Attributes:
       gap_seconds: time between the two frames of a pair.
-      still: a pair whose mean motion a step is below this is still.
-      cut: a step with more motion than this is a hard cut.
+      still: a pair with less mean motion per step is still.
+      cut: a step with more motion is a hard cut.
     """
 
     gap_seconds: float = 0.5
@@ -39,11 +116,11 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class VectorSummary:
-    """Actions or states of an episode; what is not finite counts as missing.
+    """Summary of the actions or states of an episode; values that are not finite count as missing.
 
     Attributes:
-      low, high, first: float32 `[size]`; NaN where nothing is finite.
-      num_not_finite: steps with a value that is not finite.
+      low, high, first: smallest, largest and first values, float32 `[size]`; low and high are NaN where none is finite.
+      num_not_finite: number of steps with a value that is not finite.
       is_zero: whether every value of every step is 0.
     """
 
@@ -56,11 +133,11 @@ class VectorSummary:
 
 @dataclasses.dataclass(frozen=True)
 class CameraSummary:
-    """The probed pictures of one camera in an episode, in grey values of 0 to 255.
+    """Summary of the probed images of one camera in an episode, in values of 0 to 255.
 
     Attributes:
       brightest: largest value.
-      contrast: largest standard deviation within a picture.
+      contrast: largest standard deviation within an image.
       change: largest mean difference between two consecutive probes.
       resolution: height and width.
     """
@@ -73,15 +150,15 @@ class CameraSummary:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeSummary:
-    """All that the checks know of an episode.
+    """Everything that the checks know of an episode.
 
     Attributes:
-      num_pairs: pairs of frames that are one gap apart.
-      still_pairs, cut_pairs: those that are still, and those that span a hard cut.
-      num_cuts: hard cuts.
-      profile: float32 `[PROFILE_SIZE]`, the course of the motion, whatever the length.
-      signature: uint64 `[W]`, bits that tell pictures apart.
-      digest: equal for episodes that are equal in all that was read.
+      num_pairs: number of pairs of frames that are one gap apart.
+      still_pairs, cut_pairs: number of pairs that are still, and of pairs that span a hard cut.
+      num_cuts: number of hard cuts.
+      profile: float32 `[PROFILE_SIZE]`, the course of the motion, independent of the length.
+      signature: uint64 `[W]`, bits by which images can be told apart.
+      digest: equal for episodes that are equal in everything that was read.
     """
 
     episode_id: str
@@ -103,7 +180,7 @@ class EpisodeSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """Frames of one camera in one episode, joined to one picture, uint8 `[H, W, 3]`."""
+    """Frames of one camera in one episode, joined to one image, uint8 `[H, W, 3]`."""
 
     episode_id: str
     camera: str
@@ -112,42 +189,39 @@ class Strip:
 
 
 class RowSample:
-    """Rows drawn uniformly from a stream, at most a fixed number of them."""
+    """A uniform sample of the rows of a stream, of at most `limit` rows.
+
+    Attributes:
+      rows: the sample `[N, size]`, or None if nothing was added.
+    """
 
     def __init__(self, limit: int = _SAMPLED_ROWS):
-        """Keeps `limit` rows."""
+        self.rows: np.ndarray | None = None
         self._limit, self._random = limit, np.random.default_rng(0)
-        self._rows: np.ndarray | None = None
         self._keys = np.empty(0)
 
     def add(self, rows: np.ndarray) -> None:
-        """Adds rows `[N, size]`; those of another size than the first ones are passed over."""
-        if self._rows is not None and rows.shape[1] != self._rows.shape[1]:
+        """Adds rows `[N, size]`; rows of another size than the first ones are ignored."""
+        if self.rows is not None and rows.shape[1] != self.rows.shape[1]:
             return
         keys = np.concatenate([self._keys, self._random.random(len(rows))])
-        joined = rows if self._rows is None else np.concatenate([self._rows, rows])
-        # The smallest of random keys are a uniform sample, however many rows come.
+        joined = rows if self.rows is None else np.concatenate([self.rows, rows])
+        # Every row has a random key; the rows with the smallest keys are a uniform sample.
         kept = np.sort(np.argsort(keys)[: self._limit]) if len(keys) > self._limit else slice(None)
-        self._rows, self._keys = joined[kept], keys[kept]
-
-    @property
-    def rows(self) -> np.ndarray | None:
-        """The sample, or None if nothing was added."""
-        return self._rows
+        self.rows, self._keys = joined[kept], keys[kept]
 
 
 class Survey:
-    """Summaries of the episodes, samples of their steps, and strips of a few.
+    """Summaries of the episodes, samples of their steps, and strips of `num_strips` of them.
 
     Attributes:
-      thresholds: that the summaries were made with.
-      episodes: in order.
+      thresholds: the limits that the summaries were made with.
+      episodes: summaries, in order.
       action, state: samples of steps whose values are all finite.
       motion: sample of the motion of single steps, `[N, 1]`.
     """
 
     def __init__(self, thresholds: Thresholds, num_strips: int = 4):
-        """Shows `num_strips` episodes as strips."""
         self.thresholds = thresholds
         self.episodes: list[EpisodeSummary] = []
         self.action, self.state, self.motion = RowSample(), RowSample(), RowSample()
@@ -155,7 +229,7 @@ class Survey:
         self._num_strips, self._random = num_strips, random.Random(0)
 
     def add(self, recording: Recording) -> None:
-        """Takes in one episode."""
+        """Adds one episode."""
         self._keep_strips(recording)
         self.episodes.append(summarize(recording, self.thresholds))
         self.motion.add(recording.motion[1:, None])
@@ -165,11 +239,11 @@ class Survey:
 
     @property
     def strips(self) -> list[Strip]:
-        """Of the chosen episodes, in order."""
+        """The strips of the chosen episodes, in order."""
         return [strip for index in sorted(self._strips) for strip in self._strips[index]]
 
     def _keep_strips(self, recording: Recording) -> None:
-        # Reservoir sampling: every episode has the same chance, although their number is not known.
+        # Reservoir sampling: every episode has the same chance, although their number is not known in advance.
         index = len(self.episodes)
         if len(self._strips) >= self._num_strips:
             drawn = self._random.randrange(index + 1)
@@ -183,7 +257,7 @@ class Survey:
 
 
 def summarize(recording: Recording, thresholds: Thresholds) -> EpisodeSummary:
-    """The summary of one episode."""
+    """Summarizes one episode."""
     pair_motion, cuts_within = _pairs(recording, thresholds)
     main = next(iter(recording.pictures.values()))
     return EpisodeSummary(
@@ -209,7 +283,10 @@ def summarize(recording: Recording, thresholds: Thresholds) -> EpisodeSummary:
 
 
 def _pairs(recording: Recording, thresholds: Thresholds) -> tuple[np.ndarray, np.ndarray]:
-    """Mean motion a step, and number of hard cuts, of every pair one gap apart; neighbours without a rate."""
+    """Returns mean motion per step and number of hard cuts of every pair one gap apart.
+
+    Without a control rate, the pairs are neighbouring steps.
+    """
     rate = recording.control_rate
     gap = 1 if rate is None else int(gap_steps(thresholds.gap_seconds, np.asarray(rate)))
     motion = recording.motion[1:].astype(np.float64)
@@ -219,14 +296,14 @@ def _pairs(recording: Recording, thresholds: Thresholds) -> tuple[np.ndarray, np
 
 
 def _profile(motion: np.ndarray) -> np.ndarray:
-    """The motion up to each of some points in the episode, as the share of it that lies before."""
+    """Returns the sum of the motion up to `PROFILE_SIZE` evenly spaced points of the episode."""
     total = np.cumsum(motion, dtype=np.float64)
     at = np.linspace(0, len(motion) - 1, PROFILE_SIZE)
     return np.interp(at, np.arange(len(motion)), total).astype(np.float32)
 
 
 def _signature(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Difference hash: for every cell of a coarse grey picture, whether it is clearly darker than the next one."""
+    """Computes a difference hash: for each cell of a coarse grey image, whether it is clearly darker than the next."""
     bits = []
     for picture in pictures:
         grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
@@ -257,7 +334,7 @@ def _summarize_vectors(values: np.ndarray | None) -> VectorSummary | None:
     if values is None:
         return None
     finite = np.isfinite(values)
-    # Rows without any finite value would make NumPy warn; NaN is what they should give.
+    # NumPy would warn of dimensions without any finite value, which give NaN here.
     some = finite.any(axis=0)
     return VectorSummary(
         low=np.where(some, np.where(finite, values, np.inf).min(axis=0), np.nan),

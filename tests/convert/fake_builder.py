@@ -12,12 +12,13 @@ import numpy as np
 
 from como_jax.convert import builder as base
 from como_jax.convert import images
+from como_jax.convert.settings import Settings
 from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode, Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FakeSettings(base.Settings):
+class FakeSettings(Settings):
     """What each source is like, by name; and whether to stop at a source, while the file named so exists."""
 
     behaviours: tuple[str, ...] = ("good",) * 10

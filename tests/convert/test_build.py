@@ -97,13 +97,13 @@ def test_every_setting_has_a_flag():
             "unknown builder 'robomimic'; there are calvin, lerobot, libero, metaworld, npz, procgen, rlds, tabletop, "
             "video_folder",
         ),
-        ("tabletop", {"camera": ("a",)}, "--camera does not apply to tabletop"),
-        ("video_folder", {"source": "clips", "episodes": 3}, "--episodes does not apply to video_folder"),
-        ("video_folder", {}, "video_folder needs --source"),
-        ("rlds", {"control_rate": 5.0}, "rlds needs --source"),
+        ("tabletop", {"camera": ("a",)}, "`camera` does not apply to tabletop"),
+        ("video_folder", {"source": "clips", "episodes": 3}, "`episodes` does not apply to video_folder"),
+        ("video_folder", {}, "video_folder needs `source`: "),
+        ("rlds", {"control_rate": 5.0}, "rlds needs `source`: "),
     ],
 )
 def test_flags_that_do_not_fit_the_builder(builder, given, message):
     with pytest.raises(ConversionError) as error:
         make_settings(builder, given)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)

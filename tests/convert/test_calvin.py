@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from como_jax.convert.calvin.annotations import read_annotations
+from como_jax.convert.calvin.annotations import read_annotations, read_pickled_object
 from como_jax.convert.calvin.builder import EMPTY, Calvin, CalvinSettings
-from como_jax.convert.calvin.pickled import read_pickled_object
 from como_jax.convert.calvin.segments import Segment, count_repeated
 from como_jax.errors import ConversionError
 
@@ -344,7 +343,7 @@ def test_what_is_missing_from_the_folder(tmp_path, source, check_dataset):
     (source / "validation").rename(tmp_path / "elsewhere")
     assert "there is no folder 'validation'" in messages(convert(source, tmp_path / "b"))
     (source / "training" / "lang_annotations" / "auto_lang_ann.npy").unlink()
-    with pytest.raises(ConversionError, match="has no language annotations; --segments play"):
+    with pytest.raises(ConversionError, match="has no language annotations; .segments. play"):
         convert(source, tmp_path / "c")
     (source / "training" / "ep_start_end_ids.npy").unlink()
     with pytest.raises(ConversionError, match="ep_start_end_ids.npy is missing"):

@@ -91,7 +91,7 @@ def test_a_mistake_in_a_builder_is_not_hidden_and_leaves_nothing(tmp_path):
 def test_existing_output_is_kept_until_the_new_one_is_complete(tmp_path, check_dataset):
     out = tmp_path / "out"
     convert(out, "good", "good")
-    with pytest.raises(OutputError, match="exists already; --overwrite replaces it"):
+    with pytest.raises(OutputError, match="exists already; `overwrite` replaces it"):
         convert(out, "good", "good", "good")
     with pytest.raises(base.ConversionError, match="none of the 2"):
         convert(out, "broken", "broken", overwrite=True)
@@ -210,7 +210,7 @@ def test_dataset_name_from_a_path(path, name):
 def test_output_inside_the_source_would_become_a_source(tmp_path, make_video):
     make_video(tmp_path / "clips" / "a.mp4")
     settings = VideoFolderSettings(source=str(tmp_path / "clips"))
-    with pytest.raises(base.ConversionError, match="clips/new/out lies inside --source .*clips; choose"):
+    with pytest.raises(OutputError, match="clips/new/out lies inside `source` .*clips; choose"):
         VideoFolder(tmp_path / "clips" / "new" / "out", settings).convert()
     assert [path.name for path in (tmp_path / "clips").iterdir()] == ["a.mp4"]
 

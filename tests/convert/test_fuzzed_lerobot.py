@@ -174,7 +174,7 @@ def test_a_byte_order_mark_in_the_metadata(tmp_path, check_dataset):
 def test_rates_that_are_none(tmp_path, check_dataset, fps):
     source = write_v2(tmp_path / "data")
     edit_info(source, fps=fps)
-    with pytest.raises(ConversionError, match=r"info.json gives no .*fps.*; set --control_rate"):
+    with pytest.raises(ConversionError, match=r"info.json gives no .*fps.*; set `control_rate`"):
         convert(source, tmp_path / "out")
     convert(source, tmp_path / "out", control_rate=4.0)
     assert {row["control_rate"] for row in check_dataset(tmp_path / "out")["train"]} == {4.0}

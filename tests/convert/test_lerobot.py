@@ -87,7 +87,7 @@ def test_all_cameras_are_converted_and_the_main_one_is_named(tmp_path, check_dat
     report = convert(write_v2(tmp_path / "data", cameras=(TOP, WRIST)), tmp_path / "out")
     check_dataset(tmp_path / "out")
     check_pictures(tmp_path / "out", "wrist")
-    assert messages(report) == ["the main camera is 'top', the first of several; --camera chooses another"]
+    assert messages(report) == ["the main camera is 'top', the first of several; `camera` chooses another"]
 
 
 def test_rows_are_put_in_order_of_time(tmp_path, check_dataset):
@@ -305,7 +305,7 @@ def test_what_is_asked_for_must_be_there(tmp_path, settings, message):
         ({"codebase_version": "v1.6"}, r"codebase_version 'v1.6' is not known; there are v2.0, v2.1, v3.0"),
         ({"codebase_version": "v3.0"}, "is of format v3.0 but has no table of episodes in meta/episodes"),
         ({"features": None}, "features must be an object"),
-        ({"fps": None}, "gives no fps; set --control_rate"),
+        ({"fps": None}, "gives no fps; set `control_rate`"),
     ],
 )
 def test_metadata_that_cannot_be_used(tmp_path, changes, message):

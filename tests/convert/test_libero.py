@@ -15,8 +15,7 @@ import tensorflow_datasets as tfds
 
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.convert.libero.builder import NAMED, OUT_OF_RANGE, UNPUBLISHED, is_noop, turn
-from como_jax.convert.libero.demonstrations import demonstration_names
-from como_jax.convert.libero.language import named_instruction
+from como_jax.convert.libero.demonstrations import demonstration_names, named_instruction
 from como_jax.errors import ConversionError
 
 NAME = "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5"
@@ -248,7 +247,7 @@ def test_steps_without_motion_are_left_out_when_asked(
     report = convert(path.parent, tmp_path / "out", drop_noops=True)
     [row] = check_dataset(tmp_path / "out")["train"]
     np.testing.assert_array_equal(row["action"], action[[2, 4]])
-    assert "--drop_noops" in report["warnings"][0]["message"]
+    assert "drop_noops" in report["warnings"][0]["message"]
 
 
 def break_demo(demo: h5py.Group, kind: str) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from como_jax.convert.metaworld.builder import MetaWorldDemonstrations, MetaWorldSettings
-from como_jax.convert.metaworld.demonstrations import demonstrate
+from como_jax.convert.metaworld.builder import MetaWorldDemonstrations, MetaWorldSettings, demonstrate
 from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError, ConversionError
@@ -41,13 +40,11 @@ def test_steps_are_those_of_the_demonstration(tmp_path, check_dataset, simulator
     environment = make_environment("metaworld:push-v3", EnvironmentOptions(settings={"action_repeat": "4"}))
     expected = demonstrate(environment, 2000001)
     environment.close()
-    assert rows[1]["num_steps"] == len(expected.actions) == len(expected.observations)
+    assert rows[1]["num_steps"] == len(expected.actions) == len(expected.states)
     assert rows[1]["language_instruction"] == "push the puck to the target"
     assert rows[1]["control_rate"] == 20
     np.testing.assert_array_equal(np.float32(rows[1]["action"]), expected.actions)
-    np.testing.assert_array_equal(
-        np.float32(rows[1]["state"]), [observation.state for observation in expected.observations]
-    )
+    np.testing.assert_array_equal(np.float32(rows[1]["state"]), expected.states)
     features = tfds.builder_from_directory(tmp_path / "out").info.features
     assert {"corner2", "topview"} <= set(features["observation"])
 
@@ -100,11 +97,11 @@ def test_a_missing_simulator_is_said_before_anything_is_written(tmp_path, monkey
     ("settings", "message"),
     [
         ({"tasks": ("reach-v2",)}, r"unknown tasks \['reach-v2'\]; there are all, assembly-v3"),
-        ({"camera": ("front",)}, "no camera front: corner4, corner, corner2"),
-        ({"camera": ()}, "no camera without a name"),
+        ({"camera": ("front",)}, "camera must be different ones of corner4, corner, corner2.* got front"),
+        ({"camera": ()}, "camera must name one or more of corner4"),
         ({"episodes": 0}, "episodes must lie between 1 and"),
-        ({"image_size": 8}, "pictures of 16 to 512 pixels, not 8"),
-        ({"noise": float("nan")}, "noise must not be negative"),
+        ({"image_size": 8}, "image_size must lie between 16 and 512, got 8"),
+        ({"noise": float("nan")}, "noise must be 0 or more"),
         ({"action_repeat": 0}, "action_repeat must be 1 or more, got 0"),
         ({"seed": 900}, "seed must lie between 0 and 899, got 900"),
     ],

@@ -208,12 +208,12 @@ def test_any_flipped_byte_ends_in_the_report(tmp_path, check_dataset, position):
         (
             {"a": pictures(4), "b": pictures(4)},
             {},
-            r"a.npz: more than one array is uint8 .*--camera from: a uint8 ",
+            r"a.npz: more than one array is uint8 .*`camera` from: a uint8 ",
         ),
         (
             {"a": np.zeros((4, 8, 8, 3))},
             {},
-            r"no array is uint8 .*--camera from: a float64 \[4, 8, 8, 3\]",
+            r"no array is uint8 .*`camera` from: a float64 \[4, 8, 8, 3\]",
         ),
         ({"a": np.zeros((4, 8, 8, 3))}, {"camera": ("a",)}, r"'a' is float64 \[4, 8, 8, 3\], but pictures are uint8"),
         ({"a": pictures(4)}, {"camera": ("b",)}, r"there is no array 'b'; there are: a uint8"),

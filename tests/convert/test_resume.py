@@ -97,7 +97,7 @@ def test_other_settings_do_not_mix_with_what_is_there(stopped, check_dataset):
     assert "image_size: 256, now 128" in message
     assert "validation_fraction: 0, now 0.1" in message
     assert "number of sources: 20, now 19" in message
-    assert message.endswith("); --restart discards it")
+    assert message.endswith("); `restart` discards it")
     FakeBuilder(out, other).convert(restart=True)
     assert sum(map(len, check_dataset(out).values())) == 38
     assert not out.with_name("out.partial").exists()

@@ -142,7 +142,7 @@ def test_an_unreadable_record_does_not_stop_the_file(tmp_path, make_rlds, steps,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"camera": ()}, "--camera must choose one of the cameras of this dataset: main, wrist"),
+        ({"camera": ()}, "`camera` must choose one of the cameras of this dataset: main, wrist"),
         ({"camera": ("front",)}, "no camera 'front' in this dataset; there are: main, wrist"),
         ({"camera": ("depth",)}, "no camera 'depth' in this dataset; there are: main, wrist"),
         ({"action": None}, "action key 'action' is a group; choose some of action/grip, action/move"),

@@ -13,9 +13,10 @@ import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
 
-from como_jax.convert.rlds import features, pictures
+from como_jax.convert import images
 from como_jax.convert.rlds.builder import Rlds, RldsSettings
 from como_jax.convert.rlds.episodes import EpisodeReader
+from como_jax.convert.selection import Selection
 from como_jax.errors import ConversionError
 
 KEYS: dict[str, Any] = {
@@ -72,8 +73,9 @@ def encode(*changes: dict[str, Any]) -> bytes:
 
 
 def reader(**keys: Any) -> EpisodeReader:
-    chosen = {"cameras": ("observation/main",), "actions": (), "states": (), "language": "instruction"} | keys
-    return EpisodeReader(STEP, features.Selection(**chosen), control_rate=5.0, image_size=64)
+    chosen = {"cameras": ("observation/main",), "language": "instruction"} | keys
+    chosen["cameras"] = {key.rpartition("/")[2]: key for key in chosen["cameras"]}
+    return EpisodeReader(STEP, Selection(**chosen), control_rate=5.0, image_size=64)
 
 
 def decode(jpeg: bytes) -> np.ndarray:
@@ -118,7 +120,7 @@ def test_pictures_of_several_sizes_keep_theirs_up_to_the_largest():
     ("stored", "message"),
     [
         (b"", "the picture is empty"),
-        (b"no picture", "the picture cannot be decoded"),
+        (b"no picture", "a picture cannot be decoded"),
         (png(picture())[:60], "a picture cannot be decoded"),
         (simplejpeg.encode_jpeg(picture())[:20], ""),
         (simplejpeg.encode_jpeg(picture())[:8] + bytes(99), ""),
@@ -134,18 +136,19 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
     huge = np.zeros((9000, 12000), np.uint8)
     for stored in (png(huge), simplejpeg.encode_jpeg(huge[..., None], colorspace="GRAY")):
         with monkeypatch.context() as patch:
-            patch.setattr(pictures.images, "decode_image", None)
-            with pytest.raises(ValueError, match="the picture has 12000 x 9000 pixels, more than 33554432"):
-                pictures.convert_picture(stored, 64)
-    with pytest.raises(ValueError, match="the picture has 12000 x 9000 pixels"):
-        pictures.convert_picture(huge[..., None], 64)
+            patch.setattr(images.simplejpeg, "decode_jpeg", None)
+            patch.setattr(images.cv2, "imdecode", None)
+            with pytest.raises(ValueError, match="picture of 12000x9000 pixels, .*more than the 33554432"):
+                images.convert_stored(stored, 64)
+    with pytest.raises(ValueError, match="picture of 12000x9000 pixels"):
+        images.convert_stored(huge[..., None], 64)
 
 
 def test_what_is_no_picture_is_refused():
     with pytest.raises(ValueError, match="the picture is empty"):
-        pictures.convert_picture(np.zeros((0, 8, 3), np.uint8), 64)
+        images.convert_stored(np.zeros((0, 8, 3), np.uint8), 64)
     with pytest.raises(ValueError, match=r"a picture has shape \(8, 8, 2\) and type uint8"):
-        pictures.convert_picture(np.zeros((8, 8, 2), np.uint8), 64)
+        images.convert_stored(np.zeros((8, 8, 2), np.uint8), 64)
 
 
 def test_an_episode_without_steps_is_refused():

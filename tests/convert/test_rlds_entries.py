@@ -11,8 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from como_jax.convert.rlds.builder import Rlds, RldsSettings
+from como_jax.convert.rlds.dataset import locate
 from como_jax.convert.rlds.entries import OPEN_X, find_entry, read_table
-from como_jax.convert.rlds.locate import locate
 from como_jax.errors import ConversionError
 
 TINY = """
@@ -90,7 +90,7 @@ def test_notes_of_an_entry_are_passed_on(tmp_path, source, table):
 
 def test_an_entry_is_found_by_the_name_of_the_folder(tmp_path, source, table):
     table.write_text(TINY.replace("[tiny]", "[small]"))
-    with pytest.raises(ConversionError, match="my.toml has no entry tiny or 1.0.0; --entry chooses another; .* small"):
+    with pytest.raises(ConversionError, match="my.toml has no entry tiny or 1.0.0; .entry. chooses another; .* small"):
         convert(source, tmp_path / "out", table=str(table))
     shutil.copytree(source, tmp_path / "small" / "1.0.0")
     report = convert(tmp_path / "small" / "1.0.0", tmp_path / "out", table=str(table))
@@ -99,7 +99,7 @@ def test_an_entry_is_found_by_the_name_of_the_folder(tmp_path, source, table):
 
 
 def test_control_rate_is_asked_for_where_nobody_knows_it(tmp_path, source, table):
-    message = "^rlds needs --control_rate: RLDS does not record how many steps a second has"
+    message = "^rlds needs .control_rate.: RLDS does not record how many steps a second has"
     with pytest.raises(ConversionError, match=f"{message}$"):
         convert(source, tmp_path / "out", camera=("main",))
     table.write_text(TINY.replace("control_rate = 4", ""))

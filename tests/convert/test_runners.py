@@ -78,7 +78,7 @@ def test_a_killed_process_is_named_with_its_source_and_the_others_are_kept(tmp_p
     with pytest.raises(ConversionError) as error:
         FakeBuilder(tmp_path / "out", settings).convert(runner=two_processes)
     assert str(error.value) == (
-        "a process was killed while it converted 13_kills, probably because memory ran out; try fewer --processes"
+        "a process was killed while it converted 13_kills, probably because memory ran out; try fewer `processes`"
     )
     assert error.value.__notes__[0].endswith("; the same command goes on from there")
     stop.unlink()

@@ -57,10 +57,10 @@ def test_no_demonstration_has_a_seed_of_a_rollout(tmp_path):
     ("settings", "message"),
     [
         ({"tasks": ("juggle",)}, r"unknown tasks \['juggle'\]; there are all, reach"),
-        ({"look": "odd"}, "unknown look 'odd'; there are plain, moving, hard, human"),
+        ({"look": "odd"}, "look must be one of plain, moving, hard, human, got 'odd'"),
         ({"episodes": 0}, "episodes must lie between 1 and"),
         ({"image_size": 32}, "image_size must lie between 64 and 224"),
-        ({"noise": -1.0}, "noise must not be negative"),
+        ({"noise": -1.0}, "noise must be 0 or more"),
         ({"seed": -1}, "seed must lie between 0 and 899, got -1"),
         ({"seed": 900}, "seed must lie between 0 and 899, got 900"),
     ],

@@ -13,6 +13,7 @@ from etils import epath
 
 from como_jax.convert import builder as base
 from como_jax.convert import images
+from como_jax.convert.settings import Settings
 from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode, Step
 from como_jax.labelling.shards import latent_statistics, list_shards
@@ -23,7 +24,7 @@ GAP = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RobotSettings(base.Settings):
+class RobotSettings(Settings):
     """What a dataset holds; the last episode is that of `val`. Sizes of None leave actions or states out."""
 
     cameras: tuple[str, ...] = ("image",)

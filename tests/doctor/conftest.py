@@ -19,12 +19,11 @@ import tensorflow_datasets as tfds
 from como_jax.doctor.checks import run_checks
 from como_jax.doctor.diagnosis import Diagnosis, examine
 from como_jax.doctor.findings import Finding
-from como_jax.doctor.recording import PROBES, Recording
 from como_jax.doctor.sources import open_view
-from como_jax.doctor.survey import Survey, Thresholds
+from como_jax.doctor.survey import PROBES, Recording, Survey, Thresholds
 
 # The writers of small LeRobot datasets lie with the tests of the builders.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "datasets"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "convert"))
 
 
 def moving_pictures(seed: int, count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from como_jax.doctor.findings import Severity, name_dimensions, name_some
-from como_jax.doctor.recording import PROBES
-from como_jax.doctor.survey import RowSample, Survey, Thresholds
+from como_jax.doctor.survey import PROBES, RowSample, Survey, Thresholds
 
 NUM = 6
 

@@ -13,7 +13,7 @@ from como_jax.data.sources import EpisodeSource
 from como_jax.doctor.findings import Severity
 from como_jax.doctor.sources import open_view
 from como_jax.doctor.sources.base import spread, spread_records
-from como_jax.doctor.sources.video_files import VideoHeader, check_decoder
+from como_jax.doctor.sources.videos import VideoHeader, check_decoder
 from como_jax.errors import DatasetError
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from como_jax.convert.libero import builder, language
+from como_jax.convert.libero import builder, demonstrations
 from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.libero import benchmark
 from como_jax.envs.registry import environment_names, make_environment
@@ -41,7 +41,7 @@ def test_suites_are_groups_of_tasks() -> None:
 
 def test_names_of_tasks_say_what_to_do_as_in_converted_datasets() -> None:
     for name in ("KITCHEN_SCENE10_close_the_top_drawer", "put_the_bowl_on_the_stove"):
-        assert benchmark.named_instruction(name) == language.named_instruction(f"{name}_demo.hdf5")
+        assert benchmark.named_instruction(name) == demonstrations.named_instruction(f"{name}_demo.hdf5")
 
 
 def write_archive(path: Path, content: bytes) -> epath.Path:

@@ -190,7 +190,7 @@ def test_what_is_not_there_or_does_not_fit_is_refused(
         extract_labels(run, tabletop_dataset, out, gap_seconds=0.0)
     with pytest.raises(ConfigError, match="must be positive"):
         extract_labels(run, tabletop_dataset, out, batch_size=0)
-    with pytest.raises(OutputError, match="exists already; --overwrite replaces it"):
+    with pytest.raises(OutputError, match="exists already; `overwrite` replaces it"):
         extract_labels(run, tabletop_dataset, labelled("como"))
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write to"):

@@ -9,9 +9,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from como_jax.convert import images
-from como_jax.convert.builder import EpisodeBuilder, Settings, StepLayout
+from como_jax.convert.builder import EpisodeBuilder, StepLayout
 from como_jax.convert.lerobot.builder import LeRobot, LeRobotSettings
 from como_jax.convert.rlds.builder import Rlds, RldsSettings
+from como_jax.convert.settings import Settings
 from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode, Step
 from como_jax.errors import DatasetError

@@ -72,8 +72,8 @@ def test_what_failed_leaves_the_older_dataset_alone(tmp_path):
         ("data/inside", False, "lie in each other"),
         (".", True, "lie in each other"),
         ("file", True, "is not a directory"),
-        ("other", False, "exists already; --overwrite replaces it"),
-        ("other", True, "is not a dataset, so --overwrite will not replace it"),
+        ("other", False, "exists already; `overwrite` replaces it"),
+        ("other", True, "is not a dataset, so `overwrite` will not replace it"),
         ("file/out", False, "cannot write to"),
     ],
 )

@@ -115,7 +115,7 @@ def test_other_settings_do_not_mix_with_what_is_there(run: Run, few: Path, label
     with pytest.raises(Stop):
         label(run, few, out, progress=stop_after(1), settings={"gap_seconds": 0.7})
     with pytest.raises(
-        OutputError, match=r"unfinished labelling with other settings .*gap_seconds: 0.7, now 0.3.*--restart"
+        OutputError, match=r"unfinished labelling with other settings .*gap_seconds: 0.7, now 0.3.*`restart`"
     ):
         label(run, few, out)
     label(run, few, out, restart=True)
@@ -145,7 +145,7 @@ def test_what_exists_is_replaced_only_if_asked_and_only_once_the_new_one_is_comp
     out = tmp_path / "few"
     shutil.copytree(labelled, out)
     before = identities(out)
-    with pytest.raises(OutputError, match=f"{out} exists already; --overwrite replaces it"):
+    with pytest.raises(OutputError, match=f"{out} exists already; `overwrite` replaces it"):
         label(run, few, out, settings={"gap_seconds": 0.7})
     with pytest.raises(Stop):
         label(run, few, out, settings={"gap_seconds": 0.7}, overwrite=True, progress=stop_after(2))
@@ -154,7 +154,7 @@ def test_what_exists_is_replaced_only_if_asked_and_only_once_the_new_one_is_comp
     assert json.loads((out / "labels.json").read_text())["settings"]["gap_seconds"] == 0.7
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is not a dataset, so --overwrite will not replace it"):
+    with pytest.raises(OutputError, match="is not a dataset, so `overwrite` will not replace it"):
         label(run, few, tmp_path / "notes", overwrite=True)
 
 

@@ -5,78 +5,72 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
 
 from como_jax.convert import images
-from como_jax.convert.builder import (
-    MIN_STEPS,
-    ConversionError,
-    EpisodeBuilder,
-    LeftOut,
-    Settings,
-    SourceError,
-    StepLayout,
-    Warned,
-)
+from como_jax.convert.builder import MIN_STEPS, EpisodeBuilder, Item, LeftOut, SourceError, StepLayout, Warned
 from como_jax.convert.calvin.annotations import Annotation, read_annotations
-from como_jax.convert.calvin.segments import Segment, count_repeated, language_segments, play_segments
-from como_jax.convert.calvin.steps import ACTIONS, CAMERAS, STATES, StepError, read_step, step_name
+from como_jax.convert.calvin.segments import (
+    ACTIONS,
+    CAMERAS,
+    STATES,
+    Segment,
+    StepError,
+    count_repeated,
+    language_segments,
+    play_segments,
+    read_step,
+    step_name,
+)
+from como_jax.convert.folder import check_folder
+from como_jax.convert.images import Frame
+from como_jax.convert.selection import missing_warnings
+from como_jax.convert.settings import Settings, one_of, positive, setting, some_of
 from como_jax.convert.sources import Source
-from como_jax.data.schema import Episode, Step
+from como_jax.data.schema import Episode
+from como_jax.errors import ConversionError
 
 CONTROL_RATE_HZ = 30.0
 FOLDERS = {"training": "train", "validation": "val"}
 SEGMENTS = ("language", "play", "both")
-# About what a picture takes as JPEG.
+# The approximate size of an image as JPEG.
 _BYTES_PER_PICTURE = 2**14
 EMPTY = "an annotation is empty"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalvinSettings(Settings):
-    """Settings of `Calvin`; `validation_fraction` is not used, since CALVIN has a validation folder.
+    """Settings of `Calvin`; `validation_fraction` is not used, since CALVIN has a validation folder."""
 
-    Attributes:
-      source: folder of a task such as `task_D_D`, with the folders `training` and `validation`, or one of them.
-      segments: what becomes an episode: `language` (annotated windows), `play` (whole recordings) or `both`.
-      clip_seconds: recordings are cut into consecutive episodes of this length.
-      camera: of `CAMERAS`, the main camera first.
-      action: of `ACTIONS`, joined in this order; empty for none.
-      state: of `STATES`, joined in this order; empty for none.
-    """
-
-    source: str
-    segments: str = "language"
-    clip_seconds: float = 20.0
-    camera: tuple[str, ...] = CAMERAS
-    action: tuple[str, ...] = ("rel_actions",)
-    state: tuple[str, ...] = ("robot_obs",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.segments not in SEGMENTS:
-            raise ConversionError(f"segments must be one of {', '.join(SEGMENTS)}, got {self.segments!r}")
-        if not (math.isfinite(self.clip_seconds) and self.clip_seconds > 0):
-            raise ConversionError(f"clip_seconds must be a positive number, got {self.clip_seconds}")
-        if not self.camera:
-            raise ConversionError(f"camera must name one or more of {', '.join(CAMERAS)}")
-        for field, known in (("camera", CAMERAS), ("action", ACTIONS), ("state", STATES)):
-            keys = getattr(self, field)
-            if not set(keys) <= set(known) or len(set(keys)) < len(keys):
-                raise ConversionError(f"{field} must be different ones of {', '.join(known)}, got {', '.join(keys)}")
+    source: str = setting("folder of a task such as task_D_D, with the folders training and validation, or one of them")
+    segments: str = setting(
+        "what becomes an episode: language (annotated windows), play (whole recordings) or both",
+        "language",
+        one_of(SEGMENTS),
+    )
+    clip_seconds: float = setting("recordings are cut into episodes of this length", 20.0, positive())
+    camera: tuple[str, ...] = setting(
+        "names of cameras, the main camera first [all]", CAMERAS, some_of(CAMERAS, may_be_empty=False)
+    )
+    action: tuple[str, ...] = setting(
+        "names of actions, joined in this order; '' for none", ("rel_actions",), some_of(tuple(ACTIONS))
+    )
+    state: tuple[str, ...] = setting(
+        "names of states, joined in this order; '' for none", ("robot_obs",), some_of(tuple(STATES))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """One step as read, or why it could not be."""
+    """One step as read, or the reason why it cannot be used."""
 
     number: int
-    step: Step | None = None
-    thumbnail: np.ndarray | None = None
+    frames: dict[str, Frame] = dataclasses.field(default_factory=dict)
+    state: np.ndarray | None = None
+    action: np.ndarray | None = None
     fault: str = ""
 
 
@@ -97,7 +91,7 @@ class Calvin(EpisodeBuilder):
         )
 
     def sources(self) -> list[Source]:
-        """One source a segment; names of files are made from numbers, so that no folder of a million is listed."""
+        """One source a segment; file names are made from numbers, so that no folder of a million files is listed."""
         per_step = _BYTES_PER_PICTURE * len(self.settings.camera)
         return [
             Source(
@@ -119,11 +113,10 @@ class Calvin(EpisodeBuilder):
             covered, repeated = count_repeated(segments)
             if repeated:
                 messages.append(f"{repeated} of the {covered} different steps of {folder} are in more than one episode")
-        missing = {"action": not self.settings.action, "state": not self.settings.state}
-        return messages + [f"no {kind} was converted" for kind, is_missing in missing.items() if is_missing]
+        return messages + missing_warnings(action=self.settings.action, state=self.settings.state)
 
-    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
-        """The steps of a segment; unusable ones cost an annotated window, but only cut a recording in two."""
+    def episodes(self, source: Source) -> Iterator[Item]:
+        """The steps of a segment; an unusable step costs an annotated window, but only cuts a recording in two."""
         assert source.records is not None
         folder, _, name = source.path.partition("/")
         segment = Segment(name, *source.records, self._instruction(folder, name))
@@ -149,22 +142,18 @@ class Calvin(EpisodeBuilder):
             arrays = read_step(self._root / folder / step_name(number), keys)
         except StepError as error:
             return _Reading(number, fault=str(error))
-        pictures = {camera: images.shrink(arrays[camera], settings.image_size) for camera in settings.camera}
-        step = Step(
-            {camera: images.encode_jpeg(picture) for camera, picture in pictures.items()},
-            _join(arrays, settings.state),
-            _join(arrays, settings.action),
-        )
-        return _Reading(number, step, images.thumbnail(pictures[settings.camera[0]]))
+        frames = {camera: images.make_frame(arrays[camera], settings.image_size) for camera in settings.camera}
+        return _Reading(number, frames, _join(arrays, settings.state), _join(arrays, settings.action))
 
     def _episode(self, source: Source, folder: str, run: Sequence[_Reading], instruction: str) -> Episode:
-        return Episode(
-            episode_id=f"{source.path}/{run[0].number:07d}",
-            source_file=f"{folder}/{step_name(run[0].number)}",
-            control_rate=CONTROL_RATE_HZ,
-            steps=[each.step for each in run if each.step is not None],
-            motion=images.motion([each.thumbnail for each in run if each.thumbnail is not None]),
-            language_instruction=instruction,
+        return images.make_episode(
+            f"{source.path}/{run[0].number:07d}",
+            f"{folder}/{step_name(run[0].number)}",
+            CONTROL_RATE_HZ,
+            {camera: [each.frames[camera] for each in run] for camera in self.settings.camera},
+            [each.state for each in run] if self.settings.state else None,
+            [each.action for each in run] if self.settings.action else None,
+            instruction,
         )
 
     def _instruction(self, folder: str, name: str) -> str | None:
@@ -180,8 +169,7 @@ class Calvin(EpisodeBuilder):
 
     @functools.cached_property
     def _folders(self) -> list[str]:
-        if not self._root.is_dir():
-            raise ConversionError(f"source folder {self._root} does not exist")
+        check_folder(self._root)
         folders = [folder for folder in FOLDERS if (self._root / folder).is_dir()]
         if not folders:
             raise ConversionError(f"source folder {self._root} has neither of the folders {' and '.join(FOLDERS)}")
@@ -193,10 +181,10 @@ class Calvin(EpisodeBuilder):
 
     @functools.cached_property
     def _segments(self) -> dict[str, list[Segment]]:
-        """By folder."""
+        """The segments by folder."""
         wanted = self.settings.segments
         if wanted == "language" and all(map(self._lacks, self._folders)):
-            raise ConversionError(f"{self._root} has no language annotations; --segments play converts it without them")
+            raise ConversionError(f"{self._root} has no language annotations; `segments` play converts it without them")
         length = max(MIN_STEPS, round(CONTROL_RATE_HZ * self.settings.clip_seconds))
         segments: dict[str, list[Segment]] = {folder: [] for folder in self._folders}
         for folder, members in segments.items():

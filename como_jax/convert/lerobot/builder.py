@@ -5,35 +5,38 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
 from como_jax.convert import images
-from como_jax.convert.builder import (
-    ConversionError,
-    EpisodeBuilder,
-    LeftOut,
-    Settings,
-    SourceError,
-    StepLayout,
-    Warned,
-    check_control_rate,
+from como_jax.convert.builder import EpisodeBuilder, Item, SourceError, StepLayout, Warned
+from como_jax.convert.folder import check_file
+from como_jax.convert.images import Frame
+from como_jax.convert.lerobot.metadata import INFO_PATH, EpisodeEntry, Feature, Metadata, read_metadata
+from como_jax.convert.lerobot.reading import (
+    column_names,
+    join_numbers,
+    read_rows,
+    stored_frames,
+    task_indices,
+    video_frames,
 )
-from como_jax.convert.lerobot import features
-from como_jax.convert.lerobot.episode_lists import EpisodeEntry
-from como_jax.convert.lerobot.frames import stored_frames, video_frames
-from como_jax.convert.lerobot.metadata import INFO_PATH, Metadata, read_metadata
-from como_jax.convert.lerobot.rows import column_names, join_numbers, read_rows, task_indices
-from como_jax.convert.listing import check_file
+from como_jax.convert.selection import Selection, as_identifier, missing_warnings
+from como_jax.convert.settings import RATE, Settings, setting
 from como_jax.convert.sources import Source
 from como_jax.convert.video import VIDEO_ERRORS
-from como_jax.data.schema import Episode, Step
+from como_jax.errors import ConversionError
 
-_READ_ERRORS = (*VIDEO_ERRORS, pa.ArrowException)
-# About what a picture of the default size takes as JPEG.
+_ACTION_KEYS = ("action", "actions")
+_STATE_KEYS = ("observation.state", "state")
+# In a step, the states are stored under this name beside the cameras.
+_STATE = "state"
+_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+# The approximate size of an image of the default size as JPEG.
 _BYTES_PER_PICTURE = 2**15
 NO_TASK = "no task is known: the language instruction is empty"
 SEVERAL_TASKS = "the task changes within an episode: that of its first step counts"
@@ -42,26 +45,13 @@ OTHER_LENGTH = "the metadata list another number of steps than the table has"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeRobotSettings(Settings):
-    """Settings of `LeRobot`.
+    """Settings of `LeRobot`."""
 
-    Attributes:
-      source: folder of the dataset, with `meta/info.json`.
-      control_rate: steps per second (Hz); None for `fps` of the dataset.
-      camera: keys or names of cameras, the main camera first; empty for all that have pictures.
-      action: feature keys, joined in this order; None for `action` if there is one, empty for none.
-      state: feature keys, joined in this order; None for `observation.state` if there is one, empty for none.
-    """
-
-    source: str
-    control_rate: float | None = None
-    camera: tuple[str, ...] = ()
-    action: tuple[str, ...] | None = None
-    state: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.control_rate is not None:
-            check_control_rate(self.control_rate)
+    source: str = setting("folder of the dataset, with meta/info.json")
+    control_rate: float | None = setting("steps per second (Hz) [fps of the dataset]", None, RATE)
+    camera: tuple[str, ...] = setting("keys or names of cameras, the main camera first [all with images]", ())
+    action: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [action]", None)
+    state: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [observation.state]", None)
 
 
 class LeRobot(EpisodeBuilder):
@@ -69,23 +59,23 @@ class LeRobot(EpisodeBuilder):
 
     settings_class = LeRobotSettings
     settings: LeRobotSettings
-    decoder_errors = _READ_ERRORS
+    decoder_errors = (*VIDEO_ERRORS, pa.ArrowException)
 
     @functools.cached_property
     def layout(self) -> StepLayout:
         """The chosen cameras, states and actions."""
-        selection, available = self._selection, self._metadata.features
+        selection, available = self.selection, self.metadata.features
         return StepLayout(
             cameras=tuple(selection.cameras),
-            state_size=features.size(available, selection.states),
-            action_size=features.size(available, selection.actions),
+            state_size=_size(available, selection.states),
+            action_size=_size(available, selection.actions),
         )
 
     def sources(self) -> list[Source]:
         """One source an episode."""
-        validation = self._metadata.validation
+        validation = self.metadata.validation
         sources = []
-        for position, entry in enumerate(self._metadata.episodes):
+        for position, entry in enumerate(self.metadata.episodes):
             in_validation = any(position in positions for positions in validation)
             split = ("val" if in_validation else "train") if validation else None
             num_bytes = (entry.length or 0) * len(self.layout.cameras) * _BYTES_PER_PICTURE
@@ -94,55 +84,41 @@ class LeRobot(EpisodeBuilder):
 
     def warnings(self) -> list[str]:
         """What is wrong with the metadata, and what is missing from the dataset."""
-        selection, cameras = self._selection, self.layout.cameras
-        messages = [*self._metadata.warnings]
+        selection, cameras = self.selection, self.layout.cameras
+        messages = [*self.metadata.warnings]
         messages += [f"camera {key!r} was left out: {fault}" for key, fault in self._camera_faults.items() if fault]
         if len(cameras) > 1 and not self.settings.camera:
-            messages.append(f"the main camera is {cameras[0]!r}, the first of several; --camera chooses another")
-        missing = {"action": not selection.actions, "state": not selection.states}
-        return messages + [f"no {kind} was converted" for kind, is_missing in missing.items() if is_missing]
+            messages.append(f"the main camera is {cameras[0]!r}, the first of several; `camera` chooses another")
+        return messages + missing_warnings(action=selection.actions, state=selection.states)
 
-    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
+    def episodes(self, source: Source) -> Iterator[Item]:
         """The one episode of a source."""
-        entry, selection = self._entries[source.path], self._selection
+        entry, selection = self._entries[source.path], self.selection
         table = self._rows(entry, (*selection.actions, *selection.states))
         states, actions = join_numbers(table, selection.states), join_numbers(table, selection.actions)
-        shots = {name: self._shots(entry, name, table.num_rows) for name in selection.cameras}
-        pictures = [
-            dict(zip(shots, jpegs, strict=True)) for jpegs in zip(*(jpegs for jpegs, _ in shots.values()), strict=True)
-        ]
+        frames = {name: self._frames(entry, name, table.num_rows) for name in selection.cameras}
         language, warnings = self._language(entry, table)
-        rate = self.settings.control_rate or self._metadata.fps
+        rate = self.settings.control_rate or self.metadata.fps
         assert rate is not None  # Checked with the metadata.
         if entry.length not in (None, table.num_rows):
             warnings.append(OTHER_LENGTH)
         yield from map(Warned, warnings)
-        yield Episode(
-            episode_id=entry.name,
-            source_file=entry.table,
-            control_rate=rate,
-            steps=[Step(*values) for values in zip(pictures, states, actions, strict=True)],
-            motion=images.motion(shots[self.layout.cameras[0]][1]),
-            language_instruction=language,
-        )
+        yield images.make_episode(entry.name, entry.table, rate, frames, states, actions, language)
 
-    def _shots(self, entry: EpisodeEntry, camera: str, num_rows: int) -> tuple[list[bytes], list[np.ndarray]]:
-        """JPEGs and thumbnails of a camera, one a row of the table."""
-        jpegs, thumbnails = [], []
-        # One frame more than there are rows tells a video that is too long, however long it is.
-        for frame in itertools.islice(self._frames(entry, camera), num_rows + 1):
-            small = images.shrink(frame, self.settings.image_size)
-            jpegs.append(images.encode_jpeg(small))
-            thumbnails.append(images.thumbnail(small))
-        if len(jpegs) != num_rows:
-            count = "more" if len(jpegs) > num_rows else f"only {len(jpegs)}"
+    def _frames(self, entry: EpisodeEntry, camera: str, num_rows: int) -> list[Frame]:
+        """Reads the frames of a camera, one for each row of the table."""
+        # One frame more than there are rows shows that a video is too long, without reading all of it.
+        stored = itertools.islice(self._images(entry, camera), num_rows + 1)
+        frames = [images.make_frame(image, self.settings.image_size) for image in stored]
+        if len(frames) != num_rows:
+            count = "more" if len(frames) > num_rows else f"only {len(frames)}"
             raise SourceError(f"the table has {num_rows} rows, but camera {camera!r} has {count} frames")
-        return jpegs, thumbnails
+        return frames
 
-    def _frames(self, entry: EpisodeEntry, camera: str) -> Iterator[np.ndarray]:
-        """The RGB pictures of a camera, from a video or from the table."""
-        key = self._selection.cameras[camera]
-        if self._metadata.features[key].dtype == "image":
+    def _images(self, entry: EpisodeEntry, camera: str) -> Iterator[np.ndarray]:
+        """Yields the RGB images of a camera, from a video or from the table."""
+        key = self.selection.cameras[camera]
+        if self.metadata.features[key].dtype == "image":
             return stored_frames(self._rows(entry, (key,))[key])
         video = entry.videos.get(key)
         if video is None:
@@ -153,9 +129,9 @@ class LeRobot(EpisodeBuilder):
         return read_rows(self._path(entry.table), keys, entry.index if entry.shares_table else None)
 
     def _path(self, path: str) -> epath.Path:
-        if path not in self._metadata.files:
+        if path not in self.metadata.files:
             raise SourceError(f"{path} is missing")
-        full_path = self._metadata.root / path
+        full_path = self.metadata.root / path
         try:
             check_file(full_path)
         except ValueError as error:
@@ -163,57 +139,123 @@ class LeRobot(EpisodeBuilder):
         return full_path
 
     def _language(self, entry: EpisodeEntry, table: pa.Table) -> tuple[str, list[str]]:
-        """The instruction of an episode, and what is unusual about it."""
-        texts = [self._metadata.tasks.get(index, "") for index in dict.fromkeys(task_indices(table))]
-        # The list of the episode also has annotations that are no instructions, so that it comes second.
+        """Returns the instruction of an episode, and what is unusual about it."""
+        texts = [self.metadata.tasks.get(index, "") for index in dict.fromkeys(task_indices(table))]
+        # The list of the episode also holds annotations that are not instructions, so it comes second.
         text = next(filter(None, [*texts[:1], *entry.tasks]), "").strip()
         warnings = [SEVERAL_TASKS] if len(texts) > 1 else []
         return text, warnings if text else [*warnings, NO_TASK]
 
     @functools.cached_property
-    def _metadata(self) -> Metadata:
+    def metadata(self) -> Metadata:
+        """What the dataset says about itself; raises ConversionError if that cannot be read."""
         metadata = read_metadata(self.settings.source)
         if metadata.fps is None and self.settings.control_rate is None:
-            raise ConversionError(f"{metadata.root / INFO_PATH} gives no fps; set --control_rate")
+            raise ConversionError(f"{metadata.root / INFO_PATH} gives no fps; set `control_rate`")
         return metadata
 
     @functools.cached_property
     def _entries(self) -> dict[str, EpisodeEntry]:
-        return {entry.name: entry for entry in self._metadata.episodes}
+        return {entry.name: entry for entry in self.metadata.episodes}
 
     @functools.cached_property
-    def _selection(self) -> features.Selection:
-        metadata, settings = self._metadata, self.settings
+    def selection(self) -> Selection:
+        """The chosen cameras, actions and states; raises ConversionError if the dataset does not have them."""
+        metadata, settings = self.metadata, self.settings
         stored = [key for key, fault in self._camera_faults.items() if not fault]
         if not stored:
             faults = ", ".join(f"{key} ({fault})" for key, fault in self._camera_faults.items())
             raise ConversionError(f"{metadata.root} has no camera to convert: {faults or 'info.json lists none'}")
-        return features.Selection(
-            cameras=features.select_cameras(stored, settings.camera),
-            actions=features.select_numbers(metadata.features, "action", settings.action, features.ACTION_KEYS),
-            states=features.select_numbers(metadata.features, "state", settings.state, features.STATE_KEYS),
+        return Selection(
+            cameras=select_cameras(stored, settings.camera),
+            actions=_select_numbers(metadata.features, "action", settings.action, _ACTION_KEYS),
+            states=_select_numbers(metadata.features, "state", settings.state, _STATE_KEYS),
         )
 
     @functools.cached_property
     def _camera_faults(self) -> dict[str, str]:
-        """Why a camera of info.json cannot be converted, or an empty text, by key."""
-        metadata, faults = self._metadata, {}
+        """The reason why a camera of info.json cannot be converted, or an empty text, by key."""
+        metadata, faults = self.metadata, {}
         for key, feature in metadata.features.items():
             if feature.is_depth:
                 faults[key] = "its pictures are depth maps"
             elif feature.dtype == "video":
-                videos = [entry.videos[key].path for entry in metadata.episodes if key in entry.videos]
-                faults[key] = "" if any(path in metadata.files for path in videos) else "it has no files"
+                faults[key] = "" if metadata.has_video(key) else "it has no files"
             elif feature.dtype == "image":
                 faults[key] = "" if key in self._table_columns else "the tables have no such column"
         return faults
 
     @functools.cached_property
     def _table_columns(self) -> set[str]:
-        """Columns of the first table that can be read."""
-        for path in dict.fromkeys(entry.table for entry in self._metadata.episodes):
+        """The columns of the first table that can be read."""
+        for path in dict.fromkeys(entry.table for entry in self.metadata.episodes):
             try:
                 return column_names(self._path(path))
             except (SourceError, *self.decoder_errors):
                 continue
         return set()
+
+
+def select_cameras(available: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """Returns the key of every chosen camera by its name in the steps.
+
+    Args:
+      available: keys of the cameras, at least one.
+      wanted: keys, or names such as `top` for `observation.images.top`; empty for all cameras.
+
+    Raises:
+      ConversionError: there is no such camera.
+    """
+    names = {key: _camera_name(key) for key in available}
+    if len(set(names.values())) < len(names) or _STATE in names.values():
+        names = {key: as_identifier(key) for key in available}
+    if len(set(names.values())) < len(names) or _STATE in names.values():
+        names = {key: f"camera_{index}" for index, key in enumerate(available)}
+    keys = {name: key for key, name in names.items()} | {key: key for key in available}
+    for name in wanted:
+        if name not in keys:
+            raise ConversionError(f"no camera {name!r} in this dataset; there are: {', '.join(names.values())}")
+    return {names[key]: key for key in [keys[name] for name in wanted] or available}
+
+
+def _select_numbers(
+    features: Mapping[str, Feature], kind: str, wanted: Sequence[str] | None, defaults: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the wanted keys of actions or states (`kind`), or by default the first of `defaults` that there is.
+
+    Raises:
+      ConversionError: a key does not exist, or does not hold numbers.
+    """
+    available = [key for key, feature in features.items() if _is_number(feature) and key not in _BOOKKEEPING]
+    if wanted is None:
+        return tuple(key for key in defaults if key in available)[:1]
+    for key in wanted:
+        if key not in available:
+            names = ", ".join(available) or "none"
+            raise ConversionError(f"no {kind} key {key!r} with numbers in this dataset; there are: {names}")
+    return tuple(wanted)
+
+
+def _size(features: Mapping[str, Feature], keys: Sequence[str]) -> int | None:
+    """Returns the number of values in the joined keys, or None without keys.
+
+    Raises:
+      ConversionError: the shape of a feature is not known.
+    """
+    shapes = {key: features[key].shape for key in keys}
+    for key, shape in shapes.items():
+        if shape is None:
+            raise ConversionError(f"meta/info.json: shape of {key!r} must be a list of positive whole numbers")
+    return sum(math.prod(shape) for shape in shapes.values() if shape is not None) if keys else None
+
+
+def _camera_name(key: str) -> str:
+    short = key.removeprefix("observation.").removeprefix("images.")
+    return as_identifier(short or key)
+
+
+def _is_number(feature: Feature) -> bool:
+    try:
+        return np.dtype(feature.dtype).kind in "biuf"
+    except (SyntaxError, TypeError, ValueError):
+        return False

@@ -1,21 +1,24 @@
-"""Reading LIBERO's demonstration files (HDF5)."""
+"""Reads LIBERO's demonstration files (HDF5)."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import h5py
 import numpy as np
 from etils import epath
 
 from como_jax.convert.builder import SourceError
+from como_jax.errors import one_line
 
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
 ACTION_SIZE = 7
-# Where a state lies in a demonstration, and how many numbers it has.
+# The path of each state in a demonstration, and how many numbers it has.
 STATES = {
     "ee_states": ("obs/ee_states", 6),
     "ee_pos": ("obs/ee_pos", 3),
@@ -32,7 +35,7 @@ def open_demonstrations(path: epath.PathLike) -> Iterator[h5py.Group]:
     """Opens the group `data` of a file, which holds the demonstrations.
 
     Raises:
-      SourceError: the file is damaged or holds something else.
+      SourceError: the file is damaged, or has no such group.
       OSError: the file is missing.
     """
     path = epath.Path(path)
@@ -46,13 +49,13 @@ def open_demonstrations(path: epath.PathLike) -> Iterator[h5py.Group]:
 
 
 def demonstration_names(data: h5py.Group) -> list[str]:
-    """Names of all demonstrations, by their number, so that demo_10 comes after demo_9."""
+    """Returns the names of all demonstrations in the order of their numbers, so that demo_10 follows demo_9."""
     with _hdf5_errors():
         return sorted((name.encode("utf-8", "backslashreplace").decode() for name in data), key=_by_number)
 
 
 def announced_number(data: h5py.Group) -> int | None:
-    """How many demonstrations the attributes say there are, or None if they do not say."""
+    """Returns the number of demonstrations according to the attributes, or None if they do not say."""
     try:
         return operator.index(data.attrs["num_demos"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
@@ -60,7 +63,7 @@ def announced_number(data: h5py.Group) -> int | None:
 
 
 class Demonstration:
-    """One demonstration of an open file; pictures and states are read when they are asked for.
+    """One demonstration of an open file; images and states are read on demand.
 
     Attributes:
       actions: float32 `[T, 7]`, as stored.
@@ -76,11 +79,11 @@ class Demonstration:
         self.actions = self._numbers("actions", ACTION_SIZE)
 
     def state(self, key: str) -> np.ndarray:
-        """One of `STATES`, float32 `[T, size]`."""
+        """Reads one of `STATES`, float32 `[T, size]`."""
         return self._numbers(*STATES[key])
 
     def pictures(self, camera: str, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields some pictures of a camera as they are stored, uint8 `[H, W, 3]`; `indices` ascend."""
+        """Yields the images of a camera at some steps as they are stored, uint8 `[H, W, 3]`; `indices` ascend."""
         path = f"obs/{camera}"
         stored = self._array(path)
         if stored.dtype != np.uint8 or stored.ndim != 4 or stored.shape[3] != 3 or 0 in stored.shape[1:]:
@@ -116,14 +119,49 @@ def _member(group: h5py.Group, path: str, kind: type[h5py.HLObject]) -> h5py.Gro
 
 @contextlib.contextmanager
 def _hdf5_errors() -> Iterator[None]:
-    """Turns whatever h5py raises for damaged files into a SourceError."""
+    """Turns everything that h5py raises for damaged files into a SourceError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(f"cannot be read as HDF5: {reason}") from error
+        raise SourceError(f"cannot be read as HDF5: {one_line(error)}") from error
 
 
 def _by_number(name: str) -> tuple[bool, int, str]:
     match = re.fullmatch(r"demo_(\d+)", name, re.ASCII)
     return match is None, int(match[1]) if match else 0, name
+
+
+def stored_instruction(data: h5py.Group) -> str:
+    """Returns `language_instruction` of the attribute `problem_info`, or an empty text if it is missing or no text."""
+    text = attribute_text(data, "problem_info")
+    try:
+        problem = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    instruction = problem.get("language_instruction") if isinstance(problem, dict) else None
+    if isinstance(instruction, list):
+        instruction = " ".join(map(str, instruction))
+    return _valid(instruction).strip().strip('"').strip()
+
+
+def named_instruction(file_name: str) -> str:
+    """Returns the instruction in a file name such as `KITCHEN_SCENE10_close_the_top_drawer_demo.hdf5`."""
+    task = file_name.rpartition(".")[0].removesuffix("_demo")
+    return re.sub(r"^[A-Z_]*SCENE\d+_", "", task).replace("_", " ").strip()
+
+
+def attribute_text(data: h5py.Group, name: str) -> str:
+    """Returns an attribute, or an empty text if it is missing or no valid text."""
+    try:
+        return _valid(data.attrs.get(name))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return ""
+
+
+def _valid(text: Any) -> str:
+    """Returns the text if it can be written as UTF-8, or an empty text."""
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        return text if isinstance(text, str) and text.encode() else ""
+    except UnicodeError:
+        return ""

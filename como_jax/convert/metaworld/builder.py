@@ -5,126 +5,61 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
 
-from como_jax.convert import images
-from como_jax.convert.builder import (
-    ConversionError,
-    EpisodeBuilder,
-    LeftOut,
-    Settings,
-    SourceError,
-    StepLayout,
-    Warned,
-)
-from como_jax.convert.demonstrations import check_demonstrations
-from como_jax.convert.metaworld.demonstrations import demonstrate
+import numpy as np
+
+from como_jax.convert.demonstrations import Demonstration, DemonstrationBuilder, DemonstrationSettings
+from como_jax.convert.settings import number, setting, some_of
 from como_jax.convert.sources import Source
-from como_jax.data.schema import Episode, Step
 from como_jax.envs import metaworld
-from como_jax.envs.base import SEED_STRIDE, EnvironmentOptions
-from como_jax.errors import ConfigError
+from como_jax.envs.base import Environment, EnvironmentOptions
+from como_jax.errors import ConfigError, ConversionError
 
 # Each takes 90 MB and 0.4 seconds to make, about as long as a demonstration.
 _KEPT_ENVIRONMENTS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MetaWorldSettings(Settings):
-    """Settings of `MetaWorldDemonstrations`.
+class MetaWorldSettings(DemonstrationSettings):
+    """Settings of `MetaWorldDemonstrations`."""
 
-    Attributes:
-      image_size: side of the square pictures, as rendered.
-      episodes: number of demonstrations.
-      tasks: which tasks, in turn; ("all",) for all.
-      camera: names of the cameras; the first is the main one.
-      noise: standard deviation of the Gaussian noise on every action.
-      actions: whether to record actions and states; without, the dataset is video with language.
-      action_repeat: steps of the simulator that each action lasts.
-    """
+    image_size: int = setting("side of the square images, as rendered", 64, number(*metaworld.IMAGE_SIZES))
+    camera: tuple[str, ...] = setting(
+        "names of cameras, the main camera first", metaworld.CAMERAS[:1], some_of(metaworld.CAMERAS, may_be_empty=False)
+    )
+    action_repeat: int = setting("simulator steps that an action lasts", metaworld.DEFAULT_ACTION_REPEAT, number(1))
 
-    image_size: int = 64
-    episodes: int = 200
-    tasks: tuple[str, ...] = ("all",)
-    camera: tuple[str, ...] = metaworld.CAMERAS[:1]
-    noise: float = 0.0
-    actions: bool = True
-    action_repeat: int = metaworld.DEFAULT_ACTION_REPEAT
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        try:
-            metaworld.check_cameras(self.camera)
-            metaworld.check_image_size(self.image_size)
-        except ConfigError as error:
-            raise ConversionError(str(error)) from error
-        check_demonstrations(self, metaworld.TASKS)
-        if self.action_repeat < 1:
-            raise ConversionError(f"action_repeat must be 1 or more, got {self.action_repeat}")
+    known_tasks = metaworld.TASKS
 
 
-class MetaWorldDemonstrations(EpisodeBuilder):
-    """One successful demonstration of the scripted expert for every seed; failed ones are left out."""
+class MetaWorldDemonstrations(DemonstrationBuilder):
+    """Demonstrations of the tasks of Meta-World v3."""
 
     settings_class = MetaWorldSettings
     settings: MetaWorldSettings
-    max_sources_per_shard = 256
-    # Nothing is decoded, and a simulator that does not run is no fault of one source.
+    state_size, action_size = metaworld.STATE_SIZE, metaworld.ACTION_SIZE
+    # Nothing is decoded, and a simulator that does not run is not the fault of one source.
     decoder_errors = ()
 
     @property
-    def layout(self) -> StepLayout:
-        """The cameras, and the hand's state and actions unless they are to be left off."""
-        recorded = self.settings.actions
-        return StepLayout(
-            self.settings.camera,
-            state_size=metaworld.STATE_SIZE if recorded else None,
-            action_size=metaworld.ACTION_SIZE if recorded else None,
-        )
+    def cameras(self) -> tuple[str, ...]:
+        """The chosen cameras."""
+        return self.settings.camera
 
     def sources(self) -> list[Source]:
-        """One source a demonstration.
-
-        Raises:
-          ConversionError: Meta-World is not installed.
-        """
+        """One source a demonstration; raises ConversionError if Meta-World is not installed."""
         try:
             metaworld.load_mujoco()
         except ConfigError as error:
             raise ConversionError(str(error)) from error
-        tasks = metaworld.TASKS if "all" in self.settings.tasks else self.settings.tasks
-        first = self.settings.seed * SEED_STRIDE
-        return [Source(f"{tasks[index % len(tasks)]}/{first + index:09d}") for index in range(self.settings.episodes)]
+        return super().sources()
 
-    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
-        """The demonstration."""
-        task, _, seed = source.path.partition("/")
-        environment = self._environment(task)
-        demonstration = demonstrate(environment, int(seed), self.settings.noise)
-        if not demonstration.success:
-            raise SourceError("the demonstration did not solve its task")
-        recorded, main = self.settings.actions, self.settings.camera[0]
-        steps = [
-            Step(
-                {name: images.encode_jpeg(image) for name, image in observation.images.items()},
-                observation.state if recorded else None,
-                action if recorded else None,
-            )
-            for observation, action in zip(demonstration.observations, demonstration.actions, strict=True)
-        ]
-        yield Episode(
-            episode_id=source.path,
-            source_file=source.path,
-            control_rate=environment.spec.control_rate,
-            steps=steps,
-            motion=images.motion(
-                [images.thumbnail(observation.images[main]) for observation in demonstration.observations]
-            ),
-            language_instruction=environment.instruction,
-        )
+    def demonstrate(self, task: str, seed: int) -> Demonstration:
+        """Records one demonstration."""
+        return demonstrate(self._environment(task), seed, self.settings.noise)
 
     def _environment(self, task: str) -> metaworld.MetaWorldEnvironment:
-        """The environment of a task, with those of the last few tasks kept."""
+        """Returns the environment of a task; those of the last few tasks are kept."""
         kept = self._environments
         if task not in kept:
             if len(kept) >= _KEPT_ENVIRONMENTS:
@@ -138,3 +73,30 @@ class MetaWorldDemonstrations(EpisodeBuilder):
     @functools.cached_property
     def _environments(self) -> collections.OrderedDict[str, metaworld.MetaWorldEnvironment]:
         return collections.OrderedDict()
+
+
+def demonstrate(environment: Environment, seed: int, noise: float = 0.0) -> Demonstration:
+    """Records one episode of an environment's own expert, until it ends.
+
+    Args:
+      environment: is reset with `seed`.
+      seed: fixes the episode and the noise.
+      noise: standard deviation of Gaussian noise added to each action before it is executed and recorded.
+    """
+    rng = np.random.default_rng([seed, 2])
+    observations, actions, done, observation = [], [], False, environment.reset(seed)
+    while not done:
+        action = environment.expert_action()
+        action = np.clip(action + noise * rng.standard_normal(action.shape), -1.0, 1.0).astype(np.float32)
+        result = environment.step(action)
+        observations.append(observation)
+        actions.append(action)
+        observation, done = result.observation, result.done
+    return Demonstration(
+        images={camera: [each.images[camera] for each in observations] for camera in environment.spec.cameras},
+        states=np.stack([each.state for each in observations]),
+        actions=np.stack(actions),
+        instruction=environment.instruction,
+        control_rate=environment.spec.control_rate,
+        success=result.success,
+    )

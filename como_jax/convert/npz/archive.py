@@ -1,4 +1,4 @@
-"""Arrays of .npz files, read one trajectory at a time and never unpickled."""
+"""Reads arrays of .npz files, one trajectory at a time, and never unpickles them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from como_jax.convert.listing import check_file
+from como_jax.convert.folder import check_file
 
 _SUFFIX = ".npy"
 _CHUNK = 2**20
@@ -40,13 +40,13 @@ _DAMAGE = (
 
 @dataclasses.dataclass(frozen=True)
 class ArrayHeader:
-    """What a file says about one array ahead of its values.
+    """What the header of an array in the file says.
 
     Attributes:
-      shape: of the whole array.
-      dtype: of its values.
+      shape: shape of the whole array.
+      dtype: type of its values.
       fortran_order: whether the first axis varies fastest.
-      offset: bytes in front of the values.
+      offset: number of bytes before the values.
     """
 
     shape: tuple[int, ...]
@@ -65,7 +65,6 @@ class NpzArchive:
     """
 
     def __init__(self, path: epath.PathLike):
-        """Opens a file."""
         check_file(path)
         with contextlib.ExitStack() as stack, _damage_as_value_error():
             file = stack.enter_context(epath.Path(path).open("rb"))
@@ -80,17 +79,17 @@ class NpzArchive:
 
     @functools.cached_property
     def headers(self) -> dict[str, ArrayHeader]:
-        """Shape and type of every array, by key."""
+        """The header of every array, by key."""
         with _damage_as_value_error():
             names = [name for name in self._archive.namelist() if name.endswith(_SUFFIX)]
             return {name.removesuffix(_SUFFIX): self._read_header(name) for name in names}
 
     def read(self, key: str) -> np.ndarray:
-        """A whole array."""
+        """Reads a whole array."""
         return next(self._read_parts(key, whole=True))
 
     def rows(self, key: str) -> Iterator[np.ndarray]:
-        """The parts of an array along its first axis, one at a time."""
+        """Yields the parts of an array along its first axis, one at a time."""
         return self._read_parts(key, whole=False)
 
     def _read_parts(self, key: str, whole: bool) -> Iterator[np.ndarray]:
@@ -101,7 +100,7 @@ class NpzArchive:
         with _damage_as_value_error(), self._archive.open(key + _SUFFIX) as stream:
             stream.read(header.offset)
             if header.fortran_order:
-                # The values of a row are scattered over the file.
+                # The values of one row are spread over the whole file.
                 array = np.frombuffer(stream.read(), header.dtype).reshape(header.shape, order="F")
                 yield from [array] if whole else array
                 return
@@ -109,7 +108,7 @@ class NpzArchive:
                 yield np.frombuffer(stream.read(size), header.dtype).reshape(shape)
 
     def _check(self, key: str, header: ArrayHeader) -> None:
-        """Raises ValueError for an array that is not to be read, or whose bytes are not as they were written."""
+        """Raises ValueError for an array that must not be read, or whose bytes are damaged."""
         if header.dtype.hasobject:
             raise ValueError(
                 f"array {key!r} holds Python objects, which are not read since they may run code; save numbers or text"
@@ -121,7 +120,7 @@ class NpzArchive:
             if header.offset + math.prod(header.shape) * header.dtype.itemsize != info.file_size:
                 raise ValueError(f"array {key!r} does not have the number of bytes of {header}")
             with self._archive.open(info) as stream:
-                # The checksum is compared at the end: damage must be known before the first row is handed out.
+                # The checksum is compared at the end. Damage must be known before the first row is returned.
                 while stream.read(_CHUNK):
                     pass
 

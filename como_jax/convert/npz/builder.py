@@ -4,133 +4,260 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 from etils import epath
 
-from como_jax.convert.builder import (
-    ConversionError,
-    EpisodeBuilder,
-    LeftOut,
-    Settings,
-    SourceError,
-    StepLayout,
-    Warned,
-    check_control_rate,
-)
-from como_jax.convert.listing import NOT_UTF8, Listing, list_files, num_bytes
-from como_jax.convert.npz import trajectories
-from como_jax.convert.npz.archive import NpzArchive
-from como_jax.convert.npz.selection import Selection, check, select
+from como_jax.convert import images
+from como_jax.convert.builder import Item, StepLayout, Warned
+from como_jax.convert.folder import SIDECAR_SUFFIXES, FolderBuilder, FolderSettings
+from como_jax.convert.npz.archive import ArrayHeader, NpzArchive
+from como_jax.convert.selection import Selection, as_identifier, missing_warnings
+from como_jax.convert.settings import RATE, setting
 from como_jax.convert.sources import Source
-from como_jax.convert.video_folder.sidecar import SIDECAR_SUFFIXES, Instructions, read_instructions
 from como_jax.data.schema import Episode
+from como_jax.errors import ConversionError
 
-SUFFIX = ".npz"
 WITHOUT_LAST = "there is one action less than there are pictures: the last picture was left off"
+_ACTION_KEYS = ("action", "actions")
+_STATE_KEYS = ("state", "states")
+_LANGUAGE_KEYS = ("language_instruction", "instruction", "language", "task")
+_NUMBER_KINDS = "biuf"
+_TEXT_KINDS = "US"
+
+Headers = Mapping[str, ArrayHeader]
+"""The headers of the arrays of a file, by key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NpzSettings(Settings):
-    """Settings of `Npz`.
+class NpzSettings(FolderSettings):
+    """Settings of `Npz`."""
 
-    Attributes:
-      source: folder that is searched for .npz files, with all folders below.
-      control_rate: steps per second (Hz), which arrays do not say.
-      camera: keys of arrays, the main camera first; empty to take the only one with pictures.
-      action: keys, joined in this order; None for `action` or `actions` if there is one, empty for none.
-      state: keys, joined in this order; None for `state` or `states` if there is one, empty for none.
-      language: key of a text; None for the first usual one, '' for none.
-    """
-
-    source: str
-    control_rate: float = dataclasses.field(metadata={"help": "arrays do not say how many steps a second has"})
-    camera: tuple[str, ...] = ()
-    action: tuple[str, ...] | None = None
-    state: tuple[str, ...] | None = None
-    language: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_control_rate(self.control_rate)
+    control_rate: float = setting("steps per second (Hz), which arrays do not say", check=RATE)
+    camera: tuple[str, ...] = setting("keys of images, the main camera first [the only array with images]", ())
+    action: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [action or actions]", None)
+    state: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [state or states]", None)
+    language: str | None = setting("key of a text; '' for none [the first of the usual ones]", None)
 
 
-class Npz(EpisodeBuilder):
+class Npz(FolderBuilder):
     """The trajectories of all .npz files in a folder, whose arrays have the same keys in every file."""
 
     settings_class = NpzSettings
     settings: NpzSettings
+    suffixes = (".npz",)
+    contents = ".npz file"
 
     @property
     def layout(self) -> StepLayout:
         """The chosen cameras, states and actions."""
         return self._chosen[1]
 
-    def sources(self) -> list[Source]:
-        """One source a file."""
-        root = epath.Path(self.settings.source)
-        return [Source(name, num_bytes=num_bytes(root / name)) for name in self._names]
-
     def warnings(self) -> list[str]:
         """What was not understood in the folder, and what is missing from the dataset."""
-        others = [name for name in self._listing.files if not name.lower().endswith((SUFFIX, *SIDECAR_SUFFIXES))]
-        messages = [*self._listing.warnings, *self._instructions.warnings]
+        others = [name for name in self.listing.files if not name.lower().endswith((*self.suffixes, *SIDECAR_SUFFIXES))]
+        messages = [*self.listing.warnings, *self.instructions.warnings]
         if others:
-            messages.append(f"{len(others)} files that are not {SUFFIX} were ignored, such as {others[0]}")
-        missing = {"action": not self._selection.actions, "state": not self._selection.states}
-        return messages + [f"no {kind} was converted" for kind, is_missing in missing.items() if is_missing]
+            messages.append(f"{len(others)} files that are not .npz were ignored, such as {others[0]}")
+        selection = self._chosen[0]
+        return messages + missing_warnings(action=selection.actions, state=selection.states)
 
-    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
+    def episodes(self, source: Source) -> Iterator[Item]:
         """The trajectories of one file, in order."""
-        if source.path in self._listing.unreadable:
-            raise SourceError(NOT_UTF8)
-        path = epath.Path(self.settings.source) / source.path
-        for index, trajectory in enumerate(trajectories.read_trajectories(path, self._selection)):
+        for index, trajectory in enumerate(read_trajectories(self.path(source), self._chosen[0])):
             if trajectory.without_last:
                 yield Warned(WITHOUT_LAST)
             if not trajectory.language:
-                instruction = self._instructions.by_name.get(source.path, "")
+                instruction = self.instructions.by_name.get(source.path, "")
                 trajectory = dataclasses.replace(trajectory, language=instruction)
-            name = f"{source.path}/{index:06d}"
-            rate, image_size = self.settings.control_rate, self.settings.image_size
-            yield trajectories.make_episode(trajectory, name, source.path, rate, image_size)
-
-    @functools.cached_property
-    def _listing(self) -> Listing:
-        return list_files(epath.Path(self.settings.source))
-
-    @functools.cached_property
-    def _names(self) -> list[str]:
-        root = epath.Path(self.settings.source)
-        if not root.is_dir():
-            raise ConversionError(f"source folder {root} does not exist")
-        names = [name for name in self._listing.files if name.lower().endswith(SUFFIX)]
-        if not names:
-            raise ConversionError(f"source folder {root} holds no {SUFFIX} file")
-        return names
-
-    @property
-    def _selection(self) -> Selection:
-        return self._chosen[0]
+            name, rate = f"{source.path}/{index:06d}", self.settings.control_rate
+            yield trajectory.to_episode(name, source.path, rate, self.settings.image_size)
 
     @functools.cached_property
     def _chosen(self) -> tuple[Selection, StepLayout]:
-        """What is read from every file, by the first file that has it."""
-        settings, root, fault = self.settings, epath.Path(self.settings.source), ""
-        for name in self._names:
+        """What is read from every file, as the first file that has it decides."""
+        settings, fault = self.settings, ""
+        for name in self.names:
             try:
-                with NpzArchive(root / name) as archive:
+                with NpzArchive(self.root / name) as archive:
                     headers = archive.headers
                     chosen = select(headers, settings.camera, settings.action, settings.state, settings.language)
             except (OSError, ValueError) as error:
                 fault = fault or f"{name}: {error}"
                 continue
             axes = len(check(headers, chosen))
-            sizes = [trajectories.vector_size(headers, keys, axes) for keys in (chosen.states, chosen.actions)]
+            sizes = [_vector_size(headers, keys, axes) for keys in (chosen.states, chosen.actions)]
             return chosen, StepLayout(tuple(chosen.cameras), *sizes)
-        raise ConversionError(f"no file of {root} can be converted; {fault}")
+        raise ConversionError(f"no file of {self.root} can be converted; {fault}")
 
-    @functools.cached_property
-    def _instructions(self) -> Instructions:
-        sidecars = [name for name in self._listing.files if name.lower().endswith(SIDECAR_SUFFIXES)]
-        return read_instructions(epath.Path(self.settings.source), sidecars, self._names)
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One recording of T steps.
+
+    Attributes:
+      images: uint8 `[T, H, W, 3]` by camera, the main camera first.
+      states: float32 `[T, state_size]`, or None.
+      actions: float32 `[T, action_size]`, or None.
+      language: instruction, empty if there is none.
+      without_last: whether a last image was left off since no action belongs to it.
+    """
+
+    images: Mapping[str, np.ndarray]
+    states: np.ndarray | None = None
+    actions: np.ndarray | None = None
+    language: str = ""
+    without_last: bool = False
+
+    def to_episode(self, name: str, source_file: str, control_rate: float, image_size: int) -> Episode:
+        """Encodes the images, with a shorter side of at most `image_size` pixels."""
+        frames = {
+            camera: [images.make_frame(image, image_size) for image in stack] for camera, stack in self.images.items()
+        }
+        return images.make_episode(name, source_file, control_rate, frames, self.states, self.actions, self.language)
+
+
+def read_trajectories(path: epath.PathLike, selection: Selection) -> Iterator[Trajectory]:
+    """Yields the trajectories of a file; one trajectory of a batch is in memory at a time.
+
+    Raises:
+      ValueError, OSError: the file is damaged, or does not hold what is selected.
+    """
+    keys = tuple(dict.fromkeys((*selection.cameras.values(), *selection.states, *selection.actions)))
+    with NpzArchive(path) as archive:
+        steps = check(archive.headers, selection)
+        values = [archive.rows(key) if len(steps) > 1 else iter([archive.read(key)]) for key in keys]
+        texts = _texts(archive, selection.language, steps)
+        for arrays, text in zip(zip(*values, strict=True), texts, strict=True):
+            by_key = dict(zip(keys, arrays, strict=True))
+            length = steps[-1]
+            yield Trajectory(
+                {name: by_key[key][:length] for name, key in selection.cameras.items()},
+                _join(by_key, selection.states, length),
+                _join(by_key, selection.actions, length),
+                text,
+                any(len(by_key[key]) > length for key in selection.cameras.values()),
+            )
+
+
+def select(
+    headers: Headers,
+    cameras: Sequence[str],
+    actions: Sequence[str] | None,
+    states: Sequence[str] | None,
+    language: str | None,
+) -> Selection:
+    """Chooses arrays by the keys that were asked for, or by the usual ones.
+
+    Args:
+      headers: the arrays of a file.
+      cameras: keys; empty for the only array that can be images.
+      actions: keys; None for a usual one if the file has it, empty for none.
+      states: likewise.
+      language: key; None for a usual one if the file has it, '' for none.
+
+    Raises:
+      ValueError: an array is missing, or of another type.
+    """
+    texts = [key for key in _LANGUAGE_KEYS if key in headers and headers[key].dtype.kind in _TEXT_KINDS]
+    keys = cameras or _only_camera(headers)
+    names = {as_identifier(key): key for key in keys}
+    if len(names) < len(keys):
+        raise ValueError(f"cameras {', '.join(keys)} do not have different names")
+    selection = Selection(
+        names,
+        tuple(key for key in _ACTION_KEYS if key in headers)[:1] if actions is None else tuple(actions),
+        tuple(key for key in _STATE_KEYS if key in headers)[:1] if states is None else tuple(states),
+        next(iter(texts), None) if language is None else language or None,
+    )
+    check(headers, selection)
+    return selection
+
+
+def check(headers: Headers, selection: Selection) -> tuple[int, ...]:
+    """Checks the arrays of a file against a selection.
+
+    Returns:
+      `(T,)` for one trajectory of T steps with an action, or `(N, T)` for a batch of N.
+
+    Raises:
+      ValueError: an array is missing, of another type, or does not have as many steps as the others.
+    """
+    cameras, numbers = selection.cameras.values(), (*selection.states, *selection.actions)
+    for key in (*cameras, *numbers, *([] if selection.language is None else [selection.language])):
+        if key not in headers:
+            raise ValueError(f"there is no array {key!r}; there are: {_describe(headers)}")
+        if headers[key].dtype.hasobject:
+            raise ValueError(f"array {key!r} holds Python objects, which are not read since they may run code")
+    for key in cameras:
+        if not _is_camera(headers[key]):
+            raise ValueError(f"array {key!r} is {headers[key]}, but pictures are uint8 [T, H, W, 3] or [N, T, H, W, 3]")
+    for key in numbers:
+        if headers[key].dtype.kind not in _NUMBER_KINDS:
+            raise ValueError(f"array {key!r} is {headers[key]}, which are no numbers")
+    if selection.language is not None and headers[selection.language].dtype.kind not in _TEXT_KINDS:
+        raise ValueError(f"array {selection.language!r} is {headers[selection.language]}, which is no text")
+    return _check_lengths(headers, selection)
+
+
+def _check_lengths(headers: Headers, selection: Selection) -> tuple[int, ...]:
+    """All arrays must have as many steps as the main camera, but the last step needs no action."""
+    main = next(iter(selection.cameras.values()))
+    steps = headers[main].shape[:-3]
+    without_last = (*steps[:-1], steps[-1] - 1)
+    lengths = {}
+    for key in (*selection.cameras.values(), *selection.states, *selection.actions):
+        length = headers[key].shape[: len(steps)]
+        if length != steps and not (key in selection.actions and length == without_last):
+            raise ValueError(f"array {key!r} is {headers[key]}, but {main!r} is {headers[main]}")
+        lengths[key] = length
+    return without_last if without_last in lengths.values() else steps
+
+
+def _only_camera(headers: Headers) -> list[str]:
+    found = [key for key, header in headers.items() if _is_camera(header)]
+    if len(found) != 1:
+        what = "no array" if not found else "more than one array"
+        raise ValueError(
+            f"{what} is uint8 [T, H, W, 3] or [N, T, H, W, 3]; choose with `camera` from: {_describe(headers)}"
+        )
+    return found
+
+
+def _is_camera(header: ArrayHeader) -> bool:
+    return header.dtype == "uint8" and len(header.shape) in (4, 5) and header.shape[-1] == 3
+
+
+def _describe(headers: Headers) -> str:
+    return ", ".join(f"{key} {header}" for key, header in headers.items()) or "none"
+
+
+def _vector_size(headers: Headers, keys: Sequence[str], num_leading: int) -> int | None:
+    """Number of values that the joined arrays have in a step, or None without keys."""
+    return sum(math.prod(headers[key].shape[num_leading:]) for key in keys) if keys else None
+
+
+def _join(arrays: Mapping[str, np.ndarray], keys: Sequence[str], length: int) -> np.ndarray | None:
+    """Joins arrays `[T, ...]` to float32 `[T, size]`."""
+    if not keys:
+        return None
+    # Numbers too large for float32 become infinite, and are found with the others that are not finite.
+    with np.errstate(over="ignore"):
+        return np.concatenate([arrays[key][:length].reshape(length, -1).astype(np.float32) for key in keys], axis=1)
+
+
+def _texts(archive: NpzArchive, key: str | None, steps: tuple[int, ...]) -> list[str]:
+    """Returns one text for each trajectory.
+
+    The array may hold one text for all, one for each trajectory, or one for each step, of which the first is taken.
+    """
+    count = steps[0] if len(steps) > 1 else 1
+    if key is None:
+        return [""] * count
+    values = archive.read(key)
+    if values.ndim and len(steps) > 1 and len(values) != count:
+        raise ValueError(f"array {key!r} has {len(values)} texts for {count} trajectories")
+    first = [row.flat[0] for row in values] if values.ndim and len(steps) > 1 else [values.flat[0]] * count
+    return [(text.decode() if isinstance(text, bytes) else str(text)).strip() for text in first]

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
-from como_jax.convert.builder import (
-    ConversionError,
-    EpisodeBuilder,
-    LeftOut,
-    Settings,
-    SourceError,
-    StepLayout,
-    Warned,
-    check_control_rate,
-)
-from como_jax.convert.listing import NOT_UTF8, Listing, list_files, num_bytes
+from como_jax.convert.builder import Item, SourceError, StepLayout
+from como_jax.convert.folder import FolderBuilder, FolderSettings
 from como_jax.convert.npz.archive import NpzArchive
-from como_jax.convert.npz.selection import Selection
-from como_jax.convert.npz.trajectories import make_episode, read_trajectories
+from como_jax.convert.npz.builder import read_trajectories
+from como_jax.convert.selection import Selection
+from como_jax.convert.settings import RATE, setting
 from como_jax.convert.sources import Source, assign_splits
-from como_jax.data.schema import Episode
 from como_jax.names import DEFAULT_CAMERA
 
 NUM_ACTIONS = 15
@@ -35,27 +25,19 @@ _SELECTION = Selection({DEFAULT_CAMERA: "observations"}, actions=("actions",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcgenSettings(Settings):
-    """Settings of `Procgen`.
+class ProcgenSettings(FolderSettings):
+    """Settings of `Procgen`."""
 
-    Attributes:
-      source: folder that is searched for .npz files, with all folders below.
-      control_rate: steps per second (Hz).
-    """
-
-    source: str
-    control_rate: float = CONTROL_RATE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_control_rate(self.control_rate)
+    control_rate: float = setting("steps per second (Hz)", CONTROL_RATE, RATE)
 
 
-class Procgen(EpisodeBuilder):
+class Procgen(FolderBuilder):
     """The episodes in .npz files of `generate.py`, or of a trained agent; actions are one-hot."""
 
     settings_class = ProcgenSettings
     settings: ProcgenSettings
+    suffixes = (".npz",)
+    contents = ".npz file; generate.py makes them"
 
     @property
     def layout(self) -> StepLayout:
@@ -63,49 +45,32 @@ class Procgen(EpisodeBuilder):
         return StepLayout(action_size=NUM_ACTIONS)
 
     def sources(self) -> list[Source]:
-        """One source an episode; all of one level are on the same side of the split."""
-        root = epath.Path(self.settings.source)
-        if not root.is_dir():
-            raise ConversionError(f"source folder {root} does not exist")
-        names = [name for name in self._listing.files if name.lower().endswith(".npz")]
-        if not names:
-            raise ConversionError(f"source folder {root} holds no .npz file; generate.py makes them")
-        levels = {name: _level_name(root / name) for name in names}
-        # A file whose level cannot be read is going to be left out.
+        """One source an episode; all episodes of one level are on the same side of the split."""
+        levels = {name: _level_name(self.root / name) for name in self.names}
+        # A file whose level cannot be read will be left out.
         known = [Source(level) for level in sorted(set(levels.values())) if level]
         drawn = assign_splits(known, self.settings.validation_fraction, self.settings.seed)
         splits = {level.name: level.split for level in drawn} | {"": "train"}
-        return [Source(name, splits[levels[name]], num_bytes=num_bytes(root / name)) for name in names]
+        return [dataclasses.replace(source, split=splits[levels[source.path]]) for source in super().sources()]
 
-    def warnings(self) -> list[str]:
-        """Folders that were not looked into."""
-        return self._listing.warnings
-
-    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
+    def episodes(self, source: Source) -> Iterator[Item]:
         """The one episode of a file."""
-        if source.path in self._listing.unreadable:
-            raise SourceError(NOT_UTF8)
-        path = epath.Path(self.settings.source) / source.path
+        path = self.path(source)
         read_level(path)
         found = list(read_trajectories(path, _SELECTION))
         if len(found) != 1:
             raise SourceError(f"holds {len(found)} trajectories, but a level is split by files of one trajectory each")
-        trajectory = found[0]
-        assert trajectory.actions is not None
-        trajectory = dataclasses.replace(trajectory, actions=one_hot(trajectory.actions))
-        rate, image_size = self.settings.control_rate, self.settings.image_size
-        yield make_episode(trajectory, source.path, source.path, rate, image_size)
-
-    @functools.cached_property
-    def _listing(self) -> Listing:
-        return list_files(epath.Path(self.settings.source))
+        assert found[0].actions is not None
+        trajectory = dataclasses.replace(found[0], actions=one_hot(found[0].actions))
+        settings = self.settings
+        yield trajectory.to_episode(source.path, source.path, settings.control_rate, settings.image_size)
 
 
 def one_hot(actions: np.ndarray) -> np.ndarray:
-    """float32 `[T, NUM_ACTIONS]` from indices `[T, 1]`, which have no order that a number could express.
+    """Turns indices of actions `[T, 1]`, which have no order, into one-hot vectors, float32 `[T, NUM_ACTIONS]`.
 
     Raises:
-      ValueError: there is another action, or more than one a step.
+      ValueError: an index is not that of an action, or there is more than one in a step.
     """
     if actions.shape[1] != 1:
         raise ValueError(f"expected one action a step, got {actions.shape[1]}")
@@ -115,10 +80,10 @@ def one_hot(actions: np.ndarray) -> np.ndarray:
 
 
 def read_level(path: epath.PathLike) -> int:
-    """The level seed of an episode.
+    """Reads the level seed of an episode.
 
     Raises:
-      ValueError, OSError: there is none, or more than one, or the file is damaged.
+      ValueError, OSError: there is no seed, or more than one, or the file is damaged.
     """
     with NpzArchive(path) as archive:
         if _LEVEL_KEY not in archive.headers:
@@ -130,7 +95,7 @@ def read_level(path: epath.PathLike) -> int:
 
 
 def _level_name(path: epath.PathLike) -> str:
-    """Name of the level of an episode, empty if it cannot be read."""
+    """Returns the name of the level of an episode, empty if it cannot be read."""
     try:
         return f"level_{read_level(path)}"
     except (OSError, ValueError):

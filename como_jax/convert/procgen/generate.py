@@ -35,9 +35,9 @@ def play(env: Any, actions: Iterator[int], max_steps: int) -> dict[str, np.ndarr
     """Plays one episode, and returns its arrays (README.md).
 
     Args:
-      env: a gym3 environment of one game that was just made, and has RGB pictures under the key `rgb`.
-      actions: the policy, which looks at nothing.
-      max_steps: where an episode is cut.
+      env: a gym3 environment of one game, just made, that gives RGB images under the key `rgb`.
+      actions: the policy, which does not look at the images.
+      max_steps: longer episodes are cut.
     """
     observations, taken, rewards = [], [], []
     level = env.get_info()[0]["level_seed"]
@@ -47,7 +47,7 @@ def play(env: Any, actions: Iterator[int], max_steps: int) -> dict[str, np.ndarr
         reward, _, first = env.observe()
         taken.append(action)
         rewards.append(float(reward[0]))
-        # The first picture of the next episode takes the place of the last one of this.
+        # Instead of the last image of this episode, the environment gives the first one of the next.
         if first[0] or len(taken) == max_steps:
             break
     return {
@@ -65,7 +65,7 @@ def make_env(game: str, level: int, mode: str) -> Any:
         from procgen.env import ENV_NAMES
     except ImportError as error:
         sys.exit(f"{error}; this script needs an environment with `pip install procgen-mirror`")
-    # The games' library would end the process without a word of Python's.
+    # The library of the games would end the process without raising a Python error.
     if game not in ENV_NAMES:
         sys.exit(f"unknown game {game!r}; there are {', '.join(ENV_NAMES)}")
     # A fixed rand_seed makes the level play the same way every time.
@@ -83,7 +83,7 @@ def write_episode(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings of a folder's episodes; exits if it holds those of others."""
+    """Writes down the settings of a folder's episodes; exits if it holds episodes with other settings."""
     path = folder / SETTINGS_NAME
     if not path.exists():
         partial = folder / f".{SETTINGS_NAME}.partial"
@@ -99,7 +99,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def generate(out: Path, game: str, levels: range, mode: str, max_repeat: int, max_steps: int, seed: int) -> int:
-    """Plays the levels of a game that are not there yet, and returns how many steps were taken."""
+    """Plays the levels of a game that the folder does not have yet, and returns how many steps were taken."""
     folder = out / game
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder, {"mode": mode, "max_repeat": max_repeat, "max_steps": max_steps, "seed": seed})
@@ -145,7 +145,7 @@ def main() -> None:
     levels = range(arguments.first_level, arguments.first_level + arguments.episodes)
     games = [game.strip() for game in arguments.games.split(",")]
     for game in games:
-        # Before any folder is made.
+        # An unknown game is found before any folder is made.
         make_env(game, levels[0], arguments.mode).close()
     for game in games:
         generate(arguments.out, game, levels, arguments.mode, arguments.max_repeat, arguments.max_steps, arguments.seed)

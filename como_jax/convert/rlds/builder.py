@@ -10,89 +10,62 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from como_jax.convert.builder import (
-    ConversionError,
-    EpisodeBuilder,
-    LeftOut,
-    Settings,
-    StepLayout,
-    Warned,
-    check_control_rate,
-)
-from como_jax.convert.rlds import features
-from como_jax.convert.rlds.dataset import dataset_names, open_dataset, step_features
-from como_jax.convert.rlds.entries import OPEN_X, Entry, find_entry, nearest, read_table
-from como_jax.convert.rlds.episodes import EpisodeReader
-from como_jax.convert.rlds.locate import locate
+from como_jax.convert.builder import EpisodeBuilder, Item, LeftOut, StepLayout, Warned
+from como_jax.convert.rlds.dataset import dataset_names, locate, open_dataset, step_features
+from como_jax.convert.rlds.entries import OPEN_X, Entry, find_entry, read_table
+from como_jax.convert.rlds.episodes import EpisodeReader, select, vector_size
 from como_jax.convert.rlds.records import read_records
-from como_jax.convert.sources import Source
-from como_jax.data.schema import Episode
-
-VALIDATION_SPLITS = ("val", "valid", "validation", "eval", "test")
+from como_jax.convert.selection import Selection, missing_warnings, nearest
+from como_jax.convert.settings import RATE, Settings, setting
+from como_jax.convert.sources import VALIDATION_SPLITS, Source
+from como_jax.errors import ConversionError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RldsSettings(Settings):
-    """Settings of `Rlds`. What is not given is taken from the entry of the dataset, if there is one.
+    """Settings of `Rlds`. What is not given is taken from the entry of the dataset, if there is one."""
 
-    Attributes:
-      source: TFDS directory, a folder that holds just one, up to two levels down, or a TFDS name.
-      data_dir: where datasets lie that are given by name; '' for where TFDS keeps them.
-      table: TOML file with entries; '' for the one of Open X-Embodiment.
-      entry: name in the table; '' for the name of the dataset.
-      control_rate: steps per second (Hz), which RLDS does not record.
-      camera: observation keys, the main camera first; empty to take the only one.
-      action: step keys, joined in this order; None for `action` if there is one, empty for none.
-      state: step keys, joined in this order; None for `observation/state` if there is one, empty for none.
-      language: step key; None for the first usual one, '' for none.
-    """
-
-    source: str
-    data_dir: str = ""
-    table: str = ""
-    entry: str = ""
-    control_rate: float | None = None
-    camera: tuple[str, ...] = ()
-    action: tuple[str, ...] | None = None
-    state: tuple[str, ...] | None = None
-    language: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.control_rate is not None:
-            check_control_rate(self.control_rate)
+    source: str = setting("TFDS directory, a folder that holds just one, up to two levels down, or a TFDS name")
+    data_dir: str = setting("folder of datasets that are given by name [the folder of TFDS]", "")
+    table: str = setting("TOML file of known datasets [that of Open X-Embodiment]", "")
+    entry: str = setting("entry of the table [the name of the dataset]", "")
+    control_rate: float | None = setting("steps per second (Hz), which RLDS does not record", None, RATE)
+    camera: tuple[str, ...] = setting("observation keys, the main camera first [the only camera]", ())
+    action: tuple[str, ...] | None = setting("step keys, joined in this order; '' for none [action]", None)
+    state: tuple[str, ...] | None = setting("step keys, joined in this order; '' for none [observation/state]", None)
+    language: str | None = setting("step key of a text; '' for none [the first of the usual ones]", None)
 
 
 class Rlds(EpisodeBuilder):
-    """The episodes of an RLDS dataset. Their bounds are those of its records, whatever `is_last` says."""
+    """The episodes of an RLDS dataset. Each record is an episode, whatever `is_last` says."""
 
     settings_class = RldsSettings
     settings: RldsSettings
-    # The files of the source are large enough, and one file a shard converts in parallel.
+    # The files of the source are large enough, and with one file a shard they are converted in parallel.
     max_sources_per_shard = 1
 
     def __init__(self, out: epath.PathLike, settings: RldsSettings, name: str | None = None):
-        """Finds the dataset and what is known about it; the rest is as in `EpisodeBuilder`."""
+        """Finds the dataset and what is known about it; for arguments and errors see `EpisodeBuilder`."""
         self._location = locate(settings.source, settings.data_dir)
         if self._location.is_named:
             settings = dataclasses.replace(settings, source=str(self._location.directory))
         self._dataset = open_dataset(self._location.directory)
         entry_name, self._entry = _known_entry(settings, dataset_names(self._dataset))
-        # The report shows the values that were used, and a stopped conversion goes on with the same, wherever they
-        # come from.
+        # The report shows the values that were used, and a stopped conversion goes on with the same values, wherever
+        # they come from.
         super().__init__(out, _complete(settings, entry_name, self._entry), name)
 
     @functools.cached_property
     def layout(self) -> StepLayout:
         """The chosen cameras, states and actions."""
         return StepLayout(
-            cameras=tuple(features.camera_name(key) for key in self._selection.cameras),
-            state_size=features.size(self._steps, self._selection.states),
-            action_size=features.size(self._steps, self._selection.actions),
+            cameras=tuple(self._selection.cameras),
+            state_size=vector_size(self._steps, self._selection.states),
+            action_size=vector_size(self._steps, self._selection.actions),
         )
 
     def sources(self) -> list[Source]:
-        """One source a file; too few files without a validation split are cut in two by records."""
+        """One source a file; if there is no validation split and too few files to draw one, each file is cut in two."""
         splits = self._dataset.info.splits
         has_validation = any(split in VALIDATION_SPLITS for split in splits)
         fraction = self.settings.validation_fraction
@@ -111,16 +84,12 @@ class Rlds(EpisodeBuilder):
 
     def warnings(self) -> list[str]:
         """What was chosen without being asked for, and what is missing from the dataset."""
-        missing = {
-            "action": not self._selection.actions,
-            "state": not self._selection.states,
-            "language": self._selection.language is None,
-        }
+        selection = self._selection
         notes = [note for note in (self._location.note, self._entry.notes) if note]
-        return notes + [f"no {kind} was converted" for kind, is_missing in missing.items() if is_missing]
+        return notes + missing_warnings(action=selection.actions, state=selection.states, language=selection.language)
 
-    def episodes(self, source: Source) -> Iterator[Episode | LeftOut | Warned]:
-        """The episodes of some records of one file; the last part of a file goes on to its end."""
+    def episodes(self, source: Source) -> Iterator[Item]:
+        """The episodes in some records of one file; the last part of a file goes on to its end."""
         assert source.records is not None
         start, stop = source.records
         is_last = stop == self._num_records[source.path]
@@ -141,7 +110,7 @@ class Rlds(EpisodeBuilder):
 
     @functools.cached_property
     def _num_records(self) -> dict[str, int]:
-        """Number of records by file name, as the dataset announces them."""
+        """The number of records that the dataset announces, by file name."""
         return {
             path.name: length
             for info in self._dataset.info.splits.values()
@@ -150,18 +119,18 @@ class Rlds(EpisodeBuilder):
 
     @functools.cached_property
     def _steps(self) -> Mapping[str, Any]:
-        """Features of a step."""
+        """The features of a step."""
         return step_features(self._dataset)
 
     @functools.cached_property
-    def _selection(self) -> features.Selection:
+    def _selection(self) -> Selection:
         settings = self.settings
         try:
-            return features.select(self._steps, settings.camera, settings.action, settings.state, settings.language)
+            return select(self._steps, settings.camera, settings.action, settings.state, settings.language)
         except ConversionError as error:
             if not settings.entry:
                 raise
-            hint = f"entry {settings.entry!r} of {settings.table or OPEN_X.name}; flags override it"
+            hint = f"entry {settings.entry!r} of {settings.table or OPEN_X.name}; settings override it"
             raise ConversionError(f"{error} ({hint})") from error
 
     @functools.cached_property
@@ -180,14 +149,14 @@ class Rlds(EpisodeBuilder):
 
 
 def _known_entry(settings: RldsSettings, names: Sequence[str]) -> tuple[str, Entry]:
-    """Name and content of the entry of a dataset; '' and nothing if the table of Open X-Embodiment has none.
+    """Returns name and content of the entry of a dataset; '' and an empty entry if nothing is known about it.
 
     Args:
-      settings: name the entry and the table, or leave both to the dataset.
-      names: what the dataset is called, the best name first.
+      settings: may name the entry and the table.
+      names: possible names of the dataset, the best one first.
 
     Raises:
-      ConversionError: an entry or table was asked for and cannot be had.
+      ConversionError: the settings name an entry or a table that does not exist.
     """
     path = settings.table or OPEN_X
     table = read_table(path)
@@ -198,21 +167,21 @@ def _known_entry(settings: RldsSettings, names: Sequence[str]) -> tuple[str, Ent
         return known[0], table[known[0]]
     if settings.table:
         raise ConversionError(
-            f"{path} has no entry {' or '.join(names)}; --entry chooses another{nearest(names[0], table)}"
+            f"{path} has no entry {' or '.join(names)}; `entry` chooses another{nearest(names[0], table)}"
         )
     return "", Entry()
 
 
 def _complete(settings: RldsSettings, name: str, entry: Entry) -> RldsSettings:
-    """The settings with what the entry knows in place of what was not given.
+    """Fills in the settings that were not given from the entry.
 
     Raises:
-      ConversionError: nobody knows the control rate.
+      ConversionError: the control rate is neither given nor known.
     """
     rate = entry.control_rate if settings.control_rate is None else settings.control_rate
     if rate is None:
         unknown = f", nor does the entry {name!r}" if name else ""
-        raise ConversionError(f"rlds needs --control_rate: RLDS does not record how many steps a second has{unknown}")
+        raise ConversionError(f"rlds needs `control_rate`: RLDS does not record how many steps a second has{unknown}")
     return dataclasses.replace(
         settings,
         entry=name,
@@ -229,7 +198,7 @@ def _target_split(split: str) -> str:
 
 
 def _cut(path: str, length: int, fraction: float) -> list[Source]:
-    """A file as its first records for training and its last ones for validation."""
+    """Cuts a file into its first records for training and its last ones for validation."""
     num_validation = max(1, round(fraction * length)) if length > 1 and fraction > 0 else 0
     bound = length - num_validation
     parts = [Source(path, "train", (0, bound)), Source(path, "val", (bound, length))]

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
+from como_jax.convert.selection import nearest
 from como_jax.errors import ConversionError
 
 OPEN_X = epath.Path(__file__).parent / "open_x.toml"
@@ -21,17 +21,17 @@ OPEN_X = epath.Path(__file__).parent / "open_x.toml"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is known about one dataset; None where a table does not say.
+    """What is known about one dataset; None if the table does not say.
 
     Attributes:
-      cameras: keys of the observation, the main camera first.
+      cameras: observation keys, the main camera first.
       action: step keys, joined in this order; empty for none.
-      action_meaning: in words, what the joined numbers are: absolute or relative, units, sign of the gripper.
+      action_meaning: what the joined numbers are, in words: absolute or relative, units, sign of the gripper.
       state: step keys, joined in this order; empty for none.
       language: step key of the instruction, or '' for none.
       control_rate: steps per second (Hz).
-      source: addresses of where all this is documented.
-      notes: what a user should know besides.
+      source: addresses of the documentation.
+      notes: what a user should also know.
     """
 
     cameras: tuple[str, ...] | None = None
@@ -74,10 +74,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_table(path: epath.PathLike) -> dict[str, Entry]:
-    """All entries of a table by the names of their datasets.
+    """Reads all entries of a table, by the names of their datasets.
 
     Raises:
-      ConversionError: the file is missing or no TOML, or an entry has unknown fields or wrong values.
+      ConversionError: the file is missing or not TOML, or an entry has unknown fields or wrong values.
     """
     try:
         table = tomllib.loads(epath.Path(path).read_text(encoding="utf-8"))
@@ -89,23 +89,10 @@ def read_table(path: epath.PathLike) -> dict[str, Entry]:
 
 
 def find_entry(table: Mapping[str, Entry], path: epath.PathLike, name: str) -> Entry:
-    """The entry of the table in `path` with this name.
-
-    Raises:
-      ConversionError: there is none.
-    """
+    """Returns an entry of the table in `path` by its name; raises ConversionError if there is none."""
     if name not in table:
         raise ConversionError(f"{path} has no entry {name!r}{nearest(name, table)}")
     return table[name]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Names that could have been meant, as the end of an error message."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; there are {', '.join(known)}" if known else ""
 
 
 def _entry(where: str, fields: Any) -> Entry:

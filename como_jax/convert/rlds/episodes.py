@@ -1,4 +1,4 @@
-"""Records of an RLDS dataset as episodes."""
+"""Reads episodes from RLDS records: chooses cameras, actions, states and language, and parses only these."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.convert import images
-from como_jax.convert.rlds import features
-from como_jax.convert.rlds.pictures import Picture, convert_picture
-from como_jax.data.schema import Episode, Step
+from como_jax.convert.images import Frame
+from como_jax.convert.selection import Selection
+from como_jax.data.schema import Episode
+from como_jax.errors import ConversionError, one_line
 
+LANGUAGE_KEYS = (
+    "language_instruction",
+    "observation/natural_language_instruction",
+    "observation/language_instruction",
+    "natural_language_instruction",
+    "instruction",
+)
+_OBSERVATION = "observation/"
 _BLACK = 8
-# What TFDS raises for a record that is no example of its features.
+# What TFDS raises for a record that does not fit its features.
 _BAD_RECORDS = (
     DecodeError,
     ValueError,
@@ -31,116 +41,105 @@ _BAD_RECORDS = (
 
 
 class EpisodeReader:
-    """Reads episodes from the records of one dataset; nothing but the selected keys is parsed."""
+    """Reads episodes from the records of one dataset; only the selected keys are parsed."""
 
-    def __init__(
-        self, steps: Mapping[str, Any], selection: features.Selection, control_rate: float, image_size: int
-    ) -> None:
+    def __init__(self, steps: Mapping[str, Any], selection: Selection, control_rate: float, image_size: int) -> None:
         """Prepares the parser.
 
         Args:
           steps: features of a step.
-          selection: what to read of them.
+          selection: which keys of a step to read.
           control_rate: steps per second (Hz).
-          image_size: larger pictures are scaled down until their shorter side has this many pixels.
+          image_size: larger images are scaled down until their shorter side has this many pixels.
         """
         self._selection = selection
         self._control_rate = control_rate
         self._image_size = image_size
-        self._features = features.subset(steps, selection.keys)
-        self._decoders = features.encoded_images(steps, selection.cameras)
+        language = () if selection.language is None else (selection.language,)
+        self._keys = (*selection.cameras.values(), *selection.actions, *selection.states, *language)
+        self._features = _subset(steps, self._keys)
+        self._decoders = _encoded_images(steps, tuple(selection.cameras.values()))
 
     def read(self, record: bytes, source_file: str, index: int) -> tuple[Episode, list[str]]:
-        """Record number `index` of a file as an episode, and what its user should know.
+        """Reads record number `index` of a file; returns the episode, and what the user should know of it.
 
         Raises:
-          ValueError: the record is damaged, or holds no steps.
+          ValueError: the record is damaged, or has no steps.
         """
         selection = self._selection
         steps = list(self._parse(record))
         if not steps:
             raise ValueError("holds no steps")
-        pictures = [self._pictures(step, number) for number, step in enumerate(steps)]
+        by_step = [self._frames(step, number) for number, step in enumerate(steps)]
+        frames = {camera: [each[camera] for each in by_step] for camera in selection.cameras}
         language, is_intact = self._language(steps)
-        main_camera = features.camera_name(selection.cameras[0])
-        episode = Episode(
-            episode_id=f"{source_file}/{index:06d}",
-            source_file=source_file,
-            control_rate=self._control_rate,
-            steps=[
-                Step(
-                    {camera: picture.jpeg for camera, picture in views.items()},
-                    _join(step, selection.states),
-                    _join(step, selection.actions),
-                )
-                for step, views in zip(steps, pictures, strict=True)
-            ],
-            motion=images.motion([views[main_camera].thumbnail for views in pictures]),
-            language_instruction=language,
+        episode = images.make_episode(
+            f"{source_file}/{index:06d}",
+            source_file,
+            self._control_rate,
+            frames,
+            [_join(step, selection.states) for step in steps] if selection.states else None,
+            [_join(step, selection.actions) for step in steps] if selection.actions else None,
+            language,
         )
         warnings = [] if is_intact else ["a language instruction is not UTF-8; its bad bytes were replaced by \ufffd"]
-        return episode, warnings + _faults(pictures)
+        return episode, warnings + _faults(frames)
 
     def _parse(self, record: bytes) -> Iterator[Mapping[str, Any]]:
-        """The selected values of each step."""
+        """Yields the selected values of each step."""
         try:
             yield from self._features.deserialize_example_np(record, decoders=self._decoders)["steps"]
         except _BAD_RECORDS as error:
             if missing := self._missing_keys(record):
                 raise ValueError(f"holds no {', '.join(missing)}") from error
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"does not hold what the dataset describes: {reason}") from error
+            raise ValueError(f"does not hold what the dataset describes: {one_line(error)}") from error
 
     def _missing_keys(self, record: bytes) -> list[str]:
-        """Selected keys that a record does not have at all, which TFDS does not say."""
+        """Returns the selected keys that a record does not have at all; TFDS does not say which."""
         try:
             stored = tf_example_pb2.Example.FromString(record).features.feature
         except DecodeError:
             return []
         # Ragged values are stored under longer names.
-        return [key for key in self._selection.keys if not any(name.startswith(f"steps/{key}") for name in stored)]
+        return [key for key in self._keys if not any(name.startswith(f"steps/{key}") for name in stored)]
 
-    def _pictures(self, step: Mapping[str, Any], number: int) -> dict[str, Picture]:
-        pictures = {}
-        for key in self._selection.cameras:
-            camera = features.camera_name(key)
+    def _frames(self, step: Mapping[str, Any], number: int) -> dict[str, Frame]:
+        frames = {}
+        for camera, key in self._selection.cameras.items():
             try:
-                pictures[camera] = convert_picture(features.lookup(step, key), self._image_size)
+                frames[camera] = images.convert_stored(_lookup(step, key), self._image_size)
             except ValueError as error:
                 raise ValueError(f"step {number}, camera {camera!r}: {error}") from error
-        return pictures
+        return frames
 
     def _language(self, steps: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
-        """The first instruction that is not empty, and whether all of it can be read."""
+        """Returns the first instruction that is not empty, and whether all of it is valid UTF-8."""
         if self._selection.language is not None:
             for step in steps:
-                text = _to_text(features.lookup(step, self._selection.language))
+                text = _to_text(_lookup(step, self._selection.language))
                 if text.strip():
                     return text.strip(), "\ufffd" not in text
         return "", True
 
 
-def _faults(pictures: Sequence[Mapping[str, Picture]]) -> list[str]:
-    """What is odd about the cameras of an episode."""
+def _faults(frames: Mapping[str, Sequence[Frame]]) -> list[str]:
+    """Returns what is unusual about the cameras of an episode."""
     faults = []
-    for camera in pictures[0]:
-        views = [each[camera] for each in pictures]
-        if max(view.thumbnail.max() for view in views) < _BLACK:
+    for camera, shown in frames.items():
+        if max(frame.thumbnail.max() for frame in shown) < _BLACK:
             faults.append(f"camera {camera!r} is black over a whole episode")
-        if len({view.size for view in views}) > 1:
+        if len({frame.size for frame in shown}) > 1:
             faults.append(f"pictures of camera {camera!r} change their size within an episode")
     return faults
 
 
-def _join(step: Mapping[str, Any], keys: tuple[str, ...]) -> np.ndarray | None:
-    """The values of some keys, float32 `[D]`, or None without keys."""
-    if not keys:
-        return None
-    return np.concatenate([np.ravel(np.asarray(features.lookup(step, key), np.float32)) for key in keys])
+def _join(step: Mapping[str, Any], keys: tuple[str, ...]) -> np.ndarray:
+    """Joins the values of some keys to float32 `[D]`."""
+    return np.concatenate([np.ravel(np.asarray(_lookup(step, key), np.float32)) for key in keys])
 
 
 def _to_text(value: Any) -> str:
-    """Text from its bytes, or from code points padded with zeros."""
+    """Decodes a text from its bytes, or from code points padded with zeros."""
     if isinstance(value, np.ndarray) and value.ndim:
         return "".join(chr(point) if 0 < point < 0x110000 else "\ufffd" for point in _without_padding(value))
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
@@ -149,3 +148,139 @@ def _to_text(value: Any) -> str:
 def _without_padding(values: np.ndarray) -> list[int]:
     zeros = np.flatnonzero(values == 0)
     return values[: zeros[0]].tolist() if zeros.size else values.tolist()
+
+
+def leaves(features: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields key path and feature of everything in a features dict."""
+    for name, feature in features.items():
+        if isinstance(feature, tfds.features.FeaturesDict):
+            yield from leaves(feature, f"{prefix}{name}/")
+        else:
+            yield prefix + name, feature
+
+
+def select(
+    steps: Mapping[str, Any],
+    cameras: Sequence[str],
+    actions: Sequence[str] | None,
+    states: Sequence[str] | None,
+    language: str | None,
+) -> Selection:
+    """Checks the keys that were asked for, and chooses the others.
+
+    Args:
+      steps: features of a step.
+      cameras: observation keys; empty for the only camera.
+      actions: step keys; None for `action` if there is one.
+      states: step keys; None for `observation/state` if there is one.
+      language: step key; None for the first of the usual ones, '' for none.
+
+    Raises:
+      ConversionError: a key does not exist, or there are several cameras to choose from.
+    """
+    available = dict(sorted(leaves(steps)))
+    if language is None:
+        language = next((key for key in LANGUAGE_KEYS if key in available), "")
+    selection = Selection(
+        cameras=_select_cameras(available, cameras),
+        actions=_with_default(available, actions, "action"),
+        states=_with_default(available, states, f"{_OBSERVATION}state"),
+        language=language or None,
+    )
+    for kind, keys in (("action", selection.actions), ("state", selection.states)):
+        for key in keys:
+            _check_key(available, kind, key)
+            if None in available[key].shape:
+                raise ConversionError(f"{kind} key {key!r} has no fixed size: {available[key].shape}")
+            if available[key].np_dtype == np.object_:
+                raise ConversionError(f"{kind} key {key!r} holds no numbers")
+    if selection.language is not None:
+        _check_key(available, "language", selection.language)
+        if not _is_text(available[selection.language]):
+            raise ConversionError(f"language key {selection.language!r} is not text")
+    return selection
+
+
+def _subset(steps: Mapping[str, Any], keys: Sequence[str]) -> tfds.features.FeaturesDict:
+    """Returns features of an episode with only some keys of its steps, so that nothing else is parsed."""
+    available = dict(leaves(steps))
+    chosen = _nest({key: available[key] for key in keys})
+    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(tfds.features.FeaturesDict(chosen))})
+
+
+def _encoded_images(steps: Mapping[str, Any], cameras: Sequence[str]) -> dict[str, Any]:
+    """Returns TFDS decoders that leave the images of the cameras as the bytes that are stored."""
+    available = dict(leaves(steps))
+    encoded = [key for key in cameras if isinstance(available[key], tfds.features.Image)]
+    return {"steps": _nest({key: tfds.decode.SkipDecoding() for key in encoded})}
+
+
+def vector_size(steps: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    """Returns the number of values in the joined keys, or None without keys."""
+    available = dict(leaves(steps))
+    return sum(int(np.prod(available[key].shape)) for key in keys) if keys else None
+
+
+def _lookup(step: Mapping[str, Any], key: str) -> Any:
+    """Returns the value at a key path."""
+    value: Any = step
+    for part in key.split("/"):
+        value = value[part]
+    return value
+
+
+def _select_cameras(available: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, str]:
+    """Returns the key of every chosen camera by its name, which is the last part of the key."""
+    cameras = [key for key, feature in available.items() if _is_picture(key, feature)]
+    names = ", ".join(key.removeprefix(_OBSERVATION) for key in cameras) or "none"
+    if not wanted and len(cameras) != 1:
+        raise ConversionError(f"`camera` must choose one of the cameras of this dataset: {names}")
+    chosen = [_OBSERVATION + name.removeprefix(_OBSERVATION) for name in wanted] or cameras
+    for key in chosen:
+        if key not in cameras:
+            raise ConversionError(f"no camera {key.removeprefix(_OBSERVATION)!r} in this dataset; there are: {names}")
+    chosen = list(dict.fromkeys(chosen))
+    by_name = {key.rpartition("/")[2]: key for key in chosen}
+    if len(by_name) < len(chosen):
+        raise ConversionError(f"cameras must differ in the last part of their names: {', '.join(chosen)}")
+    return by_name
+
+
+def _is_picture(key: str, feature: Any) -> bool:
+    """Whether a feature is a camera. Grey and RGBA images count too, but a single channel may also be depth."""
+    shape = feature.shape
+    if not key.startswith(_OBSERVATION) or len(shape) != 3 or feature.np_dtype != np.uint8:
+        return False
+    return shape[-1] in (3, 4, None) or (shape[-1] == 1 and "depth" not in key)
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a feature is text, or the padded code points of a text, as in Language-Table."""
+    is_code_points = len(feature.shape) == 1 and np.issubdtype(feature.np_dtype, np.integer)
+    return is_code_points or (not feature.shape and feature.np_dtype == np.object_)
+
+
+def _with_default(available: Mapping[str, Any], keys: Sequence[str] | None, default: str) -> tuple[str, ...]:
+    if keys is not None:
+        return tuple(keys)
+    present = any(key == default or key.startswith(f"{default}/") for key in available)
+    return (default,) if present else ()
+
+
+def _check_key(available: Mapping[str, Any], kind: str, key: str) -> None:
+    inside = [name for name in available if name.startswith(f"{key}/")]
+    if inside:
+        raise ConversionError(f"{kind} key {key!r} is a group; choose some of {', '.join(inside)}")
+    if key not in available:
+        raise ConversionError(f"no {kind} key {key!r} in the steps of this dataset; there are: {', '.join(available)}")
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, name = key.split("/")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return nested

@@ -1,4 +1,4 @@
-"""Raw records of TFRecord and ArrayRecord files, with the damaged ones named."""
+"""Reads raw records of TFRecord and ArrayRecord files, and names the damaged ones."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _GZIP = b"\x1f\x8b\x08"
 
 
 def read_records(path: epath.PathLike, start: int, stop: int, to_end: bool = False) -> Iterator[bytes | LeftOut]:
-    """Yields the records of one file from `start` on, and what was left out in place of a damaged one.
+    """Yields the records of one file from `start` on, and a `LeftOut` in place of a damaged one.
 
     Args:
       path: a TFRecord file, compressed or not, or an ArrayRecord file.
-      start: number of records to pass over.
-      stop: the record after the last one, as the dataset announces it.
-      to_end: read what lies behind `stop` too.
+      start: number of records to skip.
+      stop: number of the record after the last one, as the dataset announces it.
+      to_end: also read the records after `stop`.
 
     Raises:
-      SourceError: the file is missing, ends before `stop`, or cannot be read on.
+      SourceError: the file is missing, ends before `stop`, or cannot be read further.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -62,17 +62,17 @@ def _read_tfrecords(path: epath.Path, start: int, stop: int, to_end: bool) -> It
 
 
 def _read_tfrecord(stream: IO[bytes], index: int, checked: bool) -> bytes | LeftOut | None:
-    """The next record, or None at the end of the file.
+    """Reads the next record; None at the end of the file.
 
     Raises:
-      ValueError: the record after this one cannot be found.
+      ValueError: the record is damaged in such a way that the next one cannot be found.
     """
     header = stream.read(_HEADER_BYTES)
     if not header:
         return None
     if len(header) < _HEADER_BYTES:
         raise ValueError("the file breaks off")
-    # Before anything is read: a damaged length would ask for more memory than there is.
+    # Checked before the data are read: a damaged length could ask for more memory than there is.
     if not _is_intact(header[: _LENGTH.size], header[_LENGTH.size :]):
         raise ValueError("the length of the record is damaged")
     (length,) = _LENGTH.unpack(header[: _LENGTH.size])
@@ -90,7 +90,7 @@ def _is_intact(data: bytes, checksum: bytes) -> bool:
 
 
 def _is_compressed(file: IO[bytes]) -> bool:
-    """Whether a file is GZIP; the length of a plain record may look like it, but then its checksum is right."""
+    """Whether a file is GZIP. The length of a plain record may look like GZIP, but then its checksum is right."""
     header = file.read(_HEADER_BYTES)
     file.seek(0)
     is_plain = len(header) == _HEADER_BYTES and _is_intact(header[: _LENGTH.size], header[_LENGTH.size :])
@@ -107,7 +107,7 @@ def _read_array_records(path: epath.Path, start: int, stop: int, to_end: bool) -
         for index in range(start, count if to_end else min(stop, count)):
             yield _read_array_record(reader, index)
     finally:
-        # Raises once more what was wrong with the file.
+        # Closing raises the error of a damaged file once more.
         with contextlib.suppress(ValueError, RuntimeError):
             reader.close()
     if count < stop:
@@ -118,5 +118,5 @@ def _read_array_record(reader: ArrayRecordReader, index: int) -> bytes | LeftOut
     try:
         return reader.read([index])[0]
     except (ValueError, RuntimeError, IndexError):
-        # Messages of the reader may hold the damaged bytes.
+        # The message of the reader is not used, since it may contain the damaged bytes.
         return LeftOut(f"record {index}: the data are damaged")

@@ -1,17 +1,16 @@
-"""The kinds of datasets that the doctor understands, recognised by their files."""
+"""The kinds of datasets that the doctor can read, recognised by their files."""
 
 from __future__ import annotations
 
 from etils import epath
 
 from como_jax.convert.lerobot.metadata import INFO_PATH
-from como_jax.convert.rlds.locate import find_dataset
+from como_jax.convert.rlds.dataset import find_dataset
 from como_jax.doctor.sources.base import DatasetView
 from como_jax.doctor.sources.converted import ConvertedView
 from como_jax.doctor.sources.lerobot import LeRobotView
 from como_jax.doctor.sources.rlds import RldsView
-from como_jax.doctor.sources.video_files import find_videos
-from como_jax.doctor.sources.videos import VideosView
+from como_jax.doctor.sources.videos import VideosView, find_videos
 from como_jax.errors import ConversionError, DatasetError
 
 _UNDERSTOOD = (
@@ -26,11 +25,11 @@ def open_view(directory: epath.PathLike, control_rate: float | None = None) -> D
     """Opens a dataset of any kind.
 
     Args:
-      directory: of the dataset.
+      directory: the folder of the dataset.
       control_rate: Hz, for sources that do not record it; a converted dataset has its own.
 
     Raises:
-      UsageError: there is no dataset, or it cannot be read.
+      UsageError: the folder holds no dataset, or one that cannot be read.
     """
     directory = epath.Path(directory).expanduser()
     if not directory.is_dir():

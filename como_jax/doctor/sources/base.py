@@ -1,4 +1,4 @@
-"""What the doctor needs of a dataset, and what its formats have in common."""
+"""What the doctor needs to know of a dataset, and what its formats have in common."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from como_jax.convert.builder import EpisodeBuilder, LeftOut, Settings, SourceError, Warned
+from como_jax.convert.builder import EpisodeBuilder
+from como_jax.convert.report import SourceOutcome
+from como_jax.convert.settings import Settings
 from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode
-from como_jax.doctor.findings import Finding, Problem, Severity, share_of
-from como_jax.doctor.recording import Recording
+from como_jax.doctor.findings import Finding, Problem, share_of, warning
+from como_jax.doctor.survey import Recording
 
 _NO_MATCH = re.compile(r"(?!)")
 
 
 class DatasetView(abc.ABC):
-    """A dataset to be looked over once: first `recordings` to the end, then `findings`.
+    """A dataset that is examined once: first `recordings` to the end, then `findings`.
 
     Attributes:
-      kind: of dataset, for people.
+      kind: the format, in words.
       unit: what `total` counts.
     """
 
@@ -36,41 +38,37 @@ class DatasetView(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Of the dataset."""
+        """The name of the dataset."""
         return self.directory.resolve().name
 
     @property
     @abc.abstractmethod
     def total(self) -> int:
-        """Number of units that there are."""
+        """The number of units in the dataset."""
 
     @abc.abstractmethod
     def recordings(self, limit: int) -> Iterator[Recording | Problem]:
-        """Episodes that are spread evenly over the dataset, and what could not be read.
-
-        Args:
-          limit: about how many; 0 for all.
-        """
+        """Yields about `limit` episodes, spread evenly over the dataset, and what could not be read; 0 for all."""
 
     def facts(self) -> dict[str, str]:
-        """What is known of the dataset beside its episodes."""
+        """Returns what is known of the dataset besides its episodes."""
         return {}
 
     def findings(self) -> list[Finding]:
-        """Faults of the format itself, as far as the recordings that were read show them."""
+        """Returns faults of the format itself, as far as the recordings that were read show them."""
         return []
 
 
 class SourceReader:
-    """The episodes of a dataset builder's sources, with everything counted that goes wrong."""
+    """Reads the episodes of a dataset builder's sources, and counts what the builder warns of."""
 
     def __init__(self, builder: type[EpisodeBuilder], settings: Settings, covered: re.Pattern[str] = _NO_MATCH):
         """Makes the builder, which writes nothing.
 
         Args:
           builder: class of the builder.
-          settings: of the builder.
-          covered: matches the warnings that a check of the doctor gives better.
+          settings: settings of the builder.
+          covered: matches the warnings that need not be repeated, since a check of the doctor says more about them.
         """
         self.builder = builder(epath.Path(tempfile.gettempdir()) / "como_doctor", settings)
         self._covered = covered
@@ -78,30 +76,25 @@ class SourceReader:
         self._num_sources = 0
 
     def read(self, source: Source) -> Iterator[Episode | Problem]:
-        """The episodes of one source."""
+        """Yields the episodes of one source, and then what could not be read of it."""
         self._num_sources += 1
-        warned: set[str] = set()
+        outcome = SourceOutcome(source.name)
         try:
-            for item in self.builder.episodes(source):
-                if isinstance(item, Warned):
-                    warned.add(item.message)
-                elif isinstance(item, LeftOut):
-                    yield Problem(source.name, item.reason)
-                elif not item.steps:
-                    yield Problem(source.name, f"episode {item.episode_id} has no steps")
+            for episode in self.builder.read(source, outcome):
+                if episode.steps:
+                    yield episode
                 else:
-                    yield item
-        except (SourceError, *self.builder.decoder_errors) as error:
-            yield Problem(source.name, " ".join(str(error).split()) or type(error).__name__)
+                    outcome.problems.append(f"episode {episode.episode_id} has no steps")
         finally:
-            # Also when the rest of the source is not wanted.
-            self._warnings.update(message for message in warned if not self._covered.search(message))
+            # Also if the rest of the source is not read.
+            self._warnings.update(message for message in set(outcome.warnings) if not self._covered.search(message))
+        for reason in outcome.problems:
+            yield Problem(source.name, reason)
 
     def findings(self) -> list[Finding]:
-        """What the builder warned of."""
+        """Returns what the builder has warned of."""
         return [
-            Finding(
-                Severity.WARNING,
+            warning(
                 "conversion-warning",
                 f"A conversion warns for {share_of(count, self._num_sources, 'source')}: {message}.",
                 "It does as it says; nothing needs to be done if that is right.",
@@ -111,16 +104,16 @@ class SourceReader:
 
 
 def spread(total: int, limit: int) -> list[int]:
-    """Up to `limit` of the numbers below `total`, evenly spread; all of them if the limit is 0."""
+    """Returns up to `limit` of the numbers below `total`, evenly spread; all of them if the limit is 0."""
     if not limit or limit >= total:
         return list(range(total))
     return [index * total // limit for index in range(limit)]
 
 
 def spread_records(sources: Sequence[Source], limit: int, blocks_per_source: int = 4) -> list[Source]:
-    """Parts of sources that have `limit` records together.
+    """Returns parts of sources that have `limit` records together.
 
-    They come in few blocks, evenly spread, because a file of records that has no index is read from its start.
+    They form a few blocks, evenly spread, because a file of records without an index is read from its start.
     """
     lengths = [source.records[1] - source.records[0] for source in sources if source.records]
     total = sum(lengths)

@@ -1,4 +1,4 @@
-"""Datasets that a conversion has made."""
+"""Datasets that were made by a conversion."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from como_jax.convert import images
 from como_jax.convert.report import REPORT_NAME, STATISTICS_NAME
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
-from como_jax.doctor.findings import Finding, Problem, Severity, count_of, name_some, share_of
-from como_jax.doctor.recording import Recording, probe_steps
+from como_jax.doctor.findings import Finding, Problem, count_of, error, name_some, share_of, warning
 from como_jax.doctor.sources.base import DatasetView, spread
-from como_jax.errors import DatasetError
+from como_jax.doctor.survey import Recording, probe_steps
+from como_jax.errors import DatasetError, one_line
 
 _READ_ERRORS = (OSError, ValueError, RuntimeError, IndexError, pa.ArrowException)
 
@@ -34,11 +34,11 @@ class ConvertedView(DatasetView):
         """Reads the episode tables of all splits that can be read.
 
         Raises:
-          DatasetError: no split can be read, or a control rate was given, which the dataset has itself.
+          DatasetError: no split can be read, or a control rate is given although the dataset has its own.
         """
         super().__init__(directory)
         if control_rate is not None:
-            raise DatasetError(f"{directory} is converted and has its control rate; --control_rate is for sources.")
+            raise DatasetError(f"{directory} is converted and has its control rate; `control_rate` is for sources.")
         self._damage: list[str] = []
         self._splits = [source for split in SPLITS if (source := self._open(split)) is not None]
         if not self._splits:
@@ -46,7 +46,7 @@ class ConvertedView(DatasetView):
 
     @property
     def total(self) -> int:
-        """Episodes of all splits."""
+        """The number of episodes of all splits."""
         return sum(len(source.length) for source in self._splits)
 
     def facts(self) -> dict[str, str]:
@@ -57,7 +57,7 @@ class ConvertedView(DatasetView):
         }
 
     def recordings(self, limit: int) -> Iterator[Recording | Problem]:
-        """Episodes of all splits; only the pictures that are looked at are read."""
+        """Episodes of all splits; only the images that are looked at are read."""
         offset, chosen = 0, spread(self.total, limit)
         for source in self._splits:
             cameras = self._cameras(source)
@@ -68,14 +68,10 @@ class ConvertedView(DatasetView):
 
     def findings(self) -> list[Finding]:
         """Damaged or missing splits, and what the reports of the conversion say."""
-        found = [
-            Finding(Severity.ERROR, "damaged-split", f"{damage}.", "Convert the dataset again.")
-            for damage in self._damage
-        ]
+        found = [error("damaged-split", f"{damage}.", "Convert the dataset again.") for damage in self._damage]
         if len(self._splits) == 1 and not self._damage:
             found.append(
-                Finding(
-                    Severity.WARNING,
+                warning(
                     "one-split",
                     f"There is only the split {self._splits[0].split!r}.",
                     "Convert with --validation_fraction above 0, so that there is something to evaluate on.",
@@ -88,12 +84,12 @@ class ConvertedView(DatasetView):
             return None
         try:
             return EpisodeSource(self.directory, split)
-        except (KeyError, *_READ_ERRORS) as error:
-            self._damage.append(f"split {split!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
+        except (KeyError, *_READ_ERRORS) as fault:
+            self._damage.append(f"split {split!r} cannot be read: {one_line(fault).rstrip('.')}")
             return None
 
     def _cameras(self, source: EpisodeSource) -> dict[str, EpisodeSource]:
-        """The source of every camera, the main one first; they share their tables."""
+        """Returns a source for every camera, the main camera first; they share their tables."""
         metadata = tfds.builder_from_directory(self.directory).info.metadata or {}
         found = {source.camera: source}
         for camera in metadata.get("cameras", ()):
@@ -112,23 +108,17 @@ class ConvertedView(DatasetView):
             if entries:
                 examples = [f"{entry['source']} ({entry['reasons'][0]})" for entry in entries]
                 found.append(
-                    Finding(
-                        Severity.WARNING,
+                    warning(
                         key.replace("_", "-"),
                         f"The conversion {what} {share_of(len(entries), total, 'source')}: {name_some(examples)}.",
                         f"Read {REPORT_NAME}, mend the sources and convert again, if they matter.",
                     )
                 )
-        for warning in report.get("warnings", []):
-            found.append(
-                Finding(
-                    Severity.WARNING,
-                    "conversion-warning",
-                    f"The conversion warned: {warning['message']} ({warning['count']} times).",
-                    f"Convert again with other settings if that is wrong; {REPORT_NAME} has the sources.",
-                )
-            )
-        return found
+        advice = f"Convert again with other settings if that is wrong; {REPORT_NAME} has the sources."
+        return found + [
+            warning("conversion-warning", f"The conversion warned: {each['message']} ({each['count']} times).", advice)
+            for each in report.get("warnings", [])
+        ]
 
     def _check_statistics(self) -> list[Finding]:
         statistics = self._read_json(STATISTICS_NAME)
@@ -139,8 +129,7 @@ class ConvertedView(DatasetView):
         if not wrong:
             return []
         return [
-            Finding(
-                Severity.ERROR,
+            error(
                 "stale-statistics",
                 f"{STATISTICS_NAME} counts other steps than there are in {', '.join(wrong)}.",
                 "Convert the dataset again, or normalization uses numbers of other data.",
@@ -153,11 +142,9 @@ class ConvertedView(DatasetView):
             if isinstance(content, dict):
                 return content
             reason = "it holds no object"
-        except (OSError, ValueError) as error:
-            reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
-        return Finding(
-            Severity.WARNING, "unreadable-report", f"{name} cannot be read: {reason}.", "Convert the dataset again."
-        )
+        except (OSError, ValueError) as fault:
+            reason = "it is missing" if isinstance(fault, FileNotFoundError) else str(fault)
+        return warning("unreadable-report", f"{name} cannot be read: {reason}.", "Convert the dataset again.")
 
 
 def _read_episode(cameras: dict[str, EpisodeSource], index: int) -> Recording | Problem:
@@ -170,8 +157,8 @@ def _read_episode(cameras: dict[str, EpisodeSource], index: int) -> Recording | 
             jpegs = records.read_jpegs([begin + step for step in probe_steps(length)])
             resolution[camera] = simplejpeg.decode_jpeg_header(jpegs[0])[:2]
             pictures[camera] = [images.decode_image(jpeg) for jpeg in jpegs]
-    except _READ_ERRORS as error:
-        return Problem(f"{source.episode_id[index]} ({source.split})", " ".join(str(error).split()))
+    except _READ_ERRORS as fault:
+        return Problem(f"{source.episode_id[index]} ({source.split})", one_line(fault))
     return Recording(
         episode_id=source.episode_id[index],
         control_rate=float(source.control_rate[index]),

@@ -1,4 +1,4 @@
-"""LeRobot datasets."""
+"""LeRobot datasets, and what `info.json` says in contradiction to their files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from etils import epath
 
 from como_jax.convert.builder import SourceError
 from como_jax.convert.lerobot.builder import NO_TASK, LeRobot, LeRobotSettings
-from como_jax.convert.lerobot.episode_lists import EpisodeEntry
-from como_jax.convert.lerobot.features import select_cameras
-from como_jax.convert.lerobot.metadata import Metadata, read_metadata
-from como_jax.convert.lerobot.rows import read_rows
-from como_jax.doctor.findings import Finding, Problem, Severity, name_some, share_of
-from como_jax.doctor.recording import Recording, record_episode
+from como_jax.convert.lerobot.metadata import FOUND_BY_NAME, INFO_PATH, EpisodeEntry, Metadata, fill
+from como_jax.convert.lerobot.reading import read_rows
+from como_jax.doctor.findings import Finding, Problem, name_dimensions, name_some, share_of, warning
 from como_jax.doctor.sources.base import DatasetView, SourceReader, spread
-from como_jax.doctor.sources.lerobot_info import cameras_without_files, check_info
-from como_jax.doctor.sources.video_files import VideoHeader, check_decoder, describe_codecs, read_header
+from como_jax.doctor.sources.videos import VideoHeader, check_decoder, describe_codecs, read_header
+from como_jax.doctor.survey import Recording, record_episode
 
 _TIMESTAMP = "timestamp"
 _RATE_TOLERANCE = 0.05
 _LOST_FRAME = 1.5
+_MAX_NUMBERS = 60
+_MEND = f"Conversion does without it; mend {INFO_PATH} before other programs read it."
+_OTHER_RATE = "Find out which one is the robot's and pass it with --control_rate."
 
 
 class LeRobotView(DatasetView):
@@ -35,13 +35,14 @@ class LeRobotView(DatasetView):
         """Reads the metadata.
 
         Raises:
-          ConversionError: they cannot be read, or there is no picture.
+          ConversionError: the metadata cannot be read, or there is no camera.
         """
         super().__init__(directory)
-        self._metadata: Metadata = read_metadata(directory)
         settings = LeRobotSettings(source=str(directory), control_rate=control_rate)
         self._reader = SourceReader(LeRobot, settings, re.compile(re.escape(NO_TASK)))
-        self._sources = self._reader.builder.sources()
+        self._builder: LeRobot = self._reader.builder
+        self._metadata = self._builder.metadata
+        self._sources = self._builder.sources()
         self._entries = {entry.name: entry for entry in self._metadata.episodes}
         self._headers: dict[str, VideoHeader] = {}
         self._other_clock: list[str] = []
@@ -49,7 +50,7 @@ class LeRobotView(DatasetView):
 
     @property
     def total(self) -> int:
-        """Episodes that the metadata list or that have a table."""
+        """The number of episodes that the metadata list or that have a table."""
         return len(self._sources)
 
     def facts(self) -> dict[str, str]:
@@ -58,9 +59,8 @@ class LeRobotView(DatasetView):
         return {"Rate in info.json": f"{self._metadata.fps:g} Hz" if self._metadata.fps else "none"} | codecs
 
     def recordings(self, limit: int) -> Iterator[Recording | Problem]:
-        """Episodes in order of their numbers."""
-        for index in spread(len(self._sources), limit):
-            source = self._sources[index]
+        """Episodes in the order of their numbers."""
+        for source in (self._sources[index] for index in spread(len(self._sources), limit)):
             entry = self._entries[source.path]
             resolution = self._read_headers(entry)
             for item in self._reader.read(source):
@@ -74,9 +74,9 @@ class LeRobotView(DatasetView):
                     yield Problem(item.episode_id, str(error))
 
     def findings(self) -> list[Finding]:
-        """What info.json and timestamps have wrong, and what the conversion would warn of."""
+        """Faults of info.json and of the timestamps, and what a conversion would warn of."""
         return [
-            *check_info(self.directory, self._metadata),
+            *check_info(self._metadata),
             *self._check_headers(),
             *check_decoder(list(self._headers.values())),
             *self._clock_findings(),
@@ -84,36 +84,28 @@ class LeRobotView(DatasetView):
         ]
 
     def _read_headers(self, entry: EpisodeEntry) -> dict[str, tuple[int, int]]:
-        """Sizes of the pictures as they are stored, by the cameras whose videos can be read."""
-        metadata, resolution = self._metadata, {}
-        missing = cameras_without_files(metadata)
-        keys = [key for key, f in metadata.features.items() if f.is_camera and not f.is_depth and key not in missing]
-        for name, key in select_cameras(keys, ()).items():
+        """Returns height and width of the stored images, by the cameras whose videos can be read."""
+        resolution = {}
+        for camera, key in self._builder.selection.cameras.items():
             video = entry.videos.get(key)
-            if video is None or video.path not in metadata.files or name not in self._reader.builder.layout.cameras:
+            if video is None or video.path not in self._metadata.files:
                 continue
-            if video.path not in self._headers:
-                header = read_header(self.directory / video.path)
-                if header is None:
-                    continue
+            header = self._headers.get(video.path) or read_header(self.directory / video.path)
+            if header is not None:
                 self._headers[video.path] = header
-            resolution[name] = (self._headers[video.path].height, self._headers[video.path].width)
+                resolution[camera] = (header.height, header.width)
         return resolution
 
-    def _check_headers(self) -> list[Finding]:
+    def _check_headers(self) -> Iterator[Finding]:
         fps, rates = self._metadata.fps, {header.frame_rate for header in self._headers.values() if header.frame_rate}
         other = sorted(rate for rate in rates if fps and abs(rate - fps) > _RATE_TOLERANCE * fps)
-        if not other:
-            return []
-        return [
-            Finding(
-                Severity.WARNING,
+        if other:
+            yield warning(
                 "other-frame-rate",
                 f"info.json says {fps:g} Hz, but there are videos with {', '.join(f'{rate:g}' for rate in other)} "
                 "frames a second.",
-                "Find out which one is the robot's and pass it with --control_rate.",
+                _OTHER_RATE,
             )
-        ]
 
     def _check_clock(self, entry: EpisodeEntry) -> None:
         """Notes whether the timestamps of an episode run at the rate of info.json."""
@@ -122,33 +114,91 @@ class LeRobotView(DatasetView):
             return
         try:
             table = read_rows(self.directory / entry.table, (_TIMESTAMP,), entry.index if entry.shares_table else None)
-            seconds = np.asarray(table[_TIMESTAMP].to_pylist(), np.float64).ravel()
+            steps = np.diff(np.asarray(table[_TIMESTAMP].to_pylist(), np.float64).ravel())
         except (SourceError, OSError, ValueError, TypeError, pa.ArrowException):
             return
-        steps = np.diff(seconds)
         if len(steps) and abs(np.median(steps) * fps - 1) > _RATE_TOLERANCE:
             self._other_clock.append(entry.name)
         elif len(steps) and steps.max() * fps > _LOST_FRAME:
             self._lost_frames.append(entry.name)
 
-    def _clock_findings(self) -> list[Finding]:
-        found = []
+    def _clock_findings(self) -> Iterator[Finding]:
+        other = f"run at another rate than the {self._metadata.fps or 0:g} Hz of info.json"
+        lost = "Frames were lost while recording: gaps in seconds are not exact there."
         for name, episodes, what, advice in (
-            (
-                "other-clock",
-                self._other_clock,
-                f"run at another rate than the {self._metadata.fps or 0:g} Hz of info.json",
-                "Find out which one is the robot's and pass it with --control_rate.",
-            ),
-            (
-                "lost-frames",
-                self._lost_frames,
-                "jump by more than one step",
-                "Frames were lost while recording: gaps in seconds are not exact there.",
-            ),
+            ("other-clock", self._other_clock, other, _OTHER_RATE),
+            ("lost-frames", self._lost_frames, "jump by more than one step", lost),
         ):
             if episodes:
                 share = share_of(len(episodes), self.total, "episode")
-                message = f"The timestamps of {share} {what}, such as {name_some(episodes)}."
-                found.append(Finding(Severity.WARNING, name, message, advice))
-        return found
+                yield warning(name, f"The timestamps of {share} {what}, such as {name_some(episodes)}.", advice)
+
+
+def check_info(metadata: Metadata) -> Iterator[Finding]:
+    """Finds everything in `info.json` that contradicts the files."""
+    missing = [key for key, each in metadata.features.items() if each.dtype == "video" and not metadata.has_video(key)]
+    if missing:
+        yield warning(
+            "camera-without-files",
+            f"{INFO_PATH} lists {'cameras' if len(missing) > 1 else 'a camera'} without files: {name_some(missing)}.",
+            "Conversion leaves it out; remove it from the list, or fetch its files if they should be there.",
+        )
+    yield from _check_totals(metadata)
+    yield from _check_templates(metadata)
+    numbers = [entry.index for entry in metadata.episodes]
+    if numbers != list(range(len(numbers))):
+        named = name_dimensions(numbers)
+        named = named if len(named) <= _MAX_NUMBERS else f"{named[:_MAX_NUMBERS].rpartition(',')[0]}, …"
+        yield warning(
+            "episode-numbers",
+            f"Episode numbers are not contiguous from 0: {named}.",
+            "Conversion takes the episodes that there are; splits and indices of other programs may mean others.",
+        )
+    for message in metadata.warnings:
+        if FOUND_BY_NAME not in message:
+            yield warning("metadata", f"{message}.", "Conversion copes with it; mend the metadata.")
+
+
+def _check_totals(metadata: Metadata) -> Iterator[Finding]:
+    info = metadata.info
+    counted: dict[str, int] = {
+        "total_episodes": len(metadata.episodes),
+        "total_tasks": len(metadata.tasks),
+        "total_videos": len(metadata.files.below("videos", ".mp4")),
+        "total_chunks": len({path.rpartition("/")[0] for path in metadata.files.below("data", ".parquet")}),
+    }
+    lengths = [entry.length for entry in metadata.episodes]
+    if None not in lengths:
+        counted["total_frames"] = sum(length or 0 for length in lengths)
+    wrong = [
+        f"{name} is {info[name]}, and there are {count}"
+        for name, count in counted.items()
+        if name in info and info[name] != count
+    ]
+    if wrong:
+        yield warning("wrong-totals", f"{INFO_PATH} counts wrongly: {'; '.join(wrong)}.", _MEND)
+
+
+def _check_templates(metadata: Metadata) -> Iterator[Finding]:
+    """Finds path templates of v2.0 and v2.1 that lead to no file."""
+    info = metadata.info
+    if info.get("codebase_version") == "v3.0":
+        return
+    cameras = [key for key, each in metadata.features.items() if each.dtype == "video" and metadata.has_video(key)]
+    for name, key in [("data_path", ""), *(("video_path", key) for key in cameras)]:
+        if not isinstance(info.get(name), str):
+            continue
+        astray = []
+        for entry in metadata.episodes:
+            actual = entry.videos[key].path if key else entry.table
+            led = fill(info[name], "", metadata.files.fields(entry.index, key))
+            if led != actual and actual in metadata.files:
+                astray.append((led, actual))
+        if astray:
+            led, actual = astray[0]
+            yield warning(
+                "wrong-template",
+                f"{name} of {INFO_PATH} ({info[name]}) leads to {led or 'nowhere'}, but the file is {actual}; "
+                f"{len(astray)} of {len(metadata.episodes)} files lie elsewhere than it says.",
+                f"The template is keyed on the wrong index or folder: {_MEND[0].lower()}{_MEND[1:]}",
+            )

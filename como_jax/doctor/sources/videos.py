@@ -1,24 +1,75 @@
-"""Folders of videos."""
+"""Folders of videos, and what the headers of video files say."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
+import av
 import numpy as np
 from etils import epath
 
+from como_jax.convert.folder import list_files
+from como_jax.convert.video import AV1_DECODERS, VIDEO_ERRORS, VideoReader
 from como_jax.convert.video_folder.builder import GUESSED_RATE, VideoFolder, VideoFolderSettings
-from como_jax.doctor.findings import Finding, Problem, Severity, share_of
-from como_jax.doctor.recording import Recording, record_episode
+from como_jax.doctor.findings import Finding, Problem, count_of, error, info, name_some, share_of, warning
 from como_jax.doctor.sources.base import DatasetView, SourceReader, spread
-from como_jax.doctor.sources.video_files import VideoHeader, check_decoder, describe_codecs, read_header
+from como_jax.doctor.survey import Recording, record_episode
 
-# Cameras and phones do not write it; OpenCV and imageio do, at whatever rate they are told.
+VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
+# Cameras and phones do not write these; OpenCV and imageio do, with any frame rate that they are told.
 _CODECS_OF_PROGRAMS = ("mpeg4", "mjpeg")
 _SHORT_SECONDS = 5.0
 _MIN_VIDEOS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoHeader:
+    """What the header of a video file says; see `VideoReader` for the fields."""
+
+    codec: str
+    height: int
+    width: int
+    frame_rate: float | None
+
+
+def find_videos(folder: epath.Path) -> list[str]:
+    """Returns the files in a folder and below whose names are those of videos, relative to the folder."""
+    return [name for name in list_files(folder).files if name.lower().endswith(VIDEO_SUFFIXES)]
+
+
+def read_header(path: epath.PathLike) -> VideoHeader | None:
+    """Reads the header of a video file; None if that fails, which is reported when the frames are read."""
+    try:
+        with VideoReader(path) as reader:
+            return VideoHeader(reader.codec, reader.height, reader.width, reader.frame_rate)
+    except VIDEO_ERRORS:
+        return None
+
+
+def describe_codecs(headers: Iterable[VideoHeader]) -> str:
+    """Lists codecs and how many files have each."""
+    counts = Counter(header.codec for header in headers)
+    return ", ".join(f"{codec} ({count_of(count, 'file')})" for codec, count in counts.most_common())
+
+
+def check_decoder(headers: Sequence[VideoHeader], available: Iterable[str] = av.codecs_available) -> list[Finding]:
+    """Finds videos that not every decoder can read."""
+    num_av1 = sum(header.codec == "av1" for header in headers)
+    if not num_av1:
+        return []
+    decoders = [name for name in AV1_DECODERS if name in set(available)]
+    here = f"this PyAV has {name_some(decoders)}" if decoders else "this PyAV has none"
+    return [
+        (info if decoders else error)(
+            "av1",
+            f"AV1, the codec of {share_of(num_av1, len(headers), 'video')}, needs a decoder such as dav1d: {here}.",
+            "Convert on a machine whose PyAV has it: the wheels from PyPI do; a system's FFmpeg or OpenCV may not.",
+        )
+    ]
 
 
 class VideosView(DatasetView):
@@ -31,7 +82,7 @@ class VideosView(DatasetView):
         """Lists the files.
 
         Raises:
-          ConversionError: there is no video, or the control rate is none.
+          ConversionError: there is no video, or the control rate is not positive.
         """
         super().__init__(directory)
         self._control_rate = control_rate
@@ -39,27 +90,25 @@ class VideosView(DatasetView):
         self._reader = SourceReader(VideoFolder, settings, re.compile(re.escape(GUESSED_RATE)))
         self._sources = self._reader.builder.sources()
         self._headers: dict[str, VideoHeader] = {}
-        self._lengths: dict[str, int] = {}
+        self._lengths: Counter[str] = Counter()
 
     @property
     def total(self) -> int:
-        """Files."""
+        """The number of files."""
         return len(self._sources)
 
     def facts(self) -> dict[str, str]:
         """Codecs and rates of the files that were looked at."""
-        rates = sorted({header.frame_rate for header in self._headers.values() if header.frame_rate})
         return {
             "Codecs": describe_codecs(self._headers.values()),
-            "Frame rates of the containers": ", ".join(f"{rate:g}" for rate in rates) + " Hz",
+            "Frame rates of the containers": f"{self._rates()} Hz",
         }
 
     def recordings(self, limit: int) -> Iterator[Recording | Problem]:
-        """Clips of the files, about equally many of each."""
+        """Clips of the files, about as many of each."""
         chosen = spread(len(self._sources), limit)
         clips = max(1, limit // len(chosen)) if limit else None
-        for index in chosen:
-            source = self._sources[index]
+        for source in (self._sources[index] for index in chosen):
             header = read_header(self.directory / source.path)
             resolution = {}
             if header is not None:
@@ -69,47 +118,36 @@ class VideosView(DatasetView):
                 if isinstance(item, Problem):
                     yield item
                     continue
-                self._lengths[source.path] = self._lengths.get(source.path, 0) + len(item.steps)
+                self._lengths[source.path] += len(item.steps)
                 yield record_episode(item, item.control_rate, resolution)
 
     def findings(self) -> list[Finding]:
-        """Rates of containers that are no control rates, codecs, and sidecars that were not understood."""
+        """Frame rates that are not control rates, codecs, and sidecars that were not understood."""
         found = check_decoder(list(self._headers.values()))
         if self._control_rate is None:
-            found += self._check_frame_rates()
-        for warning in self._reader.builder.warnings():
-            found.append(
-                Finding(
-                    Severity.WARNING,
-                    "sidecar",
-                    f"{warning}.",
-                    "Name files as they lie in the folder, in JSON or in CSV with a header.",
-                )
-            )
+            found.append(self._check_frame_rates())
+        advice = "Name files as they lie in the folder, in JSON or in CSV with a header."
+        found += [warning("sidecar", f"{message}.", advice) for message in self._reader.builder.warnings()]
         return found + self._reader.findings()
 
-    def _check_frame_rates(self) -> list[Finding]:
-        """Signs that the frame rate of the containers is only what a program was told to write."""
-        signs, total = [], len(self._headers)
+    def _rates(self) -> str:
+        rates = sorted({header.frame_rate for header in self._headers.values() if header.frame_rate})
+        return ", ".join(f"{rate:g}" for rate in rates)
+
+    def _check_frame_rates(self) -> Finding:
+        """Looks for signs that the frame rate of the containers is only what a program was told to write."""
+        signs = []
         by_program = sum(header.codec in _CODECS_OF_PROGRAMS for header in self._headers.values())
         if by_program:
-            signs.append(f"a program, not a camera, encoded {share_of(by_program, total, 'video')}")
-        seconds = [
-            length / self._headers[path].frame_rate
-            for path, length in self._lengths.items()
-            if path in self._headers and self._headers[path].frame_rate
-        ]
+            signs.append(f"a program, not a camera, encoded {share_of(by_program, len(self._headers), 'video')}")
+        rates = {path: header.frame_rate for path, header in self._headers.items() if header.frame_rate}
+        seconds = [length / rates[path] for path, length in self._lengths.items() if path in rates]
         if len(seconds) >= _MIN_VIDEOS and np.median(seconds) < _SHORT_SECONDS:
             signs.append(f"half of them last less than {np.median(seconds):.1f} s by it")
-        rates = sorted({header.frame_rate for header in self._headers.values() if header.frame_rate})
-        named = ", ".join(f"{rate:g}" for rate in rates)
-        return [
-            Finding(
-                Severity.WARNING if signs else Severity.INFO,
-                "suspicious-frame-rate" if signs else "guessed-rate",
-                f"The frame rate of the containers, {named} Hz, "
-                + (f"is probably not the control rate: {' and '.join(signs)}." if signs else "counts as control rate."),
-                "Gaps in seconds depend on it: find out how many steps a second the robot had and pass "
-                "--control_rate, here and when converting; videos from a camera have the right one.",
-            )
-        ]
+        verdict = f"is probably not the control rate: {' and '.join(signs)}" if signs else "counts as control rate"
+        return (warning if signs else info)(
+            "suspicious-frame-rate" if signs else "guessed-rate",
+            f"The frame rate of the containers, {self._rates()} Hz, {verdict}.",
+            "Gaps in seconds depend on it: find out how many steps a second the robot had and pass "
+            "--control_rate, here and when converting; videos from a camera have the right one.",
+        )

@@ -1,15 +1,17 @@
-"""Rows of one episode from the Parquet files of a LeRobot dataset."""
+"""Reads the rows and the frames of one episode of a LeRobot dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from como_jax.convert import images
 from como_jax.convert.builder import SourceError
+from como_jax.convert.video import VideoReader
 
 _TASK_COLUMN = "task_index"
 _EPISODE_COLUMN = "episode_index"
@@ -17,11 +19,11 @@ _ORDER_COLUMNS = ("timestamp", "frame_index", "index")
 
 
 def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = None) -> pa.Table:
-    """The rows of one episode in temporal order.
+    """Reads the rows of one episode in temporal order.
 
     Args:
       path: Parquet file.
-      keys: columns to be read; `task_index` comes with them where there is one.
+      keys: columns to read; `task_index` is added if there is one.
       episode: number of the episode, or None if all rows belong to it.
 
     Raises:
@@ -31,9 +33,8 @@ def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = N
     with epath.Path(path).open("rb") as file:
         schema = pq.ParquetFile(file).schema_arrow
         names = schema.names
-        order = [name for name in _ORDER_COLUMNS if name in names and pa.types.is_primitive(schema.field(name).type)][
-            :1
-        ]
+        ordered = [name for name in _ORDER_COLUMNS if name in names and pa.types.is_primitive(schema.field(name).type)]
+        order = ordered[:1]
         for key in (*keys, *([] if episode is None else [_EPISODE_COLUMN])):
             if key not in names:
                 raise SourceError(f"the table has no column {key!r}")
@@ -49,17 +50,17 @@ def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = N
     return table.sort_by(order[0]) if order else table
 
 
-def join_numbers(table: pa.Table, keys: Sequence[str]) -> list[np.ndarray] | list[None]:
-    """One float32 vector a row from the columns `keys`, or None for every row without keys.
+def join_numbers(table: pa.Table, keys: Sequence[str]) -> list[np.ndarray] | None:
+    """Joins the columns `keys` to one float32 vector for each row; None without keys.
 
     Raises:
       ValueError: a row does not hold numbers.
     """
     if not keys:
-        return [None] * table.num_rows
+        return None
     try:
         columns = [table[key].to_pylist() for key in keys]
-        # What is too large for float32 becomes infinite, which is found out later.
+        # Numbers too large for float32 become infinite, and are found with the others that are not finite.
         with np.errstate(over="ignore"):
             return [
                 np.concatenate([np.asarray(value, np.float32).ravel() for value in values])
@@ -70,14 +71,35 @@ def join_numbers(table: pa.Table, keys: Sequence[str]) -> list[np.ndarray] | lis
 
 
 def task_indices(table: pa.Table) -> list[int]:
-    """The task index of every row that has one."""
+    """Returns the task index of every row that has one."""
     values = table[_TASK_COLUMN].to_pylist() if _TASK_COLUMN in table.column_names else []
-    # Some writers keep scalars as lists of one.
+    # Some writers store scalars as lists of one element.
     scalars = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
     return [value for value in scalars if isinstance(value, int)]
 
 
 def column_names(path: epath.PathLike) -> set[str]:
-    """The columns of a Parquet file; raises as `read_rows` if it is damaged."""
+    """Returns the columns of a Parquet file; raises like `read_rows` if it is damaged."""
     with epath.Path(path).open("rb") as file:
         return set(pq.ParquetFile(file).schema_arrow.names)
+
+
+def video_frames(path: epath.PathLike, seconds: tuple[float, float] | None) -> Iterator[np.ndarray]:
+    """Yields the RGB images of a video, or of the part of it between two times."""
+    with VideoReader(path) as reader:
+        yield from reader.frames() if seconds is None else reader.frames_between(*seconds)
+
+
+def stored_frames(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """Yields the RGB images of a column of encoded images, or of structs with a field `bytes`.
+
+    Raises:
+      SourceError: a picture is not in the table.
+      ValueError: a picture is damaged.
+    """
+    for row, value in enumerate(column):
+        stored = value.as_py()
+        data = stored.get("bytes") if isinstance(stored, dict) else stored
+        if not isinstance(data, bytes):
+            raise SourceError(f"the picture of row {row} is not in the table")
+        yield images.decode_image(data)
