@@ -1,17 +1,20 @@
-"""What all commands share: plain log lines, and errors a user can mend in one line instead of a traceback."""
+"""What all commands share: plain log lines, and errors of usage in one line instead of a traceback."""
 
 from __future__ import annotations
 
+import difflib
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import absl.logging
 from absl import app, flags
 
 from como_jax.errors import NonFiniteError, UsageError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder that keeps compiled programs for later runs [that of JAX_COMPILATION_CACHE_DIR]."
@@ -58,6 +61,37 @@ def no_arguments(arguments: Sequence[str]) -> None:
         raise UsageError(f"Unexpected argument {arguments[0]!r}; options start with --.")
 
 
+def unknown_field(config: ConfigDict, name: str) -> str:
+    """Says that a config has no field of that full name, and which was probably meant; "" where it has the field."""
+    section, parts = config, name.split(".")
+    for number, part in enumerate(parts):
+        where = ".".join(["config", *parts[:number]])
+        if not _is_section(section):
+            return f"{where} is a value, and has no field {part!r}."
+        if part not in section:
+            guesses = difflib.get_close_matches(part, list(section), n=1)
+            guesses = [".".join([*parts[:number], guess, *parts[number + 1 :]]) for guess in guesses]
+            # A field of that name in another section.
+            guesses += [path for path in _paths(config) if path.rpartition(".")[2] == parts[-1]]
+            known = f"did you mean {guesses[0]!r}?" if guesses else f"{where} has {', '.join(sorted(section))}."
+            return f"The config has no field {name!r}; {known}"
+        section = section[part]
+    return ""
+
+
+def _is_section(value: object) -> bool:
+    # Not by its type, since robots serve policies without ml_collections.
+    return hasattr(value, "items")
+
+
+def _paths(section: ConfigDict, prefix: str = "") -> list[str]:
+    """Full names of all fields that are no sections."""
+    found = []
+    for name, value in section.items():
+        found += _paths(value, f"{prefix}{name}.") if _is_section(value) else [prefix + name]
+    return found
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
@@ -65,7 +99,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(f"{_last_line(str(error))} (--help lists all flags)", status=2)
     except (AttributeError, KeyError, TypeError) as error:
         # ml_collections lets errors of a config override through as they are.
-        _fail(_explain_override(error), status=2)
+        _fail(_explain_override(argv) or f"A --config.FIELD=VALUE flag does not fit the config: {error}", status=2)
 
 
 def _last_line(text: str) -> str:
@@ -75,12 +109,25 @@ def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1].strip().partition(": ")[2]
 
 
-def _explain_override(error: Exception) -> str:
-    text = str(error.args[0]) if error.args else str(error)
-    meant = re.search(r'Did you mean "([^"]+)" instead of "([^"]+)"', text)
-    if meant:
-        return f"The config has no field {meant[2]!r}; did you mean {meant[1]!r}?"
-    return f"A --config.FIELD=VALUE flag does not fit the config: {text}"
+def _explain_override(argv: Sequence[str]) -> str:
+    """What is wrong with the first --config.FIELD of a command line that names no field; "" where all do."""
+    for argument in argv[1:]:
+        flag, _, field = argument.lstrip("-").partition("=")[0].partition(".")
+        flag = flag if flag in flags.FLAGS else flag.removeprefix("no")
+        config = _load_config(flag, argv) if field and flag in flags.FLAGS else None
+        message = unknown_field(config, field) if config is not None else ""
+        if message:
+            return message
+    return ""
+
+
+def _load_config(flag: str, argv: Sequence[str]) -> ConfigDict | None:
+    """The config that the command line names by --FLAG=FILE or --FLAG FILE, without overrides."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, path = argument.lstrip("-").partition("=")
+        if name == flag:
+            return flags.FLAGS[flag].parser.parse(path if equals else following)
+    return None
 
 
 def _fail(message: str, status: int) -> NoReturn:

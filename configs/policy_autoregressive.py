@@ -8,25 +8,14 @@ codes, all others as continuous tokens, by regression or with `--config.model.la
 
 from ml_collections import ConfigDict
 
+from como_jax.spec.policies import AutoregressiveConfig
 from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The full recipe, or a smaller one by name."""
-    config = common.policy("autoregressive_policy")
+    config = common.policy("autoregressive_policy", common.section(AutoregressiveConfig, "chunk", "stride"))
     config.data.update({"instants": 2, "stride": 5, "chunk": 5, "robot_latents": True})
-    config.model = ConfigDict()
-    config.model.update({"width": 768, "depth": 12, "num_heads": 12})
-    config.model.gripper_dim = -1  # The dimension that opens and closes a gripper.
-    config.model.latent_head = "regression"  # regression or diffusion, of continuous latents.
-    config.model.update({"head_width": 512, "head_depth": 3, "diffusion_steps": 100})  # Of the diffusion head.
-    config.model.latent_dropout = 0.5
-    config.model.action_weight = 1.0
-    config.model.gripper_weight = 0.1
-    config.model.latent_weight = 1.0
-    config.model.generate_latents = False  # Whether latents are generated before actions.
-    config.model.temperature = 0.0
-    config.model.update({"action_size": 0, "latent_queries": 0, "latent_dim": 0, "codebook_size": 0})  # Of the data.
     return common.apply_variant(config, variant, (tiny, smoke))
 
 

@@ -16,31 +16,14 @@ labelled videos out: the robot-only baseline, equal in all else. In two stages: 
 
 from ml_collections import ConfigDict
 
+from como_jax.spec.policies import DiffusionPolicyConfig
 from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The full recipe, or a smaller one by name."""
-    config = common.policy("diffusion_policy")
-    config.model = ConfigDict()
-    config.model.update({"width": 512, "depth": 12, "num_heads": 8})
-    config.model.diffusion = ConfigDict(
-        {
-            "kind": "ddpm",  # ddpm or flow.
-            "train_steps": 100,
-            "sample_steps": 10,
-            "prediction": "sample",  # sample, or epsilon, which the noisiest steps leave undetermined without clip.
-            "eta": 0.0,
-            "clip": 1.0,  # Largest normalised action; 0.0 for normalizations without limits.
-        }
-    )
-    config.model.draws = 1  # Noisy versions of every chunk.
-    config.model.action_weight = 1.0
-    config.model.latent_weight = 1.0
-    config.model.latent_share = 0.5  # How often labelled robot data is trained on its labels.
-    config.model.instruction_dropout = 0.0
-    config.model.guidance = 1.0
-    config.model.update({"action_size": 0, "latent_queries": 0, "latent_dim": 0, "codebook_size": 0})  # Of the data.
+    config = common.policy("diffusion_policy", common.section(DiffusionPolicyConfig, "chunk", "stride", "latent_size"))
+    config.model.diffusion.clip = 1.0  # 0.0 for normalizations without limits.
     return common.apply_variant(config, variant, (tiny, smoke))
 
 

@@ -23,34 +23,23 @@ Labels of a model with a codebook are learned as codes, all others as vectors, b
 
 from ml_collections import ConfigDict
 
+from como_jax.spec.policies import VlaConfig
+from como_jax.spec.towers import DecoderConfig
 from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The full recipe, or what some variants make of it."""
-    config = common.policy("latent_vla")
+    model = common.section(DecoderConfig)
+    model.update(common.section(VlaConfig, "chunk", "stride"))
+    config = common.policy("latent_vla", model)
     config.data.update({"chunk": 1, "random_shift": 0, "normalization": "uniform"})
     config.encoder.pool = 1
-    config.text.tower = "tokens"
-    config.text.update({"prompt": "what action should the robot take to {}", "max_length": 128})
-    config.text.frozen = False
-    config.model = ConfigDict()
+    config.text.update({"tower": "tokens", "frozen": False, "max_length": 128})
+    config.text.prompt = "what action should the robot take to {}"
     config.model.weights = ""  # PaliGemma's: .safetensors or .safetensors.index.json, with config.json beside it.
-    config.model.update({"width": 1024, "depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_size": 256})
-    config.model.update({"mlp_width": 4096, "rope_period": 10_000.0, "norm_epsilon": 1e-6})
-    config.model.update({"lora_rank": 0, "lora_alpha": 16.0})
-    config.model.action_head = "bins"  # bins, regression or flow.
-    config.model.num_bins = 256
-    config.model.gripper_dim = -1  # The dimension that opens and closes a gripper, which then is -1 or 1.
-    config.model.latent_head = "regression"  # regression or flow, of continuous latents.
-    config.model.update({"head_width": 512, "head_depth": 3, "flow_steps": 10})  # Of heads that match flows.
-    config.model.action_weight = 1.0
-    config.model.latent_weight = 0.99
-    config.model.text_weight = 0.01
-    config.model.causal_text = True  # The instruction is learned as text too; False lets pictures read it.
-    config.model.color_jitter = 0.0  # 1.0 changes brightness, contrast and saturation by up to 20 %.
-    config.model.temperature = 0.0
-    config.model.update({"action_size": 0, "latent_queries": 0, "latent_dim": 0, "codebook_size": 0})  # Of the data.
+    config.model.update({"width": 1024, "mlp_width": 4096})
+    config.model.update({"text_weight": 0.01, "causal_text": True})
     config.optim.update({"learning_rate": 2e-5, "final_learning_rate": 2e-5, "weight_decay": 0.0, "warmup_steps": 0})
     config.train.num_steps = 70_000
     config.evaluation.execute = 1

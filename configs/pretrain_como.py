@@ -17,6 +17,7 @@ small variants have it off. The paper's ablations are the other recipes, each a 
 
 from ml_collections import ConfigDict
 
+from como_jax.spec.motion import MotionConfig
 from configs import common
 
 
@@ -25,49 +26,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config = common.pretraining("como")
     config.encoder = common.encoder("L")
     config.encoder.frozen = True
-    config.encoder.init_from = ""  # Workdir of a run whose encoder to start from, of configs/pretrain_mae.py.
+    config.encoder.init_from = ""  # Directory of a run whose encoder to start from, of configs/pretrain_mae.py.
     config.data.labels = "action"  # action, state or action,state: what model.label_weight reads from the latent.
     config.data.labelled_fraction = 0.05  # Of the episodes, those whose labels are used.
-    config.model = motion_model()
+    config.model = common.section(MotionConfig, "freeze_encoder", "pair_spans")
+    config.model.perceptual_file = ""  # .safetensors or .npz, for the perceptual spaces vgg16 and alexnet.
     return common.apply_variant(config, variant, (base, tiny, smoke))
-
-
-def motion_model() -> ConfigDict:
-    """The paper's motion model; `MotionConfig` in como_jax/motion/como.py says what each field means."""
-    model = ConfigDict()
-    model.num_queries = 8
-    model.latent_dim = 16
-    model.motion_input = "difference"  # difference (Td), future, rgb_difference or future_only.
-    model.bottleneck = ConfigDict(
-        {
-            "kind": "none",  # none, vq, vq_ema, nsvq, fsq or kl.
-            "codebook_size": 128,
-            "commitment": 0.25,
-            "ema_decay": 0.99,
-            "replace_below": 0.0,
-            "fsq_levels": (8, 5, 5, 5),
-            "kl_weight": 1e-4,
-        }
-    )
-    model.update({"idm_width": 768, "idm_depth": 4, "idm_heads": 12})
-    model.update({"fdm_width": 768, "fdm_depth": 12, "fdm_heads": 12, "fdm_patch_size": 16})
-    model.residual = False
-    # Loss terms; one of weight 0.0 is not computed.
-    model.mse_weight = 1.0
-    model.pixel_probe = False
-    model.perceptual_weight = 1.0
-    model.perceptual_space = "vgg16"  # vgg16, alexnet or encoder.
-    model.perceptual_file = ""  # .safetensors or .npz, for vgg16 and alexnet.
-    model.tcl_weight = 0.004
-    model.tcl_temperature = 0.1
-    model.tcl_gradient_everywhere = False
-    model.feature_weight = 0.0
-    model.feature_target = "future"  # future or difference.
-    model.flow_weight = 0.0
-    model.gap_weight = 0.0
-    model.label_weight = 0.0
-    model.label_size = 0  # 0 takes what the data has.
-    return model
 
 
 def base(config: ConfigDict) -> None:

@@ -14,28 +14,16 @@ The run logs the perplexity of the codebook and its dead codes, and warns when i
 
 from ml_collections import ConfigDict
 
+from como_jax.spec.motion import LaqConfig
 from configs import common
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The paper's recipe, or a smaller one by name."""
     config = common.pretraining("laq")
-    config.model = ConfigDict(
-        {
-            "patch_size": 32,
-            "width": 1024,
-            "num_heads": 16,
-            "head_size": 64,
-            "spatial_depth": 8,
-            "temporal_depth": 8,
-            "decoder_depth": 8,
-            "latent_dim": 32,
-            "codebook_size": 8,
-            "replace_below": 0.1,
-        }
-    )
+    config.model = common.section(LaqConfig)
     config.data.update({"image_size": 256, "gap_seconds": 0.6, "random_shift": 0, "batch_size": 512})
-    config.optim.update({"learning_rate": 1e-4, "final_learning_rate": 1e-4, "warmup_steps": 0})
+    config.optim.update({"final_learning_rate": 1e-4, "warmup_steps": 0})
     config.optim.update({"weight_decay": 0.0, "clip_norm": 0.5})
     return common.apply_variant(config, variant, (base, tiny, smoke))
 

@@ -7,6 +7,7 @@ Then start CoMo from it with `--config.encoder.init_from=RUN`. The variants matc
 
 from ml_collections import ConfigDict
 
+from como_jax.spec.motion import MaeConfig
 from configs import common
 
 
@@ -14,7 +15,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """ViT-L with the paper's decoder, or a smaller one by name."""
     config = common.pretraining("mae")
     config.encoder = common.encoder("L")
-    config.model = ConfigDict({"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16, "mask_ratio": 0.75})
+    config.model = common.section(MaeConfig)
     config.data.batch_size = 1024
     config.optim.update({"learning_rate": 6e-4, "final_learning_rate": 1e-6, "warmup_steps": 5000})
     config.optim.update({"beta2": 0.95, "weight_decay": 0.05})

@@ -74,7 +74,8 @@ def make_como() -> Callable[..., ModelDef]:
 
     def make(remat: str = "none", **changes: Any) -> ModelDef:
         sizes = {"idm_width": 16, "idm_depth": 2, "idm_heads": 2, "fdm_width": 16, "fdm_depth": 1, "fdm_heads": 2}
-        config = MotionConfig(**{"num_queries": 2, "latent_dim": 3, "fdm_patch_size": 8, **sizes, **changes})
+        sizes |= {"num_queries": 2, "latent_dim": 3, "fdm_patch_size": 8}
+        config = MotionConfig(**{"perceptual_weight": 0.0, **sizes, **changes})
         vit = VitConfig(image_size=16, patch_size=8, width=16, depth=2, num_heads=2)
         return ModelDef.create(lambda rngs: Como(vit, config, remat=remat, rngs=rngs))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from como_jax import cli
 
@@ -24,3 +25,28 @@ def test_a_folder_for_compiled_programs_is_taken_where_one_is_given(cache: str, 
     assert jax.config.jax_compilation_cache_dir == cache
     cli.keep_programs(str(tmp_path))
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+CONFIG = ConfigDict(
+    {"seed": 0, "optim": {"learning_rate": 1.0}, "model": {"latent_dim": 3, "bottleneck": {"kind": ""}}}
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("model.latent_dmi", "no field 'model.latent_dmi'; did you mean 'model.latent_dim'?"),
+        ("modle.latent_dim", "no field 'modle.latent_dim'; did you mean 'model.latent_dim'?"),
+        ("kind", "no field 'kind'; did you mean 'model.bottleneck.kind'?"),
+        ("optim.lr", "no field 'optim.lr'; config.optim has learning_rate."),
+        ("zzz", "no field 'zzz'; config has model, optim, seed."),
+        ("seed.first", "config.seed is a value, and has no field 'first'."),
+    ],
+)
+def test_a_field_that_is_not_there_is_named_with_what_is(field: str, message: str) -> None:
+    assert message in cli.unknown_field(CONFIG, field)
+
+
+@pytest.mark.parametrize("field", ["seed", "optim", "model.bottleneck.kind"])
+def test_a_field_that_is_there_is_fine(field: str) -> None:
+    assert cli.unknown_field(CONFIG, field) == ""

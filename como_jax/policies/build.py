@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
@@ -20,6 +17,7 @@ from como_jax.spec.policies import (
     ObservationConfig,
     VlaConfig,
 )
+from como_jax.spec.sections import fields_of
 from como_jax.spec.towers import DecoderConfig, TextConfig
 
 POLICY_FAMILIES = ("diffusion_policy", "autoregressive_policy", "latent_vla")
@@ -39,7 +37,7 @@ def build_policy(config: ConfigDict) -> ModelDef:
         diffusion = diffusion_policy_config(config)
         return define(DiffusionPolicy, observation, diffusion, **options)
     if config.family == "autoregressive_policy":
-        autoregressive = AutoregressiveConfig(**_model_fields(config, AutoregressiveConfig), **_window(config))
+        autoregressive = AutoregressiveConfig(**fields_of(AutoregressiveConfig, config.model), **_window(config))
         return define(AutoregressivePolicy, observation, autoregressive, **options)
     if config.family == "latent_vla":
         vla = vla_config(config)
@@ -63,8 +61,7 @@ def observation_config(config: ConfigDict) -> ObservationConfig:
 
 def text_config(config: ConfigDict) -> TextConfig:
     """The instruction's tower."""
-    names = {field.name for field in dataclasses.fields(TextConfig)}
-    fields = {name: value for name, value in config.text.items() if name in names}
+    fields = fields_of(TextConfig, config.text)
     if config.text.tower == "tokens":
         # What reads the tokens is the model itself.
         fields["width"] = config.model.width
@@ -73,7 +70,7 @@ def text_config(config: ConfigDict) -> TextConfig:
 
 def diffusion_policy_config(config: ConfigDict) -> DiffusionPolicyConfig:
     """The diffusion policy's part of the config."""
-    fields = _model_fields(config, DiffusionPolicyConfig) | _window(config)
+    fields = fields_of(DiffusionPolicyConfig, config.model) | _window(config)
     latent_size = config.model.latent_queries * config.model.latent_dim
     return DiffusionPolicyConfig(
         **{**fields, "diffusion": DiffusionConfig(**config.model.diffusion), "latent_size": latent_size}
@@ -82,14 +79,8 @@ def diffusion_policy_config(config: ConfigDict) -> DiffusionPolicyConfig:
 
 def vla_config(config: ConfigDict) -> VlaConfig:
     """The vision-language-action model's part of the config."""
-    fields = _model_fields(config, VlaConfig) | _window(config)
-    return VlaConfig(**{**fields, "decoder": DecoderConfig(**_model_fields(config, DecoderConfig))})
-
-
-def _model_fields(config: ConfigDict, of: type) -> dict[str, Any]:
-    """The fields of a dataclass that the config's model section has."""
-    names = {field.name for field in dataclasses.fields(of)}
-    return {name: value for name, value in config.model.items() if name in names}
+    fields = fields_of(VlaConfig, config.model) | _window(config)
+    return VlaConfig(**{**fields, "decoder": DecoderConfig(**fields_of(DecoderConfig, config.model))})
 
 
 def _window(config: ConfigDict) -> dict[str, int]:

@@ -107,7 +107,7 @@ class MotionConfig:
     freeze_encoder: bool = True
     mse_weight: float = 1.0
     pixel_probe: bool = False
-    perceptual_weight: float = 0.0
+    perceptual_weight: float = 1.0
     perceptual_space: str = "vgg16"
     tcl_weight: float = 0.004
     tcl_temperature: float = 0.1
@@ -179,9 +179,9 @@ class LaqConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaeConfig:
-    """Decoder sizes and mask ratio; the paper's decoder is 8 layers of width 512 and masks 0.75."""
+    """Sizes of the decoder, and the share of patches that is masked; the defaults are the paper's."""
 
-    decoder_width: int
-    decoder_depth: int
-    decoder_heads: int
-    mask_ratio: float
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    mask_ratio: float = 0.75

@@ -6,6 +6,7 @@ optimiser moments over `fsdp` and `tensor`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -21,6 +22,16 @@ from como_jax.errors import MeshError
 from como_jax.nn.primitives import BATCH_AXES, BATCH_SPEC
 
 MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """The `mesh` section of a recipe: devices along each axis; -1 on one axis takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
 
 # The first pattern that ends the path wins. Axes name the trailing dimensions, so that stacked layers, with one
 # more leading axis, need no entry of their own.
@@ -39,7 +50,13 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 MESH_AXIS_OF: dict[str, str] = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocabulary": "tensor"}
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = MeshSettings.data,
+    fsdp: int = MeshSettings.fsdp,
+    tensor: int = MeshSettings.tensor,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh over all devices, or over those given; one axis may be -1 and takes what the others leave.
 
     Over several TPU slices, `data` is split first, so that the network between them carries gradients alone.

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from como_jax import hosts
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.sections import fields_of
 from como_jax.training import sharding
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.models import Unit
@@ -56,20 +57,31 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """When a run logs, evaluates, saves and ends.
+class TrainSettings:
+    """The `train` section of a recipe: how a step is computed, and when a run logs, evaluates, saves and ends.
 
     Attributes:
       num_steps: updates of the whole run; the learning-rate schedule ends there.
       stop_after: updates after which this process saves and stops, to be resumed later; 0 for `num_steps`.
+      accumulation: microbatches whose gradients are averaged before one update.
+      dtype: "bfloat16" or "float32", of what is computed; parameters and reductions are float32.
+      remat: what is computed again for the gradient instead of being kept: "none", "dots" (all but matrix products) or
+        "full".
+      attention: "xla", or "cudnn", fused kernels of a GPU, for bfloat16 and the train step alone.
       log_every, evaluate_every, checkpoint_every: in steps; with 0, only the last step is evaluated or saved.
+      keep_checkpoints: the newest so many are kept.
     """
 
-    num_steps: int
+    num_steps: int = 100_000
     stop_after: int = 0
+    accumulation: int = 1
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    attention: str = "xla"
     log_every: int = 50
-    evaluate_every: int = 0
-    checkpoint_every: int = 1000
+    evaluate_every: int = 5000
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 2
 
     @property
     def last_step(self) -> int:
@@ -111,9 +123,9 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
     with hosts.in_step():
         if hosts.is_first():
             check_workdir(workdir, config)
-    schedule = read_schedule(config)
+    settings = TrainSettings(**fields_of(TrainSettings, config.train))
     training, batches = build_training(config, task.model, mesh), iter(task.batches)
-    with Checkpointer(workdir, keep=config.train.keep_checkpoints) as checkpointer:
+    with Checkpointer(workdir, keep=settings.keep_checkpoints) as checkpointer:
         resumed = checkpointer.latest_step() is not None
         if resumed:
             state = checkpointer.restore(training.abstract, batches)
@@ -121,7 +133,7 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
             state = task.initialise(create_state(task.model, training.optimizer, training.abstract, seed=config.seed))
         step = int(state.step)
         writer = _open_run(task, config, workdir, step)
-        missed = resumed and schedule.evaluation_due(step) and bool(hosts.which(not writer.has_evaluation(step)))
+        missed = resumed and settings.evaluation_due(step) and bool(hosts.which(not writer.has_evaluation(step)))
         _describe(task, config, workdir, mesh, state)
 
         with (
@@ -132,16 +144,16 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
             stopping = False
             if missed:
                 _evaluate(task, state, step, writer)
-            while step < schedule.last_step and not stopping:
+            while step < settings.last_step and not stopping:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     batch = sharding.shard_batch(task.to_batch(next(batches)), mesh)
                     state, metrics = training.step(state, batch)
                 step += 1
                 trace.after_step(metrics)
                 stopping = stop.reached(step)
-                progress.after_step(step, metrics, log=schedule.log_due(step))
-                saving = schedule.checkpoint_due(step) or stopping
-                evaluating = schedule.evaluation_due(step) and not stopping
+                progress.after_step(step, metrics, log=settings.log_due(step))
+                saving = settings.checkpoint_due(step) or stopping
+                evaluating = settings.evaluation_due(step) and not stopping
                 if saving or evaluating:
                     progress.check()
                 if saving:
@@ -156,11 +168,6 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
             if stopping:
                 logger.info("Stopped at step %d on SIGTERM; run the same command to go on.", step)
     return state
-
-
-def read_schedule(config: ConfigDict) -> Schedule:
-    """The fields of `config.train` that say when a run does what."""
-    return Schedule(**{field.name: config.train[field.name] for field in dataclasses.fields(Schedule)})
 
 
 def _open_run(task: Task, config: ConfigDict, workdir: epath.PathLike, step: int) -> MetricWriter | NullWriter:

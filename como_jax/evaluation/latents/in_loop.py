@@ -40,7 +40,7 @@ class EvaluationConfig:
       batch_size: clips per batch.
     """
 
-    num_clips: int = 256
+    num_clips: int = 1024
     num_pictures: int = 6
     batch_size: int = 64
 
