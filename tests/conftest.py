@@ -1,9 +1,12 @@
 """Fixtures for all tests."""
 
+import fcntl
 import functools
+import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
+from jax.sharding import Mesh
 
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.labelling.labelling import DatasetLabeller, LabelSettings
@@ -40,13 +44,55 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
-    # Eight virtual devices, here alone. Of its own accord Orbax lets each save a part of every array, and compiles
-    # hundreds of programs to cut them.
+    # Eight virtual devices for the tests of meshes; see `two_devices`. By default Orbax lets each device save a part of
+    # every array, and compiles hundreds of programs that cut the parts out.
     jax.config.update("jax_num_cpu_devices", 8)
     ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
     # Grain's worker processes read absl flags, which nobody parses under pytest.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow folders come first, so that no process is left with a long file at the end."""
+    ranks = {name: rank for rank, name in enumerate(("experiments", "training", "policies", "evaluation", "motion"))}
+    items.sort(key=lambda item: ranks.get(item.path.parent.name, len(ranks)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_devices() -> Iterator[None]:
+    """Meshes take two of the eight virtual devices, for which programs run faster, unless a test names others."""
+    make_mesh, local_devices = sharding.make_mesh, jax.local_devices
+
+    @functools.wraps(make_mesh)
+    def make_small_mesh(*sizes: int, devices: Sequence[jax.Device] | None = None, **named_sizes: int) -> Mesh:
+        return make_mesh(*sizes, devices=jax.devices()[:2] if devices is None else devices, **named_sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", make_small_mesh)
+        patch.setattr(jax, "local_devices", lambda *args, **options: local_devices(*args, **options)[:2])
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Any]:
+    """Makes a folder once for all processes of the tests: `shared(name, fill)` fills it, or waits for who does."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own if worker_id == "master" else own.parent) / "shared"
+
+    def make(name: str, fill: Callable[[Path], Any]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                # What a process that was stopped has left behind.
+                shutil.rmtree(folder, ignore_errors=True)
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -89,57 +135,53 @@ def como_params(make_como: Callable[..., ModelDef]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def tabletop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tabletop_dataset(shared: Callable[..., Path]) -> Path:
     """Twenty-four demonstrations of the embedded environment, 64 px, with actions."""
-    directory = tmp_path_factory.mktemp("datasets") / "tabletop"
-    BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 24}), None).convert()
-    return directory
+    return shared("datasets/tabletop", functools.partial(_convert, episodes=24))
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def robot_dataset(shared: Callable[..., Path]) -> Path:
+    """Six demonstrations of the embedded environment, 64 px, with actions and states."""
+    return shared("datasets/robot", functools.partial(_convert, episodes=6))
+
+
+@pytest.fixture(scope="session")
+def videos(shared: Callable[..., Path]) -> Path:
+    """Six other demonstrations, without actions and states."""
+    return shared("datasets/videos", functools.partial(_convert, episodes=6, seed=1, actions=False))
+
+
+def _convert(directory: Path, **settings: Any) -> None:
+    BUILDERS["tabletop"](directory, make_settings("tabletop", settings), None).convert()
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tabletop_dataset: Path, shared: Callable[..., Path]) -> Callable[[str], Path]:
     """Trains a recipe of `configs` by one step on the demonstrations, and returns its directory; each only once."""
 
-    @functools.cache
     def train(recipe: str) -> Path:
         config = importlib.import_module(f"configs.pretrain_{recipe}").get_config("smoke")
         mixture = {"data.mixture": str(tabletop_dataset), "data.gap_seconds": 0.3}
         config.update_from_flattened_dict({**mixture, "train.stop_after": 1})
-        workdir = tmp_path_factory.mktemp("runs") / recipe
-        pretrain(config, workdir)
-        return workdir
+        return shared(f"runs/{recipe}", functools.partial(pretrain, config))
 
     return train
 
 
 @pytest.fixture(scope="session")
-def robot_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six demonstrations of the embedded environment, 64 px, with actions and states."""
-    directory = tmp_path_factory.mktemp("datasets") / "robot"
-    BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 6}), None).convert()
-    return directory
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six other demonstrations, without actions and states."""
-    directory = tmp_path_factory.mktemp("datasets") / "videos"
-    settings = make_settings("tabletop", {"episodes": 6, "seed": 1, "actions": False})
-    BUILDERS["tabletop"](directory, settings, None).convert()
-    return directory
-
-
-@pytest.fixture(scope="session")
-def label_dataset(
-    smoke_run: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, Path, str], Path]:
-    """Labels a dataset by a run of `smoke_run` and returns the labelled one, of the given name."""
+def label_dataset(smoke_run: Callable[[str], Path], shared: Callable[..., Path]) -> Callable[[str, Path, str], Path]:
+    """Labels a dataset by a run of `smoke_run` and returns the labelled one, of the given name; each only once."""
 
     def label(recipe: str, dataset: Path, name: str) -> Path:
-        run, out = load_run(smoke_run(recipe), sharding.make_mesh()), tmp_path_factory.mktemp("labelled") / name
-        settings = LabelSettings(gap_seconds=0.3, batch_size=32)
-        DatasetLabeller(run, dataset, out, settings, threads=2).label(progress=lambda *_: None, summarize=lambda *_: {})
-        return out
+        workdir, settings = smoke_run(recipe), LabelSettings(gap_seconds=0.3, batch_size=32)
+
+        def fill(out: Path) -> None:
+            run = load_run(workdir, sharding.make_mesh())
+            labeller = DatasetLabeller(run, dataset, out, settings, threads=2)
+            labeller.label(progress=lambda *_: None, summarize=lambda *_: {})
+
+        return shared(f"labelled/{_digest(recipe, dataset)}/{name}", fill)
 
     return label
 
@@ -157,12 +199,21 @@ def coded_videos(videos: Path, label_dataset: Callable[[str, Path, str], Path]) 
 
 
 @pytest.fixture(scope="session")
-def policy_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PolicyRun]:
+def policy_run(shared: Callable[..., Path]) -> Callable[..., PolicyRun]:
     """Trains the smoke recipe of a family of policies on some datasets, with changes by full name; each only once."""
 
     @functools.cache
     def train(family: str, *datasets: Path, **changes: Any) -> PolicyRun:
-        workdir = tmp_path_factory.mktemp("policies") / family
-        return PolicyRun(workdir, train_policy(smoke(family, *datasets, **changes), workdir))
+        workdir_name, states = f"policies/{family}_{_digest(datasets, sorted(changes.items()))}", []
+        workdir = shared(
+            workdir_name, lambda out: states.append(train_policy(smoke(family, *datasets, **changes), out))
+        )
+        # Where another process has trained it: a run that is complete gives back its last state.
+        return PolicyRun(workdir, states[0] if states else train_policy(smoke(family, *datasets, **changes), workdir))
 
     return train
+
+
+def _digest(*parts: Any) -> str:
+    """A short name of what is told apart by its text."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# Installs like quickstart.sh and runs all tests; arguments go to pytest, for example: tools/test.sh -m "not slow", or
-# -n 0 FILE to run one file in one process
+# Installs like quickstart.sh, then checks style, imports and types and runs the everyday tests: less than 14 minutes on
+# two CPU cores. With --all it runs the slow tests too. Other arguments go to pytest: tools/test.sh -n 0 FILE
 set -euo pipefail
 cd "$(dirname "$0")/.."
+which=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+  which=()
+  shift
+fi
 # The compiler of TPUs is not of the dev extra, since where there is no TPU it says so at the start of every command.
 EXTRAS=dev,tpu,torch source tools/install.sh
 
@@ -10,4 +15,4 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
-python -m pytest "$@"
+python -m pytest "${which[@]}" "$@"

@@ -139,9 +139,8 @@ def test_latents_that_are_all_equal_predict_the_mean_action(rng):
 
 def shard(*arrays: np.ndarray) -> list[jax.Array]:
     """Rows spread over eight devices."""
-    assert jax.device_count() == 8
     arrays = [values.astype(np.int32 if values.dtype.kind == "i" else np.float32) for values in arrays]
-    return sharding.shard_batch(arrays, sharding.make_mesh())
+    return sharding.shard_batch(arrays, sharding.make_mesh(8, devices=jax.devices()))
 
 
 def test_errors_of_arrays_on_eight_devices_are_those_on_one(rng):

@@ -120,8 +120,8 @@ def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data.batch_size": 6}, MeshError, "batch size 6 is not divisible by 8 devices"),
-        ({"mesh.data": 3}, MeshError, "does not fit 8 devices"),
+        ({"data.batch_size": 7}, MeshError, "batch size 7 is not divisible by 2 devices"),
+        ({"mesh.data": 3}, MeshError, "does not fit 2 devices"),
         ({"data.gap_seconds": 100.0}, DatasetError, "shorter than a clip of .*Lower data.gap_seconds"),
         ({"data.camera": "wrist"}, DatasetError, "no camera 'wrist'; it has: image"),
         ({"data.mixture": "/nowhere"}, DatasetError, "/nowhere is not a dataset directory"),

@@ -252,7 +252,7 @@ def test_a_robot_dataset_without_held_out_episodes_may_be_the_largest(robot_data
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data.batch_size": 6}, UsageError, "batch size 6 is not divisible by 8 devices"),
+        ({"data.batch_size": 7}, UsageError, "batch size 7 is not divisible by 2 devices"),
         ({"data.cameras": ("wrist",)}, DatasetError, "none of the cameras wrist"),
         ({"data.chunk": 0}, ConfigError, "data.chunk must be at least 1"),
         ({"data.mixture": ""}, DatasetError, "No dataset is named"),

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
 
 from como_jax.errors import ConfigError
 from como_jax.motion.bottlenecks import Bottlenecked, make_bottleneck, replacement_due
@@ -140,8 +139,7 @@ def test_ema_codes_are_moving_averages_of_their_latents() -> None:
 
 
 def test_statistics_of_eight_devices_are_those_of_one() -> None:
-    mesh = sharding.make_mesh()
-    assert isinstance(mesh, Mesh) and mesh.devices.size == 8
+    mesh = sharding.make_mesh(8, devices=jax.devices())
     z = latents(16, 2)
     for kind in DISCRETE:
         model = define(kind, replace_below=0.1)

@@ -224,7 +224,9 @@ def test_it_learns_a_batch_by_heart_and_generates_it(variant: str) -> None:
 def test_the_loss_of_a_batch_on_eight_devices_is_that_on_one() -> None:
     batch = make_batch()
     expected, terms, gradients = loss_of("diffusion", batch)
-    total, sharded_terms, sharded_gradients = loss_of("diffusion", sharding.shard_batch(batch, sharding.make_mesh(8)))
+    total, sharded_terms, sharded_gradients = loss_of(
+        "diffusion", sharding.shard_batch(batch, sharding.make_mesh(8, devices=jax.devices()))
+    )
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     same = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(same, sharded_terms, terms)

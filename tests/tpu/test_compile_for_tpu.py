@@ -171,7 +171,7 @@ def test_without_a_compiler_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_the_mesh_leaves_whole_is_named() -> None:
-    mesh = sharding.make_mesh(data=1, fsdp=8)
+    mesh = sharding.make_mesh(data=1, fsdp=8, devices=jax.devices())
     shapes = {"uneven": (27, 1150, 4304), "even": (27, 1152, 4304)}
     state = {
         name: {"mlp": {"fc1": {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}} for name, shape in shapes.items()

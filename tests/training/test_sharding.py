@@ -93,20 +93,20 @@ def test_a_parameter_is_split_by_its_path(
 
 
 def test_a_free_axis_takes_the_devices_that_are_left() -> None:
-    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(sharding.make_mesh(-1, 2, 2, devices=jax.devices()).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sharding.make_mesh(devices=jax.devices()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (4, 4, 1)])
 def test_a_mesh_that_does_not_fill_the_devices_is_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(MeshError, match=f"data={sizes[0]}, fsdp={sizes[1]}.* does not fit 8 devices"):
-        sharding.make_mesh(*sizes)
+        sharding.make_mesh(*sizes, devices=jax.devices())
 
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 8, 1), (-2, 4, 1)])
 def test_sizes_that_mean_nothing_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(MeshError, match="must be positive, and one at most may be -1"):
-        sharding.make_mesh(*sizes)
+        sharding.make_mesh(*sizes, devices=jax.devices())
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes(mesh_of: Callable[..., Mesh]) -> None:
