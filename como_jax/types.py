@@ -33,8 +33,9 @@ class FramePairs:
       gap: float32 `[B]`, time between two neighbours as a share of `data.gap_seconds`, or None when nothing needs it.
       flow: float32 `[B, P, H / 4, W / 4, 2]`, optical flow from the first to the second frame of a pair, right and
         down, in shares of the picture's width, or None.
-      labels: float32 `[B, P, S]`, what little is known of the true motion (see `como_jax.data.labels`), or None.
-      labelled: float32 `[B, P, S]`, 1 where `labels` holds a number and 0 where it is unknown, or None.
+      supervision: float32 `[B, P, S]`, what little is known of the true motion of a pair (see
+        `como_jax.data.supervision`), or None.
+      has_supervision: float32 `[B, P, S]`, 1 where `supervision` holds a number and 0 where it is unknown, or None.
     """
 
     frames: Array
@@ -43,8 +44,8 @@ class FramePairs:
     offset_frames: Array | None = None
     gap: Array | None = None
     flow: Array | None = None
-    labels: Array | None = None
-    labelled: Array | None = None
+    supervision: Array | None = None
+    has_supervision: Array | None = None
 
     def check_shapes(self) -> None:
         """Raises AssertionError unless all shapes and dtypes agree."""
@@ -56,10 +57,19 @@ class FramePairs:
             chex.assert_type(self.offset_frames, np.uint8)
         if self.flow is not None:
             chex.assert_shape(self.flow, (batch, instants - 1, height // FLOW_STRIDE, width // FLOW_STRIDE, 2))
-        if self.labels is not None:
-            chex.assert_shape(self.labels, (batch, instants - 1, None))
-            chex.assert_equal_shape([self.labels, self.labelled])
+        if self.supervision is not None:
+            chex.assert_shape(self.supervision, (batch, instants - 1, None))
+            chex.assert_equal_shape([self.supervision, self.has_supervision])
         chex.assert_shape([self.dataset, self.episode, *([] if self.gap is None else [self.gap])], (batch,))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchParts:
+    """Which optional fields of `FramePairs` the loss of a model reads; the data prepares no others."""
+
+    offset_frames: bool = False
+    flow: bool = False
+    supervision: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -241,8 +251,8 @@ def fake_frame_pairs(
         episode=np.arange(batch, dtype=np.int32),
         gap=np.linspace(0.5, 1.0, batch, dtype=np.float32),
         flow=0.1 * normal(batch, pairs, cells, cells, 2) if flow else None,
-        labels=None if label_size is None else normal(batch, pairs, label_size),
-        labelled=None if label_size is None else np.ones((batch, pairs, label_size), np.float32),
+        supervision=None if label_size is None else normal(batch, pairs, label_size),
+        has_supervision=None if label_size is None else np.ones((batch, pairs, label_size), np.float32),
     )
 
 

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli, hosts
-from como_jax.data.build import build_training_data
 from como_jax.data.mixture import mixture_text, parse_mixture
-from como_jax.data.pipeline import to_frame_pairs
+from como_jax.data.motion_data import open_motion_data, to_frame_pairs
+from como_jax.data.pipeline import training_batches
 from como_jax.evaluation.latents.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
+from como_jax.motion.build import batch_parts
 from como_jax.nn.model_def import ModelDef
 from como_jax.training import sharding
 from como_jax.training.models import make_model, resolve, unit_of
@@ -47,12 +48,12 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
     check_perceptual_file(config)
-    data = build_training_data(config, sharding.batch_rows(mesh, config.data.batch_size))
+    data = open_motion_data(config, batch_parts(config))
     config = resolve(config, data.sizes())
     model = make_model(config)
     task = Task(
         model=model,
-        batches=data.batches,
+        batches=training_batches(config, data.reader, sharding.batch_rows(mesh, config.data.batch_size)),
         to_batch=to_frame_pairs,
         initialise=lambda state: load_pretrained(config, state),
         evaluate=make_evaluator(config, model, mesh),

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli, hosts
+from como_jax.data.chunks import to_policy_batch
 from como_jax.data.instructions import InstructionReader
 from como_jax.data.language import EMBEDDINGS_NAME, InstructionEmbeddings, write_embeddings
 from como_jax.data.mixture import mixture_text
-from como_jax.data.policy_build import PolicyData, make_spec, open_policy_data, policy_train_batches
-from como_jax.data.policy_reader import to_policy_batch
+from como_jax.data.pipeline import training_batches
+from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.nn.model_def import ModelDef
@@ -49,7 +50,7 @@ def train_policy(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     model = make_model(config)
     task = Task(
         model=model,
-        batches=policy_train_batches(data, config, sharding.batch_rows(mesh, config.data.batch_size)),
+        batches=training_batches(config, data.reader, sharding.batch_rows(mesh, config.data.batch_size)),
         to_batch=to_policy_batch,
         initialise=lambda state: load_policy_parts(config, state),
         evaluate=make_evaluator(config, model, data, workdir, mesh),

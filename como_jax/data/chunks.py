@@ -1,19 +1,21 @@
-"""What a policy is trained on: every step of every robot episode and every labelled step of every video."""
+"""What policies are trained on: every step of every robot episode and every labelled step of every video."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from como_jax.data.instructions import InstructionTable
 from como_jax.data.mixture import MixtureEntry
-from como_jax.data.order import ClipOrder
-from como_jax.data.samples import ALL_ROWS, Augmentation, Rows
+from como_jax.data.reader import Batch
+from como_jax.data.sampler import NO_AUGMENTATION, Augmentation, Samples
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.spec.normalization import Normalizer
+from como_jax.types import Observation, PolicyBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +23,9 @@ class ChunkConfig:
     """The window of steps around a sample.
 
     Attributes:
-      instants: pictures of each camera: now, and the history.
-      stride: control steps between two of them.
-      chunk: steps of the action chunk that starts now.
+      instants: images of each camera: the current one and those of the history.
+      stride: control steps between two instants.
+      chunk: steps of the action chunk, which starts at the current step.
     """
 
     instants: int = 1
@@ -37,7 +39,7 @@ class ChunkConfig:
 
     @property
     def history(self) -> int:
-        """Steps from the first instant to now."""
+        """Steps from the first instant to the current step."""
         return (self.instants - 1) * self.stride
 
     @property
@@ -48,16 +50,16 @@ class ChunkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyPart:
-    """One dataset of a policy's mixture, opened. What it does not give is None.
+    """One opened dataset of a policy's mixture.
 
     Attributes:
-      entry: of the mixture.
+      entry: what the mixture says of it.
       source: its episodes.
-      cameras: for every picture of the policy, the dataset's camera or "".
-      steps: int64 `[N]`, the steps that may be now.
-      episode: int64 `[S]`, the episode of every step.
-      action, state, latent: normalizers of what is used.
-      instructions: of its episodes.
+      cameras: for every image of the policy, the dataset's camera, or "" where it has none.
+      steps: int64 `[N]`, the records that are samples.
+      episode: int64 `[S]`, the episode of every record.
+      action, state, latent: normalizers of what is used of the dataset; None for what is not.
+      instructions: one row an episode.
     """
 
     entry: MixtureEntry
@@ -72,17 +74,17 @@ class PolicyPart:
 
     @property
     def labelled(self) -> np.ndarray:
-        """Bool `[S]`, the steps whose latent motion is used."""
+        """The steps whose latent motion is used, bool `[S]`."""
         valid = None if self.latent is None else self.source.latent_valid
         return np.zeros(len(self.source), np.bool_) if valid is None else valid
 
     @property
     def codes(self) -> np.ndarray | None:
-        """int32 `[S, Q]`, the codes that are used where labels are discrete."""
+        """The codes of discrete labels, int32 `[S, Q]`; None where the labels are continuous or not used."""
         return None if self.latent is None else self.source.latent_codes
 
     def describe(self, share: float) -> str:
-        """One line: what is in it, and what was left out."""
+        """One line: what the dataset gives, and how many of its steps are samples."""
         targets = [
             *(["actions"] if self.action else []),
             *(["codes"] if self.codes is not None else ["latent motion"] if self.latent else []),
@@ -95,75 +97,134 @@ class PolicyPart:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicySamples:
-    """Samples to be read. Axes: B samples.
+class ChunkFiller:
+    """Samples are steps: the images of the current step and its history, and the chunk of actions that follows.
 
     Attributes:
-      dataset, episode: int64 `[B]`.
-      record: int64 `[B]`, the step that is now.
-      crop: float64 `[B, 3]`, scale, top and left of a `transforms.View`.
-      shift: int64 `[B, 2]`, down and right of it.
+      chunks: the window of steps around a sample.
+      action_size, state_size, latent_size, num_codes: numbers of each, the largest of any dataset.
     """
 
-    dataset: np.ndarray
-    episode: np.ndarray
-    record: np.ndarray
-    crop: np.ndarray
-    shift: np.ndarray
+    def __init__(self, parts: Sequence[PolicyPart], chunks: ChunkConfig, *, action_size: int = 0, state_size: int = 0):
+        """Samples of some datasets; `action_size` and `state_size` are the least sizes."""
+        self.parts, self.chunks = tuple(parts), chunks
+        self.num_samples = [len(part.steps) for part in parts]
+        self.weights = [part.entry.weight for part in parts]
+        self.action_size = max([action_size, *(part.action.size for part in parts if part.action)])
+        self.state_size = max([state_size, *(part.state.size for part in parts if part.state)])
+        self.latent_size = max((part.latent.size for part in parts if part.latent), default=0)
+        self.num_codes = max((part.codes.shape[1] for part in parts if part.codes is not None), default=0)
+        self._tables = [_Tables.of(part) for part in parts]
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, rows: Rows) -> PolicySamples:
-        return PolicySamples(**{name: value[rows] for name, value in vars(self).items()})
-
-
-class PolicyTrainingSamples:
-    """The batches of an endless stream by their number; this host's rows of each.
-
-    A batch is drawn as a whole by every host, so that it does not depend on how many hosts share it.
-    """
-
-    def __init__(
+    def draw(
         self,
-        parts: Sequence[PolicyPart],
-        augmentation: Augmentation,
-        *,
-        batch_size: int,
-        seed: int,
-        rows: Rows = ALL_ROWS,
-    ):
-        """Takes the batch size of all hosts together, and the rows that are this host's."""
-        self._parts, self._augmentation = tuple(parts), augmentation
-        self._batch_size, self._seed, self._rows = batch_size, seed, rows
-        weights = [part.entry.weight for part in parts]
-        self._order = ClipOrder([len(part.steps) for part in parts], weights, seed)
+        datasets: np.ndarray,
+        numbers: np.ndarray,
+        rng: np.random.Generator,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> Samples:
+        """Steps `numbers` `[B]` of datasets `[B]`; draws the augmentation.
 
-    def __call__(self, number: int) -> PolicySamples:
-        """Batch `number`."""
-        datasets, steps = self._order(number * self._batch_size + np.arange(self._batch_size))
-        crop, shift = self._augmentation.draw(np.random.default_rng((self._seed, number)), len(datasets))
-        return make_samples(self._parts, datasets, steps, crop, shift)[self._rows]
+        The instants of a sample end with its own step; before the start of the episode its first step is repeated.
+        """
+        crop, shift = augmentation.draw(rng, len(datasets))
+        back = self.chunks.stride * np.arange(1 - self.chunks.instants, 1)
+        episode, records = np.empty_like(numbers), np.empty((len(numbers), len(back)), np.int64)
+        for dataset in np.unique(datasets):
+            part, rows = self.parts[dataset], datasets == dataset
+            steps = part.steps[numbers[rows]]
+            episode[rows] = part.episode[steps]
+            records[rows] = np.maximum(steps[:, None] + back, part.source.start[episode[rows]][:, None])
+        gap = np.full(len(datasets), self.chunks.stride)
+        return Samples(datasets, episode, gap, records, records[:, :0], crop, shift)
+
+    def fill(self, samples: Samples, images: np.ndarray, offset_images: np.ndarray) -> Batch:
+        """The arrays of `Observation` and `PolicyBatch`; what no dataset has is absent."""
+        del offset_images  # There are none.
+        batch = self._make_arrays(len(samples)) | {
+            "images": images,
+            "dataset": samples.dataset.astype(np.int32),
+            "episode": samples.episode.astype(np.int32),
+        }
+        for dataset in np.unique(samples.dataset):
+            self._fill_rows(samples, int(dataset), np.flatnonzero(samples.dataset == dataset), batch)
+        return batch
+
+    def _make_arrays(self, batch: int) -> Batch:
+        """Zeros for all numbers of a batch."""
+        window, table = self.chunks.window, self.parts[0].instructions
+        shapes: dict[str, tuple[int, ...]] = {
+            "has_camera": (len(self.parts[0].cameras),),
+            "action": (window, self.action_size),
+            "has_action": (window, self.action_size),
+        }
+        if self.state_size:
+            shapes |= {"state": (self.chunks.instants, self.state_size), "has_state": ()}
+        if self.latent_size:
+            shapes |= {"latent": (window, self.latent_size), "has_latent": (window,)}
+        arrays = {name: np.zeros((batch, *shape), np.float32) for name, shape in shapes.items()}
+        if self.num_codes:
+            arrays["codes"] = np.zeros((batch, window, self.num_codes), np.int32)
+        arrays[table.key] = np.zeros((batch, table.rows.shape[1]), table.rows.dtype)
+        return arrays
+
+    def _fill_rows(self, samples: Samples, dataset: int, rows: np.ndarray, batch: Batch) -> None:
+        """Fills the rows `[R]` of one dataset in every array of numbers."""
+        part, source, tables = self.parts[dataset], self.parts[dataset].source, self._tables[dataset]
+        records, episode = samples.records[rows], samples.episode[rows]
+        first = source.start[episode][:, None]
+        window = records[:, -1:] + np.arange(-self.chunks.history, self.chunks.chunk)
+        clipped = np.clip(window, first, first + source.length[episode][:, None] - 1)
+        inside = (window == clipped).astype(np.float32)
+        batch["has_camera"][rows] = [bool(camera) for camera in part.cameras]
+        if tables.state is not None:
+            batch["state"][rows, :, : tables.state.shape[1]] = tables.state[records]
+            batch["has_state"][rows] = 1
+        if tables.action is not None:
+            size = tables.action.shape[1]
+            batch["action"][rows, :, :size] = tables.action[clipped] * inside[..., None]
+            batch["has_action"][rows, :, :size] = inside[..., None]
+        if tables.latent is not None:
+            valid = inside * part.labelled[clipped]
+            batch["latent"][rows] = tables.latent[clipped] * valid[..., None]
+            batch["has_latent"][rows] = valid
+            if part.codes is not None:
+                batch["codes"][rows] = np.where(valid[..., None] > 0, part.codes[clipped], 0)
+        batch[part.instructions.key][rows] = part.instructions.rows[episode]
 
 
-def make_samples(
-    parts: Sequence[PolicyPart], datasets: np.ndarray, steps: np.ndarray, crop: np.ndarray, shift: np.ndarray
-) -> PolicySamples:
-    """Samples of positions `[B]` in the `steps` of datasets `[B]`."""
-    record, episode = np.empty_like(steps), np.empty_like(steps)
-    for dataset in np.unique(datasets):
-        part, rows = parts[dataset], datasets == dataset
-        record[rows] = part.steps[steps[rows]]
-        episode[rows] = part.episode[record[rows]]
-    return PolicySamples(datasets, episode, record, crop, shift)
+@dataclasses.dataclass(frozen=True)
+class _Tables:
+    """The normalised numbers of all steps of one dataset, float32 `[S, size]`; None for what is not used of it."""
+
+    action: np.ndarray | None
+    state: np.ndarray | None
+    latent: np.ndarray | None
+
+    @classmethod
+    def of(cls, part: PolicyPart) -> _Tables:
+        source = part.source
+        pairs = (part.action, source.action), (part.state, source.state), (part.latent, source.latent_motion)
+        return cls(*(None if scale is None or values is None else scale(values) for scale, values in pairs))
+
+
+def to_policy_batch(batch: dict[str, Any]) -> PolicyBatch:
+    """Names the arrays of a batch; what it does not hold is None."""
+    seen = {field.name: batch.get(field.name) for field in dataclasses.fields(Observation)}
+    followed = {field.name: batch.get(field.name) for field in dataclasses.fields(PolicyBatch)}
+    return PolicyBatch(**followed | {"observation": Observation(**seen)})
 
 
 def find_cameras(source: EpisodeSource, entry: MixtureEntry, wanted: Sequence[str]) -> tuple[str, ...]:
-    """For every picture of the policy the dataset's camera, or "" where it has none; the first may be renamed.
+    """For every image of the policy the dataset's camera, or "" where it has none.
+
+    Args:
+      source: the dataset.
+      entry: of the mixture; its camera, if named, takes the place of the first one.
+      wanted: names of the policy's images; if empty, the dataset's first camera is the only one.
 
     Raises:
-      DatasetError: it has none of them.
+      DatasetError: the dataset has none of these cameras.
     """
     if not wanted:
         return (source.camera,)
@@ -173,6 +234,6 @@ def find_cameras(source: EpisodeSource, entry: MixtureEntry, wanted: Sequence[st
     if not any(found):
         raise DatasetError(
             f"{source.directory} has none of the cameras {', '.join(wanted)}; it has {', '.join(source.cameras)}. "
-            'Name the one to take as the first by camera = "..." in a mixture file.'
+            'Name the one that takes the place of the first by camera = "..." in a mixture file.'
         )
     return tuple(found)

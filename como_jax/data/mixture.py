@@ -1,4 +1,4 @@
-"""Datasets of a run, their shares of the samples, and what is particular to each."""
+"""The datasets of a run, their shares of the samples, and the settings that differ between them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from como_jax.spec.normalization import KINDS
 
 @dataclasses.dataclass(frozen=True)
 class MixtureEntry:
-    """One dataset of a mixture. What is None or empty is as the run's config says for all.
+    """One dataset of a mixture. Where a field is None or empty, the run's config decides.
 
     Attributes:
-      directory: of the dataset.
-      weight: share of the samples, relative to the other weights.
-      camera: observation key.
+      directory: the dataset's directory.
+      weight: share of the samples, relative to the other datasets' weights.
+      camera: observation key of the images.
       gap_seconds, min_motion, max_motion: see `ClipConfig`.
-      fit: how pictures become square, see `transforms`.
-      normalization: of actions, see `normalization.KINDS`.
+      fit: how images become square, see `transforms`.
+      normalization: how actions are normalised, see `normalization.KINDS`.
     """
 
     directory: str
@@ -40,12 +40,12 @@ class MixtureEntry:
     normalization: str = ""
 
     def clip_config(self, default: ClipConfig) -> ClipConfig:
-        """The run's way of cutting clips, with what this dataset changes."""
+        """The run's settings for cutting clips, with those that this dataset changes."""
         own = {name: getattr(self, name) for name in ("gap_seconds", "min_motion", "max_motion")}
         return dataclasses.replace(default, **{name: value for name, value in own.items() if value is not None})
 
     def has_split(self, split: str) -> bool:
-        """Whether the dataset has any episode in the split."""
+        """Whether the dataset has episodes in the split."""
         return any(epath.Path(self.directory).glob(f"episodes-{split}-*.parquet"))
 
 
@@ -55,17 +55,17 @@ def parse_mixture(text: str) -> tuple[MixtureEntry, ...]:
     The file has one `[[dataset]]` section an entry, with the fields of `MixtureEntry`.
 
     Raises:
-      DatasetError: nothing is named, or a field is unknown or has a wrong value.
+      DatasetError: no dataset is named, or a field is unknown or has a wrong value.
     """
     text = mixture_text(text)
     entries = _parse_toml(text) if "[[" in text else _parse_list(text)
     if not entries:
-        raise DatasetError("No dataset is named; pass --data DIR[=WEIGHT],DIR[=WEIGHT] or --data MIXTURE.toml.")
+        raise DatasetError("The mixture names no dataset; it must be DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml.")
     return entries
 
 
 def mixture_text(text: str) -> str:
-    """What a run should remember of its mixture: the text of a TOML file in place of its name.
+    """The mixture as a run should store it: the text of a TOML file in place of its name.
 
     Raises:
       DatasetError: there is no such file.
@@ -110,7 +110,7 @@ def _parse_section(number: int, section: dict[str, Any]) -> MixtureEntry:
             raise DatasetError(f"{where} has no field {name!r}{closest(name, defaults)}")
         is_text = isinstance(defaults[name], str) or name == "directory"
         if isinstance(value, bool) or not isinstance(value, str if is_text else int | float):
-            raise DatasetError(f"{where}: {name} must be a {'text' if is_text else 'number'}, not {value!r}.")
+            raise DatasetError(f"{where}: {name} must be a {'string' if is_text else 'number'}, not {value!r}.")
     if not section.get("directory"):
         raise DatasetError(f"{where} lacks its directory.")
     entry = MixtureEntry(**section)
@@ -125,7 +125,7 @@ def _parse_section(number: int, section: dict[str, Any]) -> MixtureEntry:
 
 @dataclasses.dataclass(frozen=True)
 class MixturePart:
-    """One dataset of a mixture, opened, with the clips that it offers."""
+    """One opened dataset of a mixture, with the clips that it offers."""
 
     entry: MixtureEntry
     source: EpisodeSource
@@ -137,16 +137,21 @@ class MixturePart:
         """Opens one split of a dataset.
 
         Raises:
-          DatasetError: it is missing, damaged or offers no clip.
+          DatasetError: the dataset is missing, damaged or offers no clip.
         """
         own = entry.clip_config(clips)
         source = EpisodeSource(entry.directory, split, entry.camera or camera)
         return cls(entry, source, own, index_clips(source, own))
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The one camera that frames are taken from."""
+        return (self.source.camera,)
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """All datasets of a run."""
+    """All opened datasets of a run on clips."""
 
     parts: tuple[MixturePart, ...]
 
@@ -157,7 +162,7 @@ class Mixture:
 
     @property
     def weights(self) -> np.ndarray:
-        """Shares of the samples, float64 `[datasets]`, which add up to 1."""
+        """Every dataset's share of the samples, float64 `[datasets]`; they add up to 1."""
         weights = np.array([part.entry.weight for part in self.parts], np.float64)
         return weights / weights.sum()
 

@@ -1,7 +1,7 @@
-"""The input pipeline: numbers of batches, what is in them, their frames, prefetched, in Grain.
+"""Batches of samples through Grain: training streams, and batches that cover a dataset evenly.
 
-A batch is a function of the seed and its number alone, so that any number of hosts and threads reads the same stream
-and a checkpoint of the iterator, which is that number, resumes it exactly.
+A training batch is a function of the seed and its number alone. So any number of hosts and threads reads the same
+stream, and the checkpoint of an iterator, which is that number, resumes it exactly.
 """
 
 from __future__ import annotations
@@ -12,39 +12,52 @@ from typing import Any
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
-from como_jax.data.frames import FrameReader
-from como_jax.data.mixture import MixturePart
-from como_jax.data.samples import ALL_ROWS, Rows, draw_samples
-from como_jax.types import FramePairs
+from como_jax.data.reader import Batch, BatchReader
+from como_jax.data.sampler import ALL_ROWS, Augmentation, BatchSampler, Rows, Samples
 
 _BATCHES_AHEAD = 2
 
 
-class _SampleSource:
-    """Batches by their number as an endless random-access source of Grain."""
+class _NumberedBatches:
+    """An endless random-access source of Grain: the samples of every batch, by its number."""
 
-    def __init__(self, samples: Callable[[int], Any]):
-        self._samples = samples
+    def __init__(self, sampler: Callable[[int], Samples]):
+        self._sampler = sampler
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, number: Any) -> Any:
-        return self._samples(int(number))
+    def __getitem__(self, number: Any) -> Samples:
+        return self._sampler(int(number))
 
 
-def train_batches(
-    samples: Callable[[int], Any], reader: grain.transforms.Map, *, num_workers: int = 0
-) -> grain.IterDataset:
-    """An endless stream of this host's part of every batch, as dictionaries of arrays.
+def training_batches(config: ConfigDict, reader: BatchReader, rows: Rows = ALL_ROWS) -> grain.IterDataset:
+    """The training stream of a config.
 
     Args:
-      samples: what is in a batch, by its number.
-      reader: how it is read, on how many threads of each process.
-      num_workers: reading processes; 0 reads in threads of this one.
+      config: of a recipe; `seed` and the section `data` are used.
+      reader: of the config's datasets.
+      rows: of every batch, those that this host reads.
     """
-    batches = grain.MapDataset.source(_SampleSource(samples)).map(reader)
+    data = config.data
+    augmentation = Augmentation(data.random_shift, data.min_crop_fraction)
+    sampler = BatchSampler(reader.filler, augmentation, batch_size=data.batch_size, seed=config.seed, rows=rows)
+    return stream_batches(sampler, reader, num_workers=data.num_workers)
+
+
+def stream_batches(
+    sampler: Callable[[int], Samples], reader: grain.transforms.Map, *, num_workers: int = 0
+) -> grain.IterDataset:
+    """An endless stream of batches, dictionaries of arrays.
+
+    Args:
+      sampler: gives the samples of a batch by its number.
+      reader: makes a batch of samples, on its own threads in each process.
+      num_workers: processes that read; with 0 this process reads.
+    """
+    batches = grain.MapDataset.source(_NumberedBatches(sampler)).map(reader)
     # One thread here, since the reader shares out a batch among its own: fewer batches lie in memory.
     stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD))
     if num_workers:
@@ -52,36 +65,26 @@ def train_batches(
     return stream
 
 
-def read_clips(part: MixturePart, reader: FrameReader, clips: np.ndarray) -> dict[str, np.ndarray]:
-    """Clips `[B]` of the one dataset of a reader, without augmentation."""
-    return reader.map(draw_samples([part], np.zeros(len(clips), np.int64), clips, np.random.default_rng(0)))
-
-
 def evaluation_batches(
-    part: MixturePart,
-    reader: FrameReader,
-    *,
-    num_clips: int,
-    batch_size: int,
-    rows: Rows = ALL_ROWS,
-) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Some rows of batches over clips spread evenly over one source, and each batch's count of clips.
+    reader: BatchReader, dataset: int = 0, *, num_samples: int, batch_size: int, rows: Rows = ALL_ROWS
+) -> Iterator[tuple[Batch, int]]:
+    """Batches of samples spread evenly over one dataset, without augmentation, each with its number of samples.
 
-    The last batch is filled up by repeating its last clip; only the first `count` rows of the global batch count.
+    The last batch is filled up by repeating its last sample. Only the first `count` rows of the batch of all hosts
+    count; of the others the targets `has_action` and `has_latent` are 0.
+
+    Args:
+      reader: of one or several datasets.
+      dataset: position of the dataset that is read.
+      num_samples: all samples are read where there are fewer.
+      batch_size: of all hosts together.
+      rows: of every batch, those that this host reads.
     """
-    chosen = np.unique(np.linspace(0, len(part.index) - 1, min(num_clips, len(part.index))).astype(np.int64))
+    available = reader.filler.num_samples[dataset]
+    chosen = np.unique(np.linspace(0, available - 1, min(num_samples, available)).astype(np.int64))
     for begin in range(0, len(chosen), batch_size):
-        clips = chosen[begin : begin + batch_size]
-        padded = np.pad(clips, (0, batch_size - len(clips)), mode="edge")
-        yield read_clips(part, reader, padded[rows]), len(clips)
-
-
-def to_frame_pairs(batch: dict[str, Any]) -> FramePairs:
-    """Names the arrays of a batch."""
-    optional = ("offset_frames", "gap", "flow", "labels", "labelled")
-    return FramePairs(
-        frames=batch["frames"],
-        dataset=batch["dataset"],
-        episode=batch["episode"],
-        **{name: batch.get(name) for name in optional},
-    )
+        numbers = chosen[begin : begin + batch_size]
+        batch = reader.read(np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")[rows], dataset)
+        for name in batch.keys() & {"has_action", "has_latent"}:
+            batch[name][np.arange(batch_size)[rows] >= len(numbers)] = 0
+        yield batch, len(numbers)

@@ -1,22 +1,24 @@
-"""The on-disk contract between the dataset builders and the input pipeline.
+"""The on-disk contract between the dataset builders, the labeller and the input pipeline.
 
-A dataset is a TFDS builder directory in which one record is one *step*, in episode order, so that any frame
-is read at random without touching its neighbours. Beside the records of every shard lies its episode table,
-a Parquet file with one row an episode, which holds everything that is small: identity, control rate, language,
-actions, states and the motion of every step. The input pipeline plans its samples from the tables alone and
-reads records only for the frames that it uses.
+A dataset is a TFDS builder directory in which one record is one *step*, in episode order, so that any frame can be
+read at random without touching its neighbours. Beside the records of every shard lies its episode table, a Parquet
+file with one row an episode, which holds everything that is small: identity, control rate, language, actions, states
+and the motion of every step. The input pipeline plans its samples from the tables alone and reads records only for the
+frames that it uses.
 
     DIR/dataset_info.json, features.json, metadata.json     TFDS metadata
     DIR/NAME-train.array_record-00000-of-00002              steps (see `step_features`)
     DIR/episodes-train-00000-of-00002.parquet               episodes (see `EPISODE_TABLE_SCHEMA`)
     DIR/statistics.json, conversion_report.json
+    DIR/labels.json                                         only of labelled datasets (see `LabelInfo`)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +26,12 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from etils import epath
 
+from como_jax.errors import DatasetError
 from como_jax.files import write_atomic
 
 SPLITS = ("train", "val")
+
+LABELS_NAME = "labels.json"
 
 # `motion[t]` is the mean absolute pixel difference, in [0, 1], between steps t - 1 and t; `motion[0]` is 0.
 EPISODE_TABLE_SCHEMA = pa.schema(
@@ -39,8 +44,8 @@ EPISODE_TABLE_SCHEMA = pa.schema(
         pa.field("motion", pa.list_(pa.float32()), nullable=False),
         pa.field("action", pa.list_(pa.list_(pa.float32()))),
         pa.field("state", pa.list_(pa.list_(pa.float32()))),
-        # Only of labelled datasets, see `como_jax.labelling`: the motion from step t to the step one gap later,
-        # flattened, whether the episode has that step, and the numbers of the codes where the model has codes.
+        # Only in labelled datasets, see `como_jax.labelling`: the latent motion from step t to the step one gap later,
+        # flattened; whether the episode has that step; and the codes' numbers, where the model has a codebook.
         pa.field("latent_motion", pa.list_(pa.list_(pa.float32()))),
         pa.field("latent_valid", pa.list_(pa.bool_())),
         pa.field("latent_codes", pa.list_(pa.list_(pa.int32()))),
@@ -53,7 +58,7 @@ class Step:
     """One control step.
 
     Attributes:
-      images: JPEG bytes of an RGB picture for every camera.
+      images: JPEG bytes of an RGB image for every camera.
       state: proprioception, float32 `[state_size]`, or None.
       action: the action taken after this observation, float32 `[action_size]`, or None.
     """
@@ -87,7 +92,7 @@ class Episode:
 def step_features(
     cameras: Sequence[str], state_size: int | None = None, action_size: int | None = None
 ) -> tfds.features.FeaturesDict:
-    """TFDS features of one step record; sizes of None leave the field out."""
+    """TFDS features of the record of a step; a size of None leaves the field out."""
     observation: dict[str, Any] = {
         camera: tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg") for camera in cameras
     }
@@ -108,7 +113,7 @@ def step_features(
 
 
 def step_examples(episode: Episode) -> list[dict[str, Any]]:
-    """The episode's step records, in the structure of `step_features`."""
+    """The records of an episode's steps, in the structure of `step_features`."""
     last = len(episode.steps) - 1
     examples = []
     for index, step in enumerate(episode.steps):
@@ -131,7 +136,7 @@ def step_examples(episode: Episode) -> list[dict[str, Any]]:
 
 
 def episode_row(episode: Episode) -> dict[str, Any]:
-    """The episode's row of the table, in the structure of `EPISODE_TABLE_SCHEMA`."""
+    """The row of an episode in the table, in the structure of `EPISODE_TABLE_SCHEMA`."""
 
     def column(values: list[np.ndarray | None]) -> list[list[float]] | None:
         present = [np.asarray(value, np.float32).tolist() for value in values if value is not None]
@@ -175,3 +180,35 @@ def read_episode_table(directory: epath.PathLike, split: str) -> pa.Table:
         with path.open("rb") as file:
             tables.append(pq.read_table(file, schema=EPISODE_TABLE_SCHEMA))
     return pa.concat_tables(tables)
+
+
+class LabelInfo(NamedTuple):
+    """What the pipeline reads of labels.json, in which the labeller tells how it made the labels of a dataset.
+
+    Attributes:
+      parameters: digest of the parameters of the model that made the labels.
+      latent_shape: latent tokens of a transition, and numbers in each.
+      codebook_size: codes that a token chooses from; 0 where latents are continuous.
+    """
+
+    parameters: str
+    latent_shape: tuple[int, int]
+    codebook_size: int
+
+    @classmethod
+    def read(cls, directory: epath.PathLike) -> LabelInfo:
+        """Reads the file of a labelled dataset.
+
+        Raises:
+          DatasetError: the file is missing or damaged.
+        """
+        path = epath.Path(directory) / LABELS_NAME
+        try:
+            found = json.loads(path.read_text())
+            tokens, size = found["latent_shape"]
+            return cls(found["parameters"], (tokens, size), found["codebook_size"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{path} cannot be read, so it is unknown what the labels mean; label the dataset again with "
+                f"`python -m experiments.extract_labels`: {error!r}"
+            ) from error

@@ -20,10 +20,10 @@ from jax.sharding import AxisType, Mesh
 
 from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, gap_steps
-from como_jax.data.frames import FrameReader
-from como_jax.data.label_info import LABELS_NAME
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
-from como_jax.data.schema import SPLITS
+from como_jax.data.motion_data import ClipFiller
+from como_jax.data.reader import BatchReader
+from como_jax.data.schema import LABELS_NAME, SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, OutputError
 from como_jax.files import write_json
@@ -173,7 +173,7 @@ class DatasetLabeller:
             self.staging.write_notes(shard.name, [shard.table], notes)
             progress(shard, notes)
 
-    def _label_shard(self, labeller: StreamLabeller, reader: FrameReader, shard: LabelShard) -> StepLabels:
+    def _label_shard(self, labeller: StreamLabeller, reader: BatchReader, shard: LabelShard) -> StepLabels:
         source = self._sources[shard.split]
         rows = slice(shard.first_episode, shard.first_episode + shard.num_episodes)
         lengths, gap = source.length[rows], gap_steps(self._settings.gap_seconds, source.control_rate[rows])
@@ -187,13 +187,14 @@ class DatasetLabeller:
             raise DatasetError(f"{self._directory}: no image of shard {shard.name} can be read.")
         return labels
 
-    def _reader(self, source: EpisodeSource) -> FrameReader:
+    def _reader(self, source: EpisodeSource) -> BatchReader:
         entry = MixtureEntry(str(self._directory), fit=self._settings.fit)
         clips = ClipConfig(self._settings.gap_seconds, offset_frames=False)
         # Frames are read by the numbers of their records, so the reader needs no clips.
         nothing = np.empty(0, np.int64)
         part = MixturePart(entry, source, clips, ClipIndex(nothing, nothing, nothing, nothing, 0, 0))
-        return FrameReader(Mixture((part,)), self._run.config.data.image_size, num_threads=self._threads)
+        filler = ClipFiller(Mixture((part,)))
+        return BatchReader(filler, self._run.config.data.image_size, num_threads=self._threads)
 
     def _notes(self, shard: LabelShard, labels: StepLabels) -> dict[str, Any]:
         source = self._sources[shard.split]

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from como_jax.data.frames import FrameReader
-from como_jax.data.samples import Samples
+from como_jax.data.reader import BatchReader
+from como_jax.data.sampler import Samples
 from como_jax.data.sources import READ_ERRORS
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
@@ -80,7 +80,7 @@ class StreamLabeller:
         )
         self._embed = lambda params, frames: model.bind(params).encode_frame(frames)
 
-    def __call__(self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
+    def __call__(self, reader: BatchReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray) -> StepLabels:
         """Labels consecutive records `[S]` of the one dataset of a reader.
 
         Args:
@@ -109,7 +109,7 @@ class StreamLabeller:
         return jax.device_put(np.ascontiguousarray(frames), rows), jax.device_put(back, rows)
 
     def _batches(
-        self, reader: FrameReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray
+        self, reader: BatchReader, episode: np.ndarray, records: np.ndarray, back: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Frames, whether they are readable, and `back`, in batches of one size, decoded one batch ahead.
 
@@ -132,9 +132,9 @@ class StreamLabeller:
                     waiting.append(ahead.submit(read, begin + size))
                 yield waiting.pop(0).result()
 
-    def _no_frames(self, reader: FrameReader) -> Any:
+    def _no_frames(self, reader: BatchReader) -> Any:
         """The carry before the first frame; no label depends on it."""
-        frames = jax.ShapeDtypeStruct((self._max_gap, *reader.frame_shape), jnp.uint8)
+        frames = jax.ShapeDtypeStruct((self._max_gap, *reader.image_shape), jnp.uint8)
         shapes = jax.eval_shape(self._embed, self._params, frames)
         whole = NamedSharding(self._mesh, PartitionSpec())
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=whole), shapes)
@@ -154,15 +154,15 @@ def _step(
     return jax.tree.map(lambda x: x[len(frames) :], window), label
 
 
-def read_frames(reader: FrameReader, frames: Samples) -> tuple[np.ndarray, np.ndarray]:
+def read_frames(reader: BatchReader, frames: Samples) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 `[B, H, W, 3]` of `single_frames`, black where unreadable; and which are readable, bool `[B]`."""
     try:
-        return reader.map(frames)["frames"][:, 0], np.ones(len(frames), bool)
+        return reader.decode(frames)[0][:, 0, 0], np.ones(len(frames), bool)
     except READ_ERRORS:
-        pictures, readable = np.zeros((len(frames), *reader.frame_shape), np.uint8), np.zeros(len(frames), bool)
+        pictures, readable = np.zeros((len(frames), *reader.image_shape), np.uint8), np.zeros(len(frames), bool)
         for row in range(len(frames)):
             with contextlib.suppress(*READ_ERRORS):
-                pictures[row] = reader.map(frames[row : row + 1])["frames"][0, 0]
+                pictures[row] = reader.decode(frames[row : row + 1])[0][0, 0, 0]
                 readable[row] = True
         return pictures, readable
 
@@ -175,7 +175,7 @@ def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
         episode=episode,
         gap=np.ones(count, np.int64),
         records=records[:, None],
-        offsets=None,
+        offsets=np.empty((count, 0), np.int64),
         crop=np.tile([1.0, 0.5, 0.5], (count, 1)),
         shift=np.zeros((count, 2), np.int64),
     )

@@ -16,6 +16,7 @@ from como_jax.motion.released import ReleasedComo, ReleasedLaq
 from como_jax.nn.model_def import ModelDef, define
 from como_jax.spec.motion import BottleneckConfig, LaqConfig, MaeConfig, MotionConfig
 from como_jax.spec.towers import VitConfig
+from como_jax.types import BatchParts
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -46,6 +47,16 @@ def build_model(config: ConfigDict) -> ModelDef:
         vit, motion = vit_config(config), motion_config(config)
         return define(como_class, vit, motion, **options)
     raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(FAMILIES)}.")
+
+
+def batch_parts(config: ConfigDict) -> BatchParts:
+    """The optional parts of a batch that the loss of a pretraining config's model reads."""
+    weights = config.model
+    return BatchParts(
+        offset_frames=bool(weights.get("tcl_weight")),
+        flow=bool(weights.get("flow_weight")),
+        supervision=bool(weights.get("label_weight")),
+    )
 
 
 def pairs_of_clip(config: ConfigDict) -> int:

@@ -224,8 +224,8 @@ class Como(nnx.Module):
             gap = merge_leading(_need(batch.gap, "gap")[:, None] * spans)
             terms["gap"] = losses.mean_squared_error(self.gap_head(flat)[:, 0], jnp.log2(gap))
         if config.label_weight:
-            labels = merge_leading(_need(batch.labels, "label"))
-            terms["label"] = losses.masked_mse(self.label_head(flat), labels, merge_leading(batch.labelled))
+            true = merge_leading(_need(batch.supervision, "label"))
+            terms["label"] = losses.masked_mse(self.label_head(flat), true, merge_leading(batch.has_supervision))
         return terms
 
     def _perceptual_distance(self, drawn: jax.Array, target: jax.Array, features: jax.Array) -> jax.Array:

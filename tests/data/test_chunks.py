@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from como_jax.data.chunks import ChunkConfig, PolicyPart, PolicySamples, PolicyTrainingSamples, find_cameras
+from como_jax.data.chunks import ChunkConfig, ChunkFiller, PolicyPart, find_cameras
 from como_jax.data.mixture import MixtureEntry
-from como_jax.data.policy_build import open_policy_data
-from como_jax.data.samples import Augmentation
+from como_jax.data.policy_data import open_policy_data
+from como_jax.data.sampler import Augmentation, BatchSampler, Samples
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from tests.data.robots import GAP
@@ -25,18 +25,18 @@ def parts(arm: Path, clips: Path) -> tuple[PolicyPart, ...]:
     return open_policy_data(smoke("diffusion", f"{arm}=3", clips)).parts
 
 
-def draw(parts: tuple[PolicyPart, ...], count: int, **options: int | Augmentation) -> list[PolicySamples]:
+def draw(parts: tuple[PolicyPart, ...], count: int, **options: int | Augmentation) -> list[Samples]:
     """The first batches."""
     augmentation = options.pop("augmentation", Augmentation(2, 0.5))
-    stream = PolicyTrainingSamples(parts, augmentation, **{"batch_size": 8, "seed": 0, **options})
+    stream = BatchSampler(ChunkFiller(parts, ChunkConfig()), augmentation, **{"batch_size": 8, "seed": 0, **options})
     return [stream(number) for number in range(count)]
 
 
-def join(batches: list[PolicySamples]) -> dict[str, np.ndarray]:
+def join(batches: list[Samples]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
 
 
-def assert_equal(first: list[PolicySamples], second: list[PolicySamples]) -> None:
+def assert_equal(first: list[Samples], second: list[Samples]) -> None:
     for one, other in zip(first, second, strict=True):
         for name, value in vars(one).items():
             np.testing.assert_array_equal(value, vars(other)[name], err_msg=name)
@@ -58,7 +58,7 @@ def test_an_epoch_holds_every_step_of_a_robot_and_every_labelled_step_of_videos_
 ) -> None:
     found = join(draw(parts, 40))
     for number, part in enumerate(parts):
-        source, records = part.source, found["record"][found["dataset"] == number]
+        source, records = part.source, found["records"][:, 0][found["dataset"] == number]
         left_out = 0 if part.action else GAP
         steps = [
             start + step
@@ -68,7 +68,7 @@ def test_an_epoch_holds_every_step_of_a_robot_and_every_labelled_step_of_videos_
         assert Counter(records[: len(steps)].tolist()) == Counter(steps)
         assert Counter(records[len(steps) : 2 * len(steps)].tolist()) == Counter(steps)
         assert records[: len(steps)].tolist() != records[len(steps) : 2 * len(steps)].tolist()
-        episodes = np.searchsorted(source.start, found["record"], side="right") - 1
+        episodes = np.searchsorted(source.start, found["records"][:, 0], side="right") - 1
         chosen = found["dataset"] == number
         np.testing.assert_array_equal(found["episode"][chosen], episodes[chosen])
 
@@ -80,14 +80,14 @@ def test_shares_follow_the_weights(parts: tuple[PolicyPart, ...]) -> None:
 def test_batches_depend_on_seed_and_number_alone(parts: tuple[PolicyPart, ...]) -> None:
     assert_equal(draw(parts, 3), draw(parts, 3))
     first, second, other = join(draw(parts, 1)), join(draw(parts, 2)[1:]), join(draw(parts, 1, seed=1))
-    for name in ("record", "crop", "shift"):
+    for name in ("records", "crop", "shift"):
         assert np.any(first[name] != second[name]) and np.any(first[name] != other[name]), name
 
 
 def test_two_hosts_share_the_batches_of_one(parts: tuple[PolicyPart, ...]) -> None:
     hosts = [draw(parts, 3, rows=rows) for rows in (slice(4), slice(4, 8))]
     assert all(len(batch) == 4 for host in hosts for batch in host)
-    joined = [PolicySamples(**join(list(pair))) for pair in zip(*hosts, strict=True)]
+    joined = [Samples(**join(list(pair))) for pair in zip(*hosts, strict=True)]
     assert_equal(joined, draw(parts, 3))
 
 

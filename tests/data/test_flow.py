@@ -1,10 +1,10 @@
-"""Optical flow against pictures whose motion is known."""
+"""Optical flow against images whose motion is known."""
 
 import cv2
 import numpy as np
 import pytest
 
-from como_jax.data.flow import optical_flow
+from como_jax.data.motion_data import optical_flow
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from como_jax.data.policy_build import PolicyData, open_policy_data
+from como_jax.data.policy_data import PolicyData, open_policy_data
 from como_jax.errors import DatasetError
 from tests.data.robots import add_labels, make_robot
 from tests.export.conftest import Row, change_tables
@@ -23,8 +23,8 @@ def open_data(dataset: Path, split: str = "train", **changes: Any) -> PolicyData
 @pytest.mark.parametrize(
     ("split", "step", "codes", "message"),
     [
-        ("train", 2, [3, 16], r"wrong \(train\): episode 'episode 1' has at step 2 the code 16, .* tells of 16 codes"),
-        ("val", 0, [-1, 3], r"wrong \(val\): episode 'episode 3' has at step 0 the code -1, .* tells of 16 codes"),
+        ("train", 2, [3, 16], r"wrong \(train\): episode 'episode 1' has at step 2 the code 16, .* from 0 to 15"),
+        ("val", 0, [-1, 3], r"wrong \(val\): episode 'episode 3' has at step 0 the code -1, .* from 0 to 15"),
         ("train", None, None, r"wrong \(train\): not every episode has the 2 codes a step"),
     ],
 )
@@ -58,5 +58,5 @@ def test_codes_that_nobody_uses_may_be_anything(plain_clips: Path, tmp_path: Pat
     labels = json.loads((robot / "labels.json").read_text())
     (robot / "labels.json").write_text(json.dumps({**labels, "codebook_size": 2}))
     assert open_data(robot, robot_latents=False).labels is None
-    with pytest.raises(DatasetError, match="tells of 2 codes"):
+    with pytest.raises(DatasetError, match="from 0 to 1"):
         open_data(robot, robot_latents=True)

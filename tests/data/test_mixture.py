@@ -29,7 +29,7 @@ def test_a_weight_that_is_no_positive_number_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", " , "])
 def test_an_empty_mixture_is_refused(text: str) -> None:
-    with pytest.raises(DatasetError, match="No dataset is named"):
+    with pytest.raises(DatasetError, match="names no dataset; it must be DIR"):
         parse_mixture(text)
 
 
@@ -66,7 +66,7 @@ def test_a_file_says_what_is_particular_to_each_dataset(tabletop_dataset: Path, 
         ("[[dataset]]\nweight = 2.0", "number 1 of the mixture lacks its directory"),
         ("[[dataset]]\ndirectory = 'a'\nweight = 'b'", "weight must be a number, not 'b'"),
         ("[[dataset]]\ndirectory = 'a'\nweight = 0", "weight must be a positive number, not 0"),
-        ("[[dataset]]\ndirectory = 3", "directory must be a text, not 3"),
+        ("[[dataset]]\ndirectory = 3", "directory must be a string, not 3"),
         ("[[dataset]]\ndirectory = 'a'\nfit = 'pad'", "fit must be one of crop, stretch, not 'pad'"),
         (
             "[[dataset]]\ndirectory = 'a'\nnormalization = 'std'",

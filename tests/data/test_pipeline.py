@@ -1,5 +1,6 @@
 """Samples and streams of batches, on a dataset of the embedded environment."""
 
+import dataclasses
 import io
 import itertools
 import pickle
@@ -14,10 +15,10 @@ from PIL import Image
 
 from como_jax.data import pipeline
 from como_jax.data.clips import ClipConfig
-from como_jax.data.flow import optical_flow
-from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
-from como_jax.data.samples import Augmentation, Samples, TrainingSamples, draw_samples
+from como_jax.data.motion_data import ClipFiller, optical_flow, to_frame_pairs
+from como_jax.data.reader import BatchReader
+from como_jax.data.sampler import Augmentation, BatchSampler
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
 
@@ -30,16 +31,16 @@ def source(tabletop_dataset: Path) -> EpisodeSource:
 
 
 @pytest.fixture(scope="module")
-def open_reader(tabletop_dataset: Path) -> Callable[..., tuple[Mixture, FrameReader]]:
+def open_reader(tabletop_dataset: Path) -> Callable[..., tuple[Mixture, BatchReader]]:
     """Opens a mixture of the dataset with the given weights; keyword arguments are those of `ClipConfig`."""
 
     def make(
         weights: tuple[float, ...] = (1.0,), size: int = 16, flow: bool = False, threads: int = 2, **clips: Any
-    ) -> tuple[Mixture, FrameReader]:
+    ) -> tuple[Mixture, BatchReader]:
         config = ClipConfig(**{"gap_seconds": 0.5, **clips})
         entries = [MixtureEntry(str(tabletop_dataset), weight) for weight in weights]
         mixture = Mixture.open(entries, "train", config)
-        return mixture, FrameReader(mixture, size, actions=True, flow=flow, num_threads=threads)
+        return mixture, BatchReader(ClipFiller(mixture, actions=True, flow=flow), size, num_threads=threads)
 
     return make
 
@@ -58,23 +59,23 @@ def stream(open_reader: Callable) -> Callable[..., grain.IterDataset]:
         workers: int = 0,
         **reader: Any,
     ) -> grain.IterDataset:
-        mixture, frames = open_reader(**reader)
-        samples = TrainingSamples(
-            mixture,
+        _, frames = open_reader(**reader)
+        sampler = BatchSampler(
+            frames.filler,
             Augmentation(shift, crop),
             batch_size=batch_size,
             seed=seed,
             rows=np.arange(batch_size).reshape(count, -1)[index],
         )
-        return pipeline.train_batches(samples, frames, num_workers=workers)
+        return pipeline.stream_batches(sampler, frames, num_workers=workers)
 
     return make
 
 
-def read(mixture: Mixture, reader: FrameReader, clips: Any, seed: int = 0, **augmentation: Any) -> Batch:
+def read(reader: BatchReader, clips: Any, seed: int = 0, **augmentation: Any) -> Batch:
     """Clips of the first dataset, drawn and augmented by a seed."""
     rng, datasets = np.random.default_rng(seed), np.zeros(len(clips), np.int64)
-    return reader.map(draw_samples(mixture.parts, datasets, np.asarray(clips), rng, Augmentation(**augmentation)))
+    return reader.map(reader.filler.draw(datasets, np.asarray(clips), rng, Augmentation(**augmentation)))
 
 
 def take(batches: grain.IterDataset, count: int) -> list[Batch]:
@@ -93,7 +94,7 @@ def test_a_sample_holds_the_recorded_frames_a_gap_apart(open_reader: Callable, s
     mixture, reader = open_reader(size=64, instants=3)
     index = mixture.parts[0].index
     clip = len(index) // 2
-    batch = read(mixture, reader, [clip])
+    batch = read(reader, [clip])
     first, gap = index.first[clip], index.gap[index.episode[clip]]
     jpegs = source.read_jpegs([first + k * gap for k in range(3)])
     recorded = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
@@ -110,14 +111,14 @@ def test_actions_are_averaged_over_the_gap(open_reader: Callable, source: Episod
     first, gap = index.first[7], index.gap[index.episode[7]]
     assert gap > 1
     expected = [source.action[t : t + gap].mean(axis=0) for t in (first, first + gap)]
-    batch = read(mixture, reader, [7])
+    batch = read(reader, [7])
     np.testing.assert_array_equal(batch["action"][0], expected)
     assert batch["action"].dtype == np.float32 and np.all(batch["has_action"] == 1)
 
 
 def test_frames_and_offset_frames_get_the_same_shift(open_reader: Callable) -> None:
     mixture, reader = open_reader()
-    still, moved = (read(mixture, reader, [3], seed=2, random_shift=shift) for shift in (0, 3))
+    still, moved = (read(reader, [3], seed=2, random_shift=shift) for shift in (0, 3))
     candidates = [
         (down, right)
         for down, right in itertools.product(range(-3, 4), repeat=2)
@@ -132,29 +133,28 @@ def test_frames_and_offset_frames_get_the_same_shift(open_reader: Callable) -> N
 
 def test_all_frames_of_a_clip_get_the_same_crop(open_reader: Callable) -> None:
     mixture, reader = open_reader(size=32, instants=3)
-    samples = draw_samples(
-        mixture.parts, np.zeros(8, np.int64), np.arange(8), np.random.default_rng(0), Augmentation(0, 0.5)
-    )
+    rng, drawn = np.random.default_rng(0), Augmentation(0, 0.5)
+    samples = reader.filler.draw(np.zeros(8, np.int64), np.arange(8), rng, drawn)
     assert samples.crop[:, 0].min() < 0.7 < samples.crop[:, 0].max() <= 1 and len(np.unique(samples.crop)) == 24
     # Reading the same picture as every instant gives the same frame.
     first = samples.records[:, :1]
-    same = Samples(**{**vars(samples), "records": np.repeat(first, 3, 1), "offsets": np.repeat(first, 2, 1)})
+    same = dataclasses.replace(samples, records=np.repeat(first, 3, 1), offsets=np.repeat(first, 2, 1))
     batch = reader.map(same)
     for clip, offsets in zip(batch["frames"], batch["offset_frames"], strict=True):
         assert all(np.array_equal(clip[0], frame) for frame in [*clip, *offsets])
-    assert np.any(batch["frames"] != reader.map(Samples(**{**vars(same), "crop": samples.crop[::-1]}))["frames"])
+    assert np.any(batch["frames"] != reader.map(dataclasses.replace(same, crop=samples.crop[::-1]))["frames"])
 
 
 def test_offset_frames_are_other_frames_than_the_future(open_reader: Callable) -> None:
     mixture, reader = open_reader(size=64)
-    batch = read(mixture, reader, range(0, mixture.num_clips, 9))
+    batch = read(reader, range(0, mixture.num_clips, 9))
     assert batch["offset_frames"].shape[1:] == (1, 64, 64, 3)
     assert np.any(batch["offset_frames"][:, 0] != batch["frames"][:, 1])
 
 
 def test_a_batch_fits_the_data_contract(stream: Callable) -> None:
     [batch] = take(stream(instants=3), 1)
-    pairs = pipeline.to_frame_pairs(batch)
+    pairs = to_frame_pairs(batch)
     pairs.check_shapes()
     assert pairs.frames.shape == (4, 3, 16, 16, 3)
     assert batch["action"].shape == (4, 2, 4)
@@ -162,7 +162,7 @@ def test_a_batch_fits_the_data_contract(stream: Callable) -> None:
 
 def test_what_is_not_asked_for_is_not_read(stream: Callable) -> None:
     [batch] = take(stream(offset_frames=False), 1)
-    assert pipeline.to_frame_pairs(batch).offset_frames is None
+    assert to_frame_pairs(batch).offset_frames is None
 
 
 def test_a_stream_repeats_by_seed(stream: Callable) -> None:
@@ -228,7 +228,7 @@ def test_worker_processes_read_the_same_batches(stream: Callable) -> None:
 def test_evaluation_covers_a_dataset_evenly_and_fills_up_the_last_batch(open_reader: Callable) -> None:
     mixture, reader = open_reader(offset_frames=False)
     [part] = mixture.parts
-    found = list(pipeline.evaluation_batches(part, reader, num_clips=10, batch_size=4))
+    found = list(pipeline.evaluation_batches(reader, num_samples=10, batch_size=4))
     assert [count for _, count in found] == [4, 4, 2]
     episodes = np.concatenate([batch["episode"] for batch, _ in found])
     chosen = np.linspace(0, len(part.index) - 1, 10).astype(int)
@@ -239,7 +239,7 @@ def test_hosts_share_the_batches_of_an_evaluation(open_reader: Callable) -> None
     mixture, reader = open_reader(offset_frames=False)
 
     def batches(rows: slice = slice(None)) -> list[Batch]:
-        found = pipeline.evaluation_batches(mixture.parts[0], reader, num_clips=6, batch_size=4, rows=rows)
+        found = pipeline.evaluation_batches(reader, num_samples=6, batch_size=4, rows=rows)
         return [batch for batch, _ in found]
 
     hosts = [batches(slice(2)), batches(slice(2, 4))]
@@ -280,9 +280,9 @@ def test_a_record_that_cannot_be_decoded_is_named(
     open_reader: Callable, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     mixture, reader = open_reader(threads=threads)
-    monkeypatch.setattr(EpisodeSource, "read_jpegs", lambda self, records: [b"damaged"] * len(records))
+    monkeypatch.setattr(EpisodeSource, "read_cameras", lambda self, records, cameras: [[b"damaged"]] * len(records))
     with pytest.raises(DatasetError, match=r"\(train\): record 0, camera 'image', cannot be decoded"):
-        read(mixture, reader, [0])
+        read(reader, [0])
 
 
 def test_a_drawn_gap_spaces_the_instants_and_is_reported(open_reader: Callable) -> None:
@@ -290,28 +290,28 @@ def test_a_drawn_gap_spaces_the_instants_and_is_reported(open_reader: Callable) 
     [part] = mixture.parts
     source, index = part.source, part.index
     nominal, clips = int(index.gap[0]), np.arange(0, len(index), max(1, len(index) // 60))
-    batch = read(mixture, reader, clips)
+    batch = read(reader, clips)
     gaps = np.rint(batch["gap"] * 0.5 * source.control_rate[0]).astype(int)
     for row, (clip, gap) in enumerate(zip(clips, gaps, strict=True)):
         first = int(index.first[clip])
         expected = [source.action[first + gap * k : first + gap * (k + 1)].mean(axis=0) for k in range(2)]
         np.testing.assert_allclose(batch["action"][row], expected, rtol=1e-5)
     assert set(gaps.tolist()) == set(range(-(-4 * nominal // 10), nominal + 1))
-    samples = draw_samples(mixture.parts, np.zeros(1, int), clips[:1], np.random.default_rng(0))
+    samples = reader.filler.draw(np.zeros(1, int), clips[:1], np.random.default_rng(0))
     np.testing.assert_array_equal(np.diff(samples.records)[0], [samples.gap[0]] * 2)
 
 
 def test_flow_is_that_of_the_augmented_frames(open_reader: Callable) -> None:
     mixture, reader = open_reader(size=32, flow=True, instants=3)
-    batch = read(mixture, reader, [5], random_shift=4)
+    batch = read(reader, [5], random_shift=4)
     pairs = itertools.pairwise(batch["frames"][0])
     np.testing.assert_array_equal(batch["flow"][0], [optical_flow(first, second) for first, second in pairs])
     assert batch["flow"].shape == (1, 2, 8, 8, 2)
 
 
 def test_without_flow_and_labels_a_batch_has_none(open_reader: Callable) -> None:
-    pairs = pipeline.to_frame_pairs(read(*open_reader(), [0]))
-    assert pairs.flow is None and pairs.labels is None and pairs.labelled is None
+    pairs = to_frame_pairs(read(open_reader()[1], [0]))
+    assert pairs.flow is None and pairs.supervision is None and pairs.has_supervision is None
 
 
 def test_robot_data_with_actions_mixes_with_video_without(
@@ -320,9 +320,8 @@ def test_robot_data_with_actions_mixes_with_video_without(
     mixture = Mixture.open([MixtureEntry(str(tabletop_dataset))] * 2, "train", ClipConfig(0.5))
     video = mixture.parts[1].source
     video.action = None
-    reader = FrameReader(mixture, 16, actions=True)
-    samples = TrainingSamples(mixture, Augmentation(), batch_size=20, seed=0)(0)
-    batch = reader.map(samples)
+    reader = BatchReader(ClipFiller(mixture, actions=True), 16)
+    batch = reader.map(BatchSampler(reader.filler, batch_size=20, seed=0)(0))
     robot = batch["dataset"] == 0
     assert 0 < robot.sum() < 20 and batch["action"].shape == (20, 1, 4)
     assert np.all(batch["has_action"][robot] == 1) and np.any(batch["action"][robot] != 0)
@@ -332,11 +331,10 @@ def test_robot_data_with_actions_mixes_with_video_without(
 def test_actions_are_normalized_as_the_entry_says(tabletop_dataset: Path) -> None:
     entries = [MixtureEntry(str(tabletop_dataset), normalization=kind) for kind in ("", "min_max")]
     mixture = Mixture.open(entries, "train", ClipConfig(0.5))
-    reader = FrameReader(mixture, 16, actions=True, normalization="mean_std")
+    reader = BatchReader(ClipFiller(mixture, actions=True, normalization="mean_std"), 16)
     clips, rng = np.arange(0, len(mixture.parts[0].index), 5), np.random.default_rng(0)
     standard, bounded = (
-        reader.map(draw_samples(mixture.parts, np.full(len(clips), dataset), clips, rng))["action"]
-        for dataset in (0, 1)
+        reader.map(reader.filler.draw(np.full(len(clips), dataset), clips, rng))["action"] for dataset in (0, 1)
     )
     action = mixture.parts[0].source.action
     np.testing.assert_allclose(

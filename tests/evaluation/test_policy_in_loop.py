@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from como_jax.data.chunks import PolicyPart
-from como_jax.data.policy_build import PolicyData, open_policy_data
+from como_jax.data.policy_data import PolicyData, open_policy_data
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts import in_loop as policy_in_loop
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.policy_build import make_spec, open_policy_data, policy_evaluation_batches
+from como_jax.data.pipeline import evaluation_batches
+from como_jax.data.policy_data import make_spec, open_policy_data
 from como_jax.data.transforms import decode_jpeg
 from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy
@@ -112,7 +113,7 @@ def test_a_policy_sees_in_an_environment_what_it_saw_in_training(family: str, ro
     spec = make_spec(data, resolve(config, data.sizes()))
     [part] = data.parts
     # One batch over the dataset's steps, of which the first have a history that is cut short by the episode's start.
-    [(batch, count)] = policy_evaluation_batches(data, 0, 8, 8)
+    [(batch, count)] = evaluation_batches(data.reader, num_samples=8, batch_size=8)
     steps = np.linspace(0, len(part.steps) - 1, count).astype(int)
 
     def scene(step: int) -> Scene:

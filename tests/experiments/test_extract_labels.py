@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from como_jax.data.clips import ClipConfig
-from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
+from como_jax.data.motion_data import ClipFiller
 from como_jax.data.normalization import load_normalizer
+from como_jax.data.reader import BatchReader
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, OutputError, RunError
 from como_jax.labelling.streaming import single_frames
@@ -57,9 +58,9 @@ def labelled(
 def pairs(dataset: Path, source: EpisodeSource, records: np.ndarray) -> np.ndarray:
     """Frames `[B, 2, H, W, 3]` of some steps and those a gap later."""
     mixture = Mixture.open([MixtureEntry(str(dataset))], source.split, ClipConfig(0.3))
-    reader = FrameReader(mixture, 32)
+    reader = BatchReader(ClipFiller(mixture), 32)
     return np.stack(
-        [reader.map(single_frames(records * 0, records + shift))["frames"][:, 0] for shift in (0, GAP)], axis=1
+        [reader.decode(single_frames(records * 0, records + shift))[0][:, 0, 0] for shift in (0, GAP)], axis=1
     )
 
 

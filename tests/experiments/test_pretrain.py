@@ -125,7 +125,7 @@ def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset:
         ({"data.gap_seconds": 100.0}, DatasetError, "shorter than a clip of .*Lower data.gap_seconds"),
         ({"data.camera": "wrist"}, DatasetError, "no camera 'wrist'; it has: image"),
         ({"data.mixture": "/nowhere"}, DatasetError, "/nowhere is not a dataset directory"),
-        ({"data.mixture": ""}, DatasetError, "No dataset is named"),
+        ({"data.mixture": ""}, DatasetError, "names no dataset"),
         ({"model.motion_input": "past"}, ConfigError, "model.motion_input 'past' is unknown"),
         ({"data.image_size": 40}, ConfigError, "data.image_size 40 must be a multiple of encoder.patch_size"),
         ({"train.dtype": "float8"}, ConfigError, "config.train.dtype 'float8'"),

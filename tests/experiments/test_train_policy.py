@@ -14,9 +14,10 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from como_jax.data.chunks import to_policy_batch
 from como_jax.data.language import EMBEDDINGS_NAME, write_embeddings
-from como_jax.data.policy_build import open_policy_data, policy_train_batches
-from como_jax.data.policy_reader import to_policy_batch
+from como_jax.data.pipeline import training_batches
+from como_jax.data.policy_data import open_policy_data
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, RunError, UsageError
 from como_jax.evaluation.rollouts.policy_runner import load_policy
@@ -117,7 +118,7 @@ def test_the_robot_only_baseline_starts_from_equal_parameters_and_differs_by_con
 def first_batch(config: ConfigDict) -> tuple[ConfigDict, PolicyBatch]:
     """The config with sizes, and what a run of it is trained on first."""
     data = open_policy_data(config)
-    return resolve(config, data.sizes()), to_policy_batch(next(iter(policy_train_batches(data, config))))
+    return resolve(config, data.sizes()), to_policy_batch(next(iter(training_batches(config, data.reader))))
 
 
 def test_videos_never_reach_the_action_head(
@@ -255,7 +256,7 @@ def test_a_robot_dataset_without_held_out_episodes_may_be_the_largest(robot_data
         ({"data.batch_size": 7}, UsageError, "batch size 7 is not divisible by 2 devices"),
         ({"data.cameras": ("wrist",)}, DatasetError, "none of the cameras wrist"),
         ({"data.chunk": 0}, ConfigError, "data.chunk must be at least 1"),
-        ({"data.mixture": ""}, DatasetError, "No dataset is named"),
+        ({"data.mixture": ""}, DatasetError, "names no dataset"),
         ({"data.normalization": "max"}, ConfigError, "normalization 'max' must be one of"),
         ({"data.state_size": 3}, ConfigError, "data.state_size is 3, but the data's is 4"),
         ({"data.latent_only": True}, DatasetError, "no labels of latent motion for data.latent_only"),
@@ -278,7 +279,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_data_that_teaches_nothing_to_do_is_refused(robot_dataset: Path, labelled_videos: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    with pytest.raises(DatasetError, match=r"No dataset of the mixture has actions.* --config.data.latent_only=True"):
+    with pytest.raises(DatasetError, match=r"No dataset of the mixture has actions.* data.latent_only=True"):
         train_policy(smoke("diffusion", labelled_videos), workdir)
     other = copy_dataset(robot_dataset, tmp_path / "more" / robot_dataset.name)
     with pytest.raises(DatasetError, match=f"{robot_dataset} and {other} have one name"):

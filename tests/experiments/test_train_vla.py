@@ -11,9 +11,10 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from como_jax.data.chunks import to_policy_batch
 from como_jax.data.instructions import InstructionReader
-from como_jax.data.policy_build import open_policy_data, policy_train_batches
-from como_jax.data.policy_reader import to_policy_batch
+from como_jax.data.pipeline import training_batches
+from como_jax.data.policy_data import open_policy_data
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts.policy_runner import load_policy
@@ -83,7 +84,7 @@ def test_latent_pretraining_is_the_same_on_one_device_and_on_eight(coded_videos:
     config = recipe("latent", coded_videos)
     data = open_policy_data(config)
     config = resolve(config, data.sizes())
-    batch = to_policy_batch(next(iter(policy_train_batches(data, config))))
+    batch = to_policy_batch(next(iter(training_batches(config, data.reader))))
     model, found = build_policy(config), []
     for shape in ((1, 1, 1), (8, 1, 1), (2, 2, 2)):
         mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), sharding.MESH_AXES)

@@ -16,7 +16,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
-from como_jax.data.label_info import LabelInfo
+from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, OutputError
 from como_jax.labelling import labelling, shards

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from como_jax.data.clips import ClipConfig, gap_steps
-from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
+from como_jax.data.motion_data import ClipFiller
+from como_jax.data.reader import BatchReader
 from como_jax.labelling.streaming import StreamLabeller, single_frames, steps_back
 from como_jax.nn.model_def import ModelDef
 from como_jax.spec.motion import BottleneckConfig
@@ -22,12 +23,13 @@ SIZE, EPISODES = 16, 4
 
 
 @pytest.fixture(scope="module")
-def reader(tabletop_dataset: Path) -> FrameReader:
-    return FrameReader(Mixture.open([MixtureEntry(str(tabletop_dataset))], "train", ClipConfig(0.5)), SIZE)
+def reader(tabletop_dataset: Path) -> BatchReader:
+    mixture = Mixture.open([MixtureEntry(str(tabletop_dataset))], "train", ClipConfig(0.5))
+    return BatchReader(ClipFiller(mixture), SIZE)
 
 
 @pytest.fixture(scope="module")
-def source(reader: FrameReader) -> Any:
+def source(reader: BatchReader) -> Any:
     return reader._parts[0].source
 
 
@@ -35,7 +37,7 @@ def place(model: ModelDef, mesh: Any) -> Any:
     return jax.device_put(jax.jit(model.init)(jax.random.key(0)), sharding.replicated(mesh))
 
 
-def label(model: ModelDef, reader: FrameReader, source: Any, gap: np.ndarray, batch_size: int, mesh: Any) -> Any:
+def label(model: ModelDef, reader: BatchReader, source: Any, gap: np.ndarray, batch_size: int, mesh: Any) -> Any:
     labeller = StreamLabeller(model, place(model, mesh), mesh, batch_size=batch_size, max_gap=int(gap.max()))
     lengths = source.length[:EPISODES]
     steps = np.arange(lengths.sum())
@@ -48,7 +50,7 @@ def test_steps_back_stay_within_their_episode() -> None:
 
 @pytest.mark.parametrize("batch_size", [8, 64])
 def test_labels_are_those_of_single_pairs_and_masked_at_the_end(
-    make_como: Callable[..., ModelDef], reader: FrameReader, source: Any, batch_size: int
+    make_como: Callable[..., ModelDef], reader: BatchReader, source: Any, batch_size: int
 ) -> None:
     model, mesh = make_como(bottleneck=BottleneckConfig("vq", 8)), sharding.make_mesh()
     gap = gap_steps(0.5, source.control_rate[:EPISODES])
@@ -62,14 +64,14 @@ def test_labels_are_those_of_single_pairs_and_masked_at_the_end(
         assert not found.latent[start : start + length][~valid].any()
         assert np.all(found.codes[start : start + length][~valid] == -1)
         chosen = np.arange(start, start + length - step)[:: max(1, length // 8)]
-        pairs = [reader.map(single_frames(chosen * 0, chosen + shift))["frames"][:, 0] for shift in (0, step)]
+        pairs = [reader.decode(single_frames(chosen * 0, chosen + shift))[0][:, 0, 0] for shift in (0, step)]
         latent, codes = encode(params, np.stack(pairs, axis=1))
         np.testing.assert_allclose(found.latent[chosen], latent[:, 0], atol=1e-5)
         np.testing.assert_array_equal(found.codes[chosen], codes[:, 0])
 
 
 def test_episodes_may_differ_in_their_gaps(
-    make_como: Callable[..., ModelDef], reader: FrameReader, source: Any
+    make_como: Callable[..., ModelDef], reader: BatchReader, source: Any
 ) -> None:
     model, mesh = make_como(), sharding.make_mesh()
     short, long, mixed = (
@@ -82,11 +84,11 @@ def test_episodes_may_differ_in_their_gaps(
 
 
 def test_every_frame_is_read_once(
-    make_como: Callable[..., ModelDef], reader: FrameReader, source: Any, monkeypatch: pytest.MonkeyPatch
+    make_como: Callable[..., ModelDef], reader: BatchReader, source: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    read = type(source).read_jpegs
-    monkeypatch.setattr(type(source), "read_jpegs", lambda self, records: seen.extend(records) or read(self, records))
+    read = type(source).read_cameras
+    monkeypatch.setattr(type(source), "read_cameras", lambda self, *given: seen.extend(given[0]) or read(self, *given))
     label(make_como(), reader, source, np.full(EPISODES, 4), 32, sharding.make_mesh())
     steps = int(source.length[:EPISODES].sum())
     assert sorted(seen) == list(range(steps))

@@ -325,7 +325,7 @@ def test_what_is_not_labelled_does_not_count(make_como: MakeComo) -> None:
     model = make_como(tcl_weight=0.0, mse_weight=0.0, label_weight=1.0, label_size=4)
     params = jax.jit(model.init)(jax.random.key(0))
     batch = types.fake_frame_pairs(label_size=4)
-    batch.labelled[1:] = 0.0
+    batch.has_supervision[1:] = 0.0
     batch.labels[1:] = np.nan
 
     def loss(params: Params, batch: types.FramePairs) -> jax.Array:

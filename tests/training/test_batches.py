@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from como_jax.data import pipeline
-from como_jax.data.build import build_training_data
-from como_jax.data.policy_build import open_policy_data, policy_train_batches
-from como_jax.data.policy_reader import to_policy_batch
+from como_jax.data.chunks import to_policy_batch
+from como_jax.data.motion_data import open_motion_data, to_frame_pairs
+from como_jax.data.pipeline import training_batches
+from como_jax.data.policy_data import open_policy_data
+from como_jax.motion.build import batch_parts
 from como_jax.training import sharding
 from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes
 from como_jax.training.models import resolve
@@ -42,8 +43,8 @@ def shapes(tree: Any) -> dict[str, tuple]:
 )
 def test_clips_are_those_of_the_data(tabletop_dataset: Path, changes: dict[str, Any]) -> None:
     config = recipe("pretrain_como", str(tabletop_dataset), data__gap_seconds=0.3, **changes)
-    mesh, data = sharding.make_mesh(), build_training_data(config)
-    batch = pipeline.to_frame_pairs(next(iter(data.batches)))
+    mesh, data = sharding.make_mesh(), open_motion_data(config, batch_parts(config))
+    batch = to_frame_pairs(next(iter(training_batches(config, data.reader))))
     assert shapes(abstract_batch(resolve(config, data.sizes()), mesh)) == shapes(batch)
 
 
@@ -58,7 +59,7 @@ def test_samples_of_policies_are_those_of_the_data(
     config = recipe("policy_diffusion", ",".join(parts), **changes)
     mesh, data = sharding.make_mesh(), open_policy_data(config)
     rows = sharding.batch_rows(mesh, config.data.batch_size)
-    batch = to_policy_batch(next(iter(policy_train_batches(data, config, rows))))
+    batch = to_policy_batch(next(iter(training_batches(config, data.reader, rows))))
     config = resolve(config, data.sizes())
     assert shapes(abstract_batch(config, mesh)) == shapes(batch)
     # What the data has decided stays.

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from como_jax.data.build import build_training_data
-from como_jax.motion.build import build_model
+from como_jax.data.motion_data import open_motion_data
+from como_jax.data.pipeline import training_batches
+from como_jax.motion.build import batch_parts, build_model
 from como_jax.training import sharding
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.train_state import TrainState
@@ -143,7 +144,7 @@ def test_a_checkpoint_of_two_hosts_opens_on_any_devices_of_one(
     model, states, batches = build_model(config), [], []
     for sizes in ((1, 1, 1), (1, 2, 1), (2, 2, 2)):
         mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-        iterator = iter(build_training_data(config).batches)
+        iterator = iter(training_batches(config, open_motion_data(config, batch_parts(config)).reader))
         checkpointer = Checkpointer(tmp_path)
         states.append(checkpointer.restore(build_training(config, model, mesh).abstract, iterator))
         checkpointer.close()
@@ -151,7 +152,7 @@ def test_a_checkpoint_of_two_hosts_opens_on_any_devices_of_one(
     assert isinstance(states[0], TrainState) and int(states[0].step) == NUM_STEPS
     for state in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, state, states[0])
-    fresh = iter(build_training_data(config).batches)
+    fresh = iter(training_batches(config, open_motion_data(config, batch_parts(config)).reader))
     for _ in range(NUM_STEPS):
         next(fresh)
     expected = next(fresh)

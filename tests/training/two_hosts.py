@@ -24,11 +24,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from como_jax import cli, hosts
-from como_jax.data.build import build_training_data
-from como_jax.data.pipeline import to_frame_pairs
-from como_jax.data.policy_build import open_policy_data, policy_train_batches
-from como_jax.data.policy_reader import to_policy_batch
-from como_jax.motion.build import build_model
+from como_jax.data.chunks import to_policy_batch
+from como_jax.data.motion_data import open_motion_data, to_frame_pairs
+from como_jax.data.pipeline import training_batches
+from como_jax.data.policy_data import open_policy_data
+from como_jax.motion.build import batch_parts, build_model
 from como_jax.policies.build import build_policy
 from como_jax.training import sharding, trainer
 from como_jax.training.models import resolve
@@ -150,8 +150,9 @@ class Problem:
         config = self._config
         rows = sharding.batch_rows(mesh, config.data.batch_size)
         if self._recipe.startswith("policy"):
-            return to_policy_batch(next(iter(policy_train_batches(self._policy_data, config, rows))))
-        return to_frame_pairs(next(iter(build_training_data(config, rows).batches)))
+            return to_policy_batch(next(iter(training_batches(config, self._policy_data.reader, rows))))
+        data = open_motion_data(config, batch_parts(config))
+        return to_frame_pairs(next(iter(training_batches(config, data.reader, rows))))
 
 
 def write_gradients(out: Path, data: str) -> None:

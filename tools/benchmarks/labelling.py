@@ -28,8 +28,9 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data.clips import ClipConfig, gap_steps
-from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
+from como_jax.data.motion_data import ClipFiller
+from como_jax.data.reader import BatchReader
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError
 from como_jax.labelling.streaming import StreamLabeller, read_frames, single_frames, steps_back
@@ -72,7 +73,7 @@ class Steps(NamedTuple):
         return Steps(*(field[:count] for field in self))
 
 
-def open_reader(folder: Path, config: ConfigDict) -> FrameReader:
+def open_reader(folder: Path, config: ConfigDict) -> BatchReader:
     """Reads the training episodes of --data, or of embedded ones that it converts into a folder."""
     directory = _DATA.value
     if directory is None:
@@ -81,7 +82,7 @@ def open_reader(folder: Path, config: ConfigDict) -> FrameReader:
         directory = str(folder / "data")
     clips = ClipConfig(config.data.gap_seconds, offset_frames=False)
     mixture = Mixture.open([MixtureEntry(directory)], "train", clips)
-    return FrameReader(mixture, config.data.image_size, num_threads=_THREADS.value)
+    return BatchReader(ClipFiller(mixture), config.data.image_size, num_threads=_THREADS.value)
 
 
 class Programs:
@@ -93,7 +94,7 @@ class Programs:
         self.encode = functools.partial(jax.jit(lambda params, x: model.bind(params).encode(x)), params)
 
 
-def contestants(programs: Programs, labeller: StreamLabeller, reader: FrameReader, steps: Steps) -> Contestants:
+def contestants(programs: Programs, labeller: StreamLabeller, reader: BatchReader, steps: Steps) -> Contestants:
     """What is timed, by name, each with the number of frames or pairs that it works off."""
     frames = read_frames(reader, single_frames(steps.episode, steps.records))[0]
     batches = list(_whole_batches(frames, labeller.batch_size))
@@ -113,7 +114,7 @@ def contestants(programs: Programs, labeller: StreamLabeller, reader: FrameReade
     }
 
 
-def _read_pairs(reader: FrameReader, steps: Steps, rows: np.ndarray) -> np.ndarray:
+def _read_pairs(reader: BatchReader, steps: Steps, rows: np.ndarray) -> np.ndarray:
     """Frames uint8 `[B, 2, H, W, 3]` of the steps `[B, 2]`."""
     read = [read_frames(reader, single_frames(steps.episode[part], steps.records[part]))[0] for part in rows.T]
     return np.stack(read, axis=1)

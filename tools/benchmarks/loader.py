@@ -24,10 +24,11 @@ from absl import flags
 from como_jax import cli
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data.clips import ClipConfig
-from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry
-from como_jax.data.pipeline import train_batches
-from como_jax.data.samples import Augmentation, TrainingSamples
+from como_jax.data.motion_data import ClipFiller
+from como_jax.data.pipeline import stream_batches
+from como_jax.data.reader import BatchReader
+from como_jax.data.sampler import Augmentation, BatchSampler
 from como_jax.errors import ConfigError
 from tools.benchmarks.machine import describe_machine
 
@@ -57,8 +58,9 @@ def convert(directory: Path) -> Mixture:
 
 def batches(mixture: Mixture, threads: int) -> Iterator[dict[str, np.ndarray]]:
     """The pipeline under test."""
-    samples = TrainingSamples(mixture, Augmentation(_SHIFT), batch_size=_BATCH_SIZE.value, seed=0)
-    return iter(train_batches(samples, FrameReader(mixture, _IMAGE_SIZE.value, num_threads=threads)))
+    filler = ClipFiller(mixture)
+    sampler = BatchSampler(filler, Augmentation(_SHIFT), batch_size=_BATCH_SIZE.value, seed=0)
+    return iter(stream_batches(sampler, BatchReader(filler, _IMAGE_SIZE.value, num_threads=threads)))
 
 
 def time_bare_decoding(mixture: Mixture) -> Callable[[], float]:

@@ -15,7 +15,7 @@ from absl import flags
 from tqdm import tqdm
 
 from como_jax import cli
-from como_jax.data.label_info import LABELS_NAME
+from como_jax.data.schema import LABELS_NAME
 from como_jax.errors import ConversionError, UsageError
 from como_jax.export.labels import WRITERS, export_labels
 from como_jax.export.labels.dataset import LabelledDataset

@@ -18,8 +18,8 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from como_jax.data.label_info import LABELS_NAME
 from como_jax.data.mixture import MixtureEntry
+from como_jax.data.schema import LABELS_NAME
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.files import write_atomic, write_json

@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
-from como_jax.data.frames import FrameReader
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart, parse_mixture
-from como_jax.data.pipeline import evaluation_batches, read_clips
-from como_jax.data.samples import ALL_ROWS, Rows
+from como_jax.data.motion_data import ClipFiller
+from como_jax.data.pipeline import evaluation_batches
+from como_jax.data.reader import BatchReader
+from como_jax.data.sampler import ALL_ROWS, Rows
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, NoClipsError, RunError
@@ -64,13 +65,14 @@ class EvaluationSet:
         return self.source.split
 
     @functools.cached_property
-    def reader(self) -> FrameReader:
+    def reader(self) -> BatchReader:
         """Reads the clips, with actions where there are any."""
-        return FrameReader(Mixture((self.part,)), self.image_size, fit=self.fit, actions=True, num_threads=_THREADS)
+        filler = ClipFiller(Mixture((self.part,)), actions=True)
+        return BatchReader(filler, self.image_size, fit=self.fit, num_threads=_THREADS)
 
     def read(self, clips: Sequence[int]) -> dict[str, np.ndarray]:
         """The arrays of some clips, by their numbers."""
-        return read_clips(self.part, self.reader, np.asarray(clips))
+        return self.reader.read(np.asarray(clips))
 
     def recut(self, instants: int) -> EvaluationSet:
         """The same episodes in clips of another length.
@@ -272,7 +274,7 @@ def set_batches(
     item: EvaluationSet, num_clips: int, batch_size: int, rows: Rows = ALL_ROWS
 ) -> Iterable[tuple[dict[str, np.ndarray], int]]:
     """Some rows of the batches of a set, and the number of clips of each batch; see `evaluation_batches`."""
-    return evaluation_batches(item.part, item.reader, num_clips=num_clips, batch_size=batch_size, rows=rows)
+    return evaluation_batches(item.reader, num_samples=num_clips, batch_size=batch_size, rows=rows)
 
 
 def fit_batch(batch_size: int, mesh: Mesh) -> int:

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from como_jax import hosts
-from como_jax.data.chunks import PolicyPart
-from como_jax.data.policy_build import PolicyData, policy_evaluation_batches
-from como_jax.data.policy_reader import to_policy_batch
+from como_jax.data.chunks import PolicyPart, to_policy_batch
+from como_jax.data.pipeline import evaluation_batches
+from como_jax.data.policy_data import PolicyData
 from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.registry import environment_names
 from como_jax.errors import ConfigError
@@ -127,11 +127,12 @@ class PolicyEvaluator:
 
     def _sum_up(self, params: Params, data: PolicyData, number: int) -> tuple[Sums, Sums]:
         """Sums over one dataset, of actions and of latents, each empty where the dataset has none."""
-        part, now = data.parts[number], data.chunks.history
+        part, now = data.parts[number], data.filler.chunks.history
         prior = self._priors.get(part.source.directory.name)
         actions: Sums = {}
         latents: Sums = {}
-        for batch, _ in policy_evaluation_batches(data, number, self._config.num_samples, self._batch_size, self._rows):
+        sizes = {"num_samples": self._config.num_samples, "batch_size": self._batch_size}
+        for batch, _ in evaluation_batches(data.reader, number, **sizes, rows=self._rows):
             batch = sharding.shard_batch(to_policy_batch(batch), self._mesh)
             if part.action is not None:
                 _add(actions, self._sum_actions(params, batch, self._keys, now=now))

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 from etils import epath
 
-from como_jax.data.label_info import LABELS_NAME
+from como_jax.data.schema import LABELS_NAME
 from como_jax.errors import DatasetError
 from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
 from como_jax.export.labels.video import VideoWriter

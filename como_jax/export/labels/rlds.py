@@ -16,7 +16,7 @@ from etils import epath
 from tensorflow_datasets.core import dataset_info, file_adapters, writer
 
 from como_jax.convert.shards import StableSerializer, disk_errors
-from como_jax.data.label_info import LABELS_NAME
+from como_jax.data.schema import LABELS_NAME
 from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
 
 # About half a gigabyte of images at the default size.

@@ -16,10 +16,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from como_jax.data.chunks import PolicyPart, make_samples
-from como_jax.data.policy_build import PolicyData, open_policy_data
-from como_jax.data.policy_reader import to_policy_batch
-from como_jax.data.samples import Augmentation
+from como_jax.data.chunks import ChunkFiller, PolicyPart, to_policy_batch
+from como_jax.data.policy_data import PolicyData, open_policy_data
+from como_jax.data.reader import BatchReader
+from como_jax.data.sampler import Augmentation
 from como_jax.data.sources import EpisodeSource
 from como_jax.data.transforms import View, decode_jpeg
 from como_jax.errors import DatasetError
@@ -38,8 +38,9 @@ def open_data(*datasets: Path | str, family: str = "diffusion", **changes: Any) 
 def read(data: PolicyData, dataset: int = 0, augmentation: Augmentation | None = None) -> Batch:
     """Every sample of one dataset in order."""
     count = len(data.parts[dataset].steps)
-    crop, shift = (augmentation or Augmentation()).draw(np.random.default_rng(0), count)
-    return data.reader.map(make_samples(data.parts, np.full(count, dataset), np.arange(count), crop, shift))
+    drawn = augmentation or Augmentation()
+    numbers = np.arange(count)
+    return data.reader.map(data.filler.draw(numbers * 0 + dataset, numbers, np.random.default_rng(0), drawn))
 
 
 def scaled(directory: Path, field: str, values: np.ndarray) -> np.ndarray:
@@ -189,7 +190,7 @@ def test_a_mixture_may_name_the_camera_and_the_fit_of_a_dataset(arm: Path, hand:
 def test_smaller_actions_and_states_are_filled_up(arm: Path, hand: Path, clips: Path) -> None:
     data = open_data(arm, hand, clips, chunk=1)
     small, large, videos = (read(data, number) for number in range(3))
-    assert (data.reader.action_size, data.reader.state_size, data.reader.latent_size) == (5, 2, 6)
+    assert (data.filler.action_size, data.filler.state_size, data.filler.latent_size) == (5, 2, 6)
     assert np.all(small["has_action"] == [1, 1, 1, 0, 0]) and np.all(large["has_action"] == 1)
     assert not small["action"][..., 3:].any() and not large["state"][..., 1:].any() and large["state"].any()
     assert [batch["has_state"].mean() for batch in (small, large, videos)] == [1, 1, 0]
@@ -214,8 +215,7 @@ def test_a_batch_of_several_datasets_fits_the_data_contract(arm: Path, hand: Pat
     datasets = (arm, hand, coded_clips)
     data = open_data(*datasets, cameras=("front", "wrist", "top"), instants=2)
     chosen, steps = np.array([2, 0, 1, 2]), np.array([3, 9, 20, 14])
-    crop, shift = Augmentation().draw(np.random.default_rng(0), 4)
-    mixed = data.reader.map(make_samples(data.parts, chosen, steps, crop, shift))
+    mixed = data.reader.map(data.filler.draw(chosen, steps, np.random.default_rng(0)))
     batch = to_policy_batch(mixed)
     batch.check_shapes()
     assert batch.dataset.tolist() == [2, 0, 1, 2] and batch.codes.shape == (4, 5, 2)
@@ -258,7 +258,7 @@ def test_what_is_read_follows_the_parts_alone(arm: Path) -> None:
     """A part without normalizers gives neither actions nor states, whatever its dataset holds."""
     data = open_data(arm)
     bare = dataclasses.replace(data.parts[0], action=None, state=None)
-    reader = type(data.reader)([bare], data.chunks, 16, action_size=4, state_size=1)
-    batch = read(data._replace(parts=(bare,), reader=reader))
+    filler = ChunkFiller([bare], data.filler.chunks, action_size=4, state_size=1)
+    batch = read(dataclasses.replace(data, parts=(bare,), filler=filler, reader=BatchReader(filler, 16)))
     assert not batch["has_action"].any() and batch["action"].shape[-1] == 4
     assert not batch["has_state"].any() and batch["state"].shape[-1] == 1

@@ -1,7 +1,8 @@
-"""From a config to a policy's batches: what takes part, what is refused, and that streams repeat."""
+"""The data of a policy's config: what takes part, what is refused, and that streams repeat."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -13,15 +14,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from como_jax.data.label_info import LabelInfo
 from como_jax.data.language import write_embeddings
-from como_jax.data.policy_build import (
-    PolicyData,
-    make_spec,
-    open_policy_data,
-    policy_evaluation_batches,
-    policy_train_batches,
-)
+from como_jax.data.pipeline import evaluation_batches, training_batches
+from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
+from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.policies.spec import PolicySpec
@@ -48,7 +44,7 @@ def names(data: PolicyData) -> list[str]:
 
 
 def stream(config: ConfigDict, rows: slice = slice(None)) -> Iterator[Batch]:
-    return iter(policy_train_batches(open_policy_data(config), config, rows))
+    return iter(training_batches(config, open_policy_data(config).reader, rows))
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
@@ -70,7 +66,7 @@ def test_robots_and_videos_learn_what_they_have(arm: Path, hand: Path, clips: Pa
         (True, False),
         (False, True),
     ]
-    assert names(data._replace(parts=tuple(data.robots))) == ["arm", "hand"]
+    assert names(dataclasses.replace(data, parts=tuple(data.robots))) == ["arm", "hand"]
     assert data.labels == LabelInfo("model", (2, 3), 0) and not data.left_out
 
 
@@ -121,12 +117,12 @@ def test_labels_of_robots_may_be_used(arm: Path, hand: Path) -> None:
 @pytest.mark.parametrize(
     ("datasets", "changes", "message"),
     [
-        (["clips"], {}, r"No dataset of the mixture has actions.* --config\.data\.latent_only=True"),
+        (["clips"], {}, r"No dataset of the mixture has actions.* data\.latent_only=True"),
         (["clips"], {"videos": (), "latent_only": True}, "data.videos leaves out every dataset"),
         (["arm", "plain_clips"], {}, "/plain_clips has neither actions nor labels of latent motion; label it with"),
         (["hand"], {"latent_only": True}, "/hand has actions, but no labels of latent motion for data.latent_only"),
         (["arm", "clips", "coded_clips"], {}, "/coded_clips and .*/clips hold labels of different models"),
-        (["arm", "arm"], {}, "/arm and .*/arm have one name; rename one"),
+        (["arm", "arm"], {}, "/arm and .*/arm have the same name; rename one"),
         (["arm", "hand"], {"cameras": ("front",)}, "/hand has none of the cameras front; it has top"),
         (["arm"], {"cameras": ("front", "writs")}, "no dataset has a camera 'writs'; .*did you mean wrist?"),
         (["arm"], {"instants": 0}, r"data\.instants must be at least 1"),
@@ -154,7 +150,7 @@ def test_videos_without_a_single_label_are_refused_and_held_out_ones_left_out(
 ) -> None:
     some, none = (add_labels(plain_clips, tmp_path / name, gap=gap) for name, gap in (("some", 6), ("none", 9)))
     assert EpisodeSource(some, "train").latent_valid.sum() == 4 and not EpisodeSource(some, "val").latent_valid.any()
-    with pytest.raises(DatasetError, match=r"none \(train\): no step has a label; all episodes are too short"):
+    with pytest.raises(DatasetError, match=r"none \(train\): no step has a label, since all episodes are too short"):
         open_data(arm, none)
     assert names(open_data(arm, some)) == ["arm", "some"] and names(open_data(arm, some, split="val")) == ["arm"]
 
@@ -199,7 +195,7 @@ def test_sizes_follow_from_the_data(arm: Path, hand: Path, coded_clips: Path) ->
     assert again.to_dict() == found.to_dict()
     # Held-out episodes have the sizes of the run.
     found.data.mixture = str(arm)
-    assert open_policy_data(found, "val").reader.action_size == 5
+    assert open_policy_data(found, "val").filler.action_size == 5
 
 
 def test_a_larger_size_may_be_asked_for_and_a_smaller_one_not(arm: Path) -> None:
@@ -273,7 +269,7 @@ def test_evaluation_covers_a_dataset_evenly_whoever_shares_it(arm: Path, clips: 
     data = open_data(arm, clips)
 
     def batches(rows: slice = slice(None)) -> list[tuple[Batch, int]]:
-        return list(policy_evaluation_batches(data, 1, num_samples=10, batch_size=4, rows=rows))
+        return list(evaluation_batches(data.reader, 1, num_samples=10, batch_size=4, rows=rows))
 
     found = batches()
     assert [count for _, count in found] == [4, 4, 2]
@@ -289,7 +285,7 @@ def test_evaluation_covers_a_dataset_evenly_whoever_shares_it(arm: Path, clips: 
 
 def test_all_steps_are_evaluated_where_they_are_few(arm: Path) -> None:
     data = open_data(arm, split="val")
-    counts = [count for _, count in policy_evaluation_batches(data, 0, num_samples=100, batch_size=4)]
+    counts = [count for _, count in evaluation_batches(data.reader, num_samples=100, batch_size=4)]
     assert counts == [4, 2]
 
 
@@ -338,7 +334,7 @@ def test_samples_that_fill_up_a_batch_have_no_targets(arm: Path, clips: Path) ->
     data = open_data(arm, clips, robot_latents=True)
 
     def last(dataset: int, rows: slice = slice(None)) -> Batch:
-        return list(policy_evaluation_batches(data, dataset, num_samples=5, batch_size=4, rows=rows))[-1][0]
+        return list(evaluation_batches(data.reader, dataset, num_samples=5, batch_size=4, rows=rows))[-1][0]
 
     assert last(0)["has_action"].any(axis=(1, 2)).tolist() == [True, False, False, False]
     assert last(1)["has_latent"].any(axis=1).tolist() == [True, False, False, False]

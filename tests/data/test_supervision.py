@@ -1,4 +1,4 @@
-"""Labels of a few episodes: which, in what units, and in whose part of the vector."""
+"""True motion of a few episodes: which, in what units, and in which columns of the target."""
 
 import types
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from como_jax.data.labels import Labels
+from como_jax.data.supervision import Supervision
 from como_jax.errors import ConfigError, DatasetError
 
 LENGTHS, GAP = np.array([6, 9, 2, 12]), 3
@@ -25,10 +25,10 @@ def make_source(action: int | None = 2, state: int | None = 3, name: str = "a") 
     )
 
 
-def make_labels(*sources: Any, kinds: tuple[str, ...] = ("action",), fraction: float = 1.0) -> Labels:
+def make_supervision(*sources: Any, kinds: tuple[str, ...] = ("action",), fraction: float = 1.0) -> Supervision:
     index = types.SimpleNamespace(gap=np.full(len(LENGTHS), GAP))
     parts: Any = [types.SimpleNamespace(source=source, index=index) for source in sources]
-    return Labels(parts, kinds, fraction)
+    return Supervision(parts, kinds, fraction)
 
 
 def starts(source: Any, episode: int) -> np.ndarray:
@@ -37,7 +37,7 @@ def starts(source: Any, episode: int) -> np.ndarray:
 
 def test_labels_are_standardised_mean_actions_and_changes_of_state() -> None:
     source = make_source()
-    labels = make_labels(source, kinds=("action", "state"))
+    labels = make_supervision(source, kinds=("action", "state"))
     found = [labels(0, episode, starts(source, episode), GAP) for episode in (0, 1, 3)]
     raw = [
         np.concatenate([source.action[t : t + GAP].mean(0), source.state[t + GAP] - source.state[t]])
@@ -45,44 +45,44 @@ def test_labels_are_standardised_mean_actions_and_changes_of_state() -> None:
         for t in starts(source, episode)
     ]
     expected = (raw - np.mean(raw, axis=0)) / np.std(raw, axis=0)
-    np.testing.assert_allclose(np.concatenate([part["labels"] for part in found]), expected, rtol=1e-3, atol=1e-4)
-    assert all(np.all(part["labelled"] == 1.0) for part in found) and labels.size == 5
+    np.testing.assert_allclose(np.concatenate([target for target, _ in found]), expected, rtol=1e-3, atol=1e-4)
+    assert all(np.all(known == 1.0) for _, known in found) and labels.size == 5
 
 
 def test_a_fraction_of_the_episodes_is_labelled_whatever_their_order() -> None:
     source = make_source()
-    chosen = [make_labels(source, fraction=0.34)._parts[0].episodes for _ in range(2)]
+    chosen = [make_supervision(source, fraction=0.34)._parts[0].episodes for _ in range(2)]
     np.testing.assert_array_equal(*chosen)
     assert chosen[0].sum() == 1 and not chosen[0][2], "the third episode is too short for a pair"
     unlabelled = int(np.flatnonzero(~chosen[0])[0])
-    assert not make_labels(source, fraction=0.34)(0, unlabelled, starts(source, 1)[:1], GAP)["labelled"].any()
+    assert not make_supervision(source, fraction=0.34)(0, unlabelled, starts(source, 1)[:1], GAP)[1].any()
 
 
 def test_each_dataset_has_a_part_of_its_own() -> None:
     one, none, two = make_source(2), make_source(None, None, "b"), make_source(4, None, "c")
-    labels = make_labels(one, none, two)
+    labels = make_supervision(one, none, two)
     assert labels.size == 6
-    assert labels(0, 0, starts(one, 0), GAP)["labelled"][0].tolist() == [1, 1, 0, 0, 0, 0]
-    assert labels(1, 0, starts(none, 0), GAP)["labelled"][0].tolist() == [0, 0, 0, 0, 0, 0]
-    assert labels(2, 0, starts(two, 0), GAP)["labelled"][0].tolist() == [0, 0, 1, 1, 1, 1]
+    assert labels(0, 0, starts(one, 0), GAP)[1][0].tolist() == [1, 1, 0, 0, 0, 0]
+    assert labels(1, 0, starts(none, 0), GAP)[1][0].tolist() == [0, 0, 0, 0, 0, 0]
+    assert labels(2, 0, starts(two, 0), GAP)[1][0].tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_a_constant_dimension_is_labelled_zero() -> None:
     source = make_source()
     source.action[:, 1] = 7.0
-    found = make_labels(source)(0, 0, starts(source, 0), GAP)["labels"]
+    found = make_supervision(source)(0, 0, starts(source, 0), GAP)[0]
     np.testing.assert_array_equal(found[:, 1], 0.0)
 
 
 @pytest.mark.parametrize(
     ("kinds", "fraction", "error", "message"),
     [
-        (("torque",), 0.5, ConfigError, "data.labels 'torque' must be made of action, state"),
-        ((), 0.5, ConfigError, "data.labels '' must be made of"),
+        (("torque",), 0.5, ConfigError, "data.labels 'torque' must consist of action, state"),
+        ((), 0.5, ConfigError, "data.labels '' must consist of"),
         (("action",), 0.0, ConfigError, "data.labelled_fraction must lie in"),
         (("action",), 0.5, DatasetError, "data.labels asks for action, which no dataset has: video"),
     ],
 )
 def test_what_cannot_be_labelled_is_refused(kinds: Any, fraction: float, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        make_labels(make_source(None, None, "video"), kinds=kinds, fraction=fraction)
+        make_supervision(make_source(None, None, "video"), kinds=kinds, fraction=fraction)
