@@ -30,7 +30,7 @@ def reader(tabletop_dataset: Path) -> BatchReader:
 
 @pytest.fixture(scope="module")
 def source(reader: BatchReader) -> Any:
-    return reader._parts[0].source
+    return reader.filler.parts[0].source
 
 
 def place(model: ModelDef, mesh: Any) -> Any:
