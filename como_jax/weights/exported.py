@@ -9,7 +9,8 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import RunError
-from como_jax.weights.tables import CONFIG_NAME, DeepTable, Tensors, make_parameters, read_json
+from como_jax.weights.tables import DeepTable, make_parameters
+from como_jax.weights.tensors import CONFIG_NAME, Tensors, read_json
 
 WEIGHTS_NAME = "model.safetensors"
 

@@ -1,6 +1,6 @@
 """LAQ as LAPA's code saves it (`laq_openx.pt`), for `ReleasedLaq`, which computes as that code does.
 
-Four latent actions of a pair are taken for granted, whose files have kernels of 3 x 3.
+Only files with four latent actions per pair are read; their kernels are 3 x 3.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ import numpy as np
 
 from como_jax.errors import ConfigError
 from como_jax.motion.laq import NUM_NULL_TOKENS
-from como_jax.weights.checkpoints import Weights
 from como_jax.weights.importing import Constant, Foreign, Options, Skip
-from como_jax.weights.tables import Entry, Table, array, kernel, linear
-from como_jax.weights.vit_tables import channels_first, single, stacked
+from como_jax.weights.tables import Entry, Table, array, channels_first, kernel, linear, single, stacked
+from como_jax.weights.tensors import Weights
 
 _SKIPS = (
-    Skip(r".*\.layers\.\d+\.1\.context_norm\.(gamma|beta)", "the context's norm of attention that has no context"),
-    Skip(r".*\.layers\.\d+\.1\.null_kv", "the null tokens of attention that has none"),
+    Skip(r".*\.layers\.\d+\.1\.context_norm\.(gamma|beta)", "the context's norm of attention without a context"),
+    Skip(r".*\.layers\.\d+\.1\.null_kv", "the null tokens of attention that uses none"),
 )
 _NO_BIAS = "LAPA's linear layers of the MLP have no bias"
-_UNUSED = "the codebook's upkeep starts anew"
+_UNUSED = "the usage of codes is counted anew"
 _PATCHES = "to_patch_emb_first_frame"
 
 
@@ -32,7 +31,7 @@ def laq_openx(weights: Weights, options: Options) -> Foreign:
     patch_size = round((pixels / 3) ** 0.5)
     image_size = options.image_size or 8 * patch_size
     if image_size != 8 * patch_size:
-        raise ConfigError(f"--image_size must be {8 * patch_size}: LAQ pools 8 x 8 patches into four latent actions.")
+        raise ConfigError(f"image_size must be {8 * patch_size}: LAQ pools 8 x 8 patches into four latent actions.")
     stacks = {"spatial": "enc_spatial_transformer", "temporal": "enc_temporal_transformer"}
     stacks["decoder"] = "dec_spatial_transformer"
     depths = {path: weights.depth(f"{name}.layers.{{layer}}.1.to_q.weight") for path, name in stacks.items()}
@@ -65,7 +64,7 @@ def laq_openx(weights: Weights, options: Options) -> Foreign:
 
 
 def _top_table(width: int, patch_size: int, latent: int, codes: int, heads: int) -> Table:
-    """All but the stacks of blocks."""
+    """All parameters outside of the stacks."""
     pixels = patch_size**2 * 3
     return {
         "patch_norm/scale": channels_first(f"{_PATCHES}.1.weight", (pixels,), 0),
@@ -133,7 +132,7 @@ def _norm(path: str, name: str, width: int) -> Table:
 
 
 def _null_tokens(name: str, heads: tuple[int, int]) -> Entry:
-    """`[2, n, H, K]` of keys and values, which take turns in the file's `[H, 2 n, K]`."""
+    """Null keys and values `[2, n, H, K]`, which alternate in the file's `[H, 2 n, K]`."""
     count = NUM_NULL_TOKENS
     split, shape = (heads[0], count, 2, heads[1]), (heads[0], 2 * count, heads[1])
 

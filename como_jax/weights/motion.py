@@ -23,11 +23,15 @@ from como_jax.weights.tables import (
     Entry,
     Table,
     array,
+    huggingface_blocks,
     kernel,
     linear,
     norm,
+    patch_table,
+    single,
+    stacked,
+    timm_blocks,
 )
-from como_jax.weights.vit_tables import huggingface_blocks, patch_table, single, stacked, timm_blocks
 
 NOT_EXPORTED = {
     "perceptual": "network of a loss term",

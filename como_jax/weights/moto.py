@@ -1,7 +1,7 @@
-"""Moto's latent motion tokenizer (arXiv 2412.04445), and CoMo (arXiv 2505.17006) whose code has the same modules.
+"""Moto's latent motion tokenizer (arXiv 2412.04445) and CoMo (arXiv 2505.17006), whose code has the same modules.
 
-Both for `ReleasedComo`, which computes as that code does. Their files leave out the frozen encoder, which is that of
-MAE ViT-L in the layout of transformers; it comes from a file that has it, or from another run.
+Both become a `ReleasedComo`, which computes as that code does. Their files leave out the frozen encoder, MAE ViT-L in
+the layout of transformers. It is read from a second file that contains it, or taken from another run.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ from typing import Any
 import numpy as np
 
 from como_jax.errors import RunError
-from como_jax.weights.checkpoints import Weights
-from como_jax.weights.importing import Constant, Flat, Foreign, Options, Skip
-from como_jax.weights.mae import encoder_part, huggingface_names
-from como_jax.weights.tables import DeepTable, Entry, Table, array, linear, norm
-from como_jax.weights.vit_tables import (
+from como_jax.weights.importing import Constant, Flat, Foreign, Options, Skip, grid_of, usual_heads
+from como_jax.weights.tables import (
+    DeepTable,
+    Entry,
+    Table,
+    array,
     channels_first,
-    grid_of,
     huggingface_blocks,
+    linear,
+    norm,
     patch_table,
     single,
-    usual_heads,
 )
+from como_jax.weights.tensors import Weights
+from como_jax.weights.vit_encoders import encoder_part, huggingface_names
 
-_ENCODER, _FORMER, _DRAWER = "image_encoder.", "m_former.", "decoder.transformer."
+_ENCODER, _FORMER, _DECODER = "image_encoder.", "m_former.", "decoder.transformer."
 _DOWN, _UP = "vq_down_resampler", "vq_up_resampler"
 _CODEBOOK = "vector_quantizer.embedding.weight"
-_UNUSED = "the codebook's upkeep starts anew"
+_UNUSED = "the usage of codes is counted anew"
 _SKIPS = (
     Skip(r"loss_fn_lpips\..*", "the network of the perceptual loss"),
     Skip(r"(m_former|decoder\.transformer)\.pooler\..*", "a pooler that nothing reads"),
@@ -55,7 +58,7 @@ def moto(weights: Weights, options: Options) -> Foreign:
 def como(weights: Weights, options: Options) -> Foreign:
     """The layout of CoMo's code: the motion is the difference of features, and nothing quantises the latent."""
     if _CODEBOOK in weights.files:
-        raise RunError(f"{weights.path} has a codebook, {_CODEBOOK}; is it of --format=moto?")
+        raise RunError(f"{weights.path} has a codebook, {_CODEBOOK}; is it of the format moto?")
     return _tokenizer(weights, options, {"model.motion_input": "difference"}, {}, {})
 
 
@@ -69,8 +72,9 @@ def _tokenizer(
     encoder = _encoder(weights, options)
     latent = weights.shape(f"{_DOWN}.2.weight")[0]
     width = weights.shape(f"{_FORMER}embeddings.projection.weight")[1]
-    if encoder.config["encoder.width"] != width:
-        raise RunError(f"{weights.path} reads features of width {width}, but the encoder's is other; see --encoder.")
+    found = encoder.config["encoder.width"]
+    if found != width:
+        raise RunError(f"{weights.path} reads features of width {width}, but the encoder has width {found}.")
     heads = {
         **linear("idm/latent_hidden", f"{_DOWN}.0", idm["idm_width"], idm["idm_width"]),
         **linear("idm/latent_out", f"{_DOWN}.2", idm["idm_width"], latent),
@@ -85,7 +89,7 @@ def _tokenizer(
             **encoder.config,
             "encoder.frozen": True,
             **{f"model.{name}": value for name, value in (idm | fdm | {"latent_dim": latent}).items()},
-            # Its network would be a part of the model.
+            # With the term, its network would be a part of the model.
             "model.perceptual_weight": 0.0,
             **config,
         },
@@ -97,19 +101,19 @@ def _tokenizer(
 
 
 def _add_first_type(params: Flat) -> Flat:
-    """Queries and separator, to which that code adds the first token type, with it."""
+    """Adds the first token type to the queries and the separator, as that code does."""
     names = ("idm/queries", "idm/separator")
     return params | {name: params[name] + params["idm/condition_type"] for name in names}
 
 
 def _encoder(weights: Weights, options: Options) -> Foreign:
-    """Where the frozen encoder is found: in the file, or in the run that is given for it."""
+    """The frozen encoder, from the file or from the run that is given for it."""
     names = huggingface_names(_ENCODER)
     if f"{names.patch_embed}.weight" in weights.files:
         return encoder_part(weights, options, names)
     if not options.encoder:
-        raise RunError(f"{weights.path} holds no image_encoder: name a run of MAE ViT-L that has it by --encoder.")
-    reason = "the encoder of --encoder"
+        raise RunError(f"{weights.path} holds no image_encoder; set encoder to a run of MAE ViT-L, which has it.")
+    reason = "the encoder of another run"
     return Foreign(
         family="encoder",
         config=options.encoder_config,
@@ -119,7 +123,7 @@ def _encoder(weights: Weights, options: Options) -> Foreign:
 
 
 def _inverse_dynamics(weights: Weights, options: Options) -> tuple[dict[str, int], DeepTable]:
-    """Sizes of the motion Q-former, and where its parameters are found."""
+    """The sizes of the motion Q-former and its table."""
     width, features = weights.shape(f"{_FORMER}embeddings.projection.weight")
     queries = weights.shape(f"{_FORMER}embeddings.latent_motion_token")[1]
     count = weights.shape(f"{_FORMER}embeddings.position_embeddings")[1]
@@ -142,8 +146,8 @@ def _inverse_dynamics(weights: Weights, options: Options) -> tuple[dict[str, int
 
 
 def _forward_dynamics(weights: Weights, options: Options) -> tuple[dict[str, int], DeepTable]:
-    """Sizes of the decoder of pixels, and where its parameters are found."""
-    embeddings, blocks = f"{_DRAWER}embeddings.", f"{_DRAWER}encoder.layer"
+    """The sizes of the decoder of pixels and its table."""
+    embeddings, blocks = f"{_DECODER}embeddings.", f"{_DECODER}encoder.layer"
     width, _, _, patch_size = weights.shape(f"{embeddings}patch_embeddings.projection.weight")
     depth = weights.depth(f"{blocks}.{{layer}}.intermediate.dense.weight")
     heads = usual_heads(weights, width, options.decoder_heads)
@@ -154,7 +158,7 @@ def _forward_dynamics(weights: Weights, options: Options) -> tuple[dict[str, int
         **patch_table("fdm/patch_embed", f"{embeddings}patch_embeddings.projection", width, patch_size),
         "fdm/pos_embed": array(f"{embeddings}position_embeddings", 1, grid**2, width),
         **linear("fdm/latent_pool", f"{embeddings}query_pooling_layer", queries * width, width),
-        **norm("fdm/norm", f"{_DRAWER}layernorm", width),
+        **norm("fdm/norm", f"{_DECODER}layernorm", width),
         "fdm/head/kernel": _one_by_one("decoder.decoder.0.weight", pixels, width),
         "fdm/head/bias": channels_first("decoder.decoder.0.bias", (pixels,), 0),
     }
@@ -168,6 +172,6 @@ def _type(name: str, number: int, width: int) -> Entry:
 
 
 def _one_by_one(name: str, pixels: int, width: int) -> Entry:
-    """The kernel of the layer that draws patches, which the file has as a convolution over one place."""
+    """The kernel of the layer that draws patches, which the file keeps as a convolution of 1 x 1."""
     matrix = channels_first(name, (pixels, width), 0)
     return Entry((name,), (pixels, width, 1, 1), lambda weight: matrix.make(weight[:, :, 0, 0]))

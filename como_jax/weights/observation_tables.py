@@ -11,9 +11,8 @@ from como_jax.nn.text_towers import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS
 from como_jax.spec.policies import CONV_STRIDE
 from como_jax.spec.towers import PUBLIC_TOWERS, TextConfig, VitConfig
 from como_jax.weights.motion import vit_table
-from como_jax.weights.tables import DeepTable, Entry, Table, array, linear, norm
-from como_jax.weights.text_tables import T5_TOKENS, clip_table, t5_table
-from como_jax.weights.vit_tables import part, single, timm_blocks
+from como_jax.weights.tables import DeepTable, Entry, Table, array, linear, norm, part, single, timm_blocks
+from como_jax.weights.text import T5_TOKENS, clip_table, t5_table
 
 
 def observation_table(described: Mapping[str, Any], width: int) -> DeepTable:

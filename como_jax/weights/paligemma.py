@@ -1,7 +1,7 @@
-"""PaliGemma (arXiv 2407.07726) with the weights that a user brings, as Hugging Face saves them.
+"""PaliGemma (arXiv 2407.07726) with weights that a user brings as Hugging Face saves them.
 
-`paligemma_sizes` reads sizes for a policy's config, `load_paligemma` the parameters of its observation encoder and
-decoder. The names of the tensors, of which there have been several generations, are all understood.
+`paligemma_sizes` reads the sizes for a policy's config, `load_paligemma` the parameters of its observation encoder and
+decoder. All generations of tensor names are understood.
 """
 
 from __future__ import annotations
@@ -16,23 +16,11 @@ from flax import traverse_util
 
 from como_jax.errors import RunError
 from como_jax.spec.towers import DecoderConfig, VitConfig
-from como_jax.weights.tables import (
-    CONFIG_NAME,
-    Table,
-    Tensors,
-    array,
-    clip_blocks,
-    entry_shape,
-    kernel,
-    linear,
-    make_parameter,
-    norm,
-    patches,
-    read_json,
-    read_setting,
-)
+from como_jax.weights.tables import DeepTable, Table, array, entry_shape, kernel, linear, make_parameter, single
+from como_jax.weights.tensors import CONFIG_NAME, Tensors, read_json, read_setting
+from como_jax.weights.vit_encoders import siglip_table
 
-# What config.json calls our fields, their kind, and what a file means that leaves them out.
+# The names of our fields in config.json, their kind, and their values in a file that leaves them out.
 _ENCODER_FIELDS: dict[str, tuple[str, type, Any]] = {
     "patch_size": ("patch_size", int, 16),
     "width": ("hidden_size", int, None),
@@ -52,7 +40,7 @@ _DECODER_FIELDS: dict[str, tuple[str, type, Any]] = {
 }
 _TANH_GELU = "gelu_pytorch_tanh"
 
-# Where the parts lie in files of several generations, and a tensor by which a part is found.
+# The prefixes of each part in files of several generations, and a tensor by which the part is found.
 _VISION = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower.")
 _VISION_MARK = "embeddings.patch_embedding.weight"
 _PROJECTOR = ("multi_modal_projector.linear", "model.multi_modal_projector.linear")
@@ -61,25 +49,25 @@ _LANGUAGE_MARK = "embed_tokens.weight"
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 _NEW_EMBEDDINGS = ("image_pos", "camera_embed", "instant_embed")
-"""Those of `ObservationEncoder` that PaliGemma has not; zeros leave its outputs as they are."""
+"""Embeddings of `ObservationEncoder` that PaliGemma lacks; zeros leave its outputs unchanged."""
 
 
 def paligemma_sizes(weights_path: epath.PathLike) -> dict[str, dict[str, Any]]:
-    """The fields of a policy's config that follow from some weights, by section: data, encoder, text and model.
+    """The fields of a policy's config that weights determine, by section: data, encoder, text and model.
 
     Args:
-      weights_path: of the .safetensors file, or of the .safetensors.index.json of several; config.json lies beside it.
+      weights_path: of the .safetensors file, or of the .safetensors.index.json of several, beside config.json.
 
     Raises:
-      RunError: no config.json there, or one that does not describe a PaliGemma.
+      RunError: there is no config.json, or it does not describe a PaliGemma.
     """
     path = epath.Path(weights_path).parent / CONFIG_NAME
     if not path.is_file():
-        raise RunError(f"{path} does not exist: it comes with the weights and tells their sizes.")
+        raise RunError(f"{path} does not exist: it comes with the weights and holds their sizes.")
     content = read_json(path)
     _check_equal(content, "model_type", ("paligemma",), path)
     vision, text = (_section(content, name, path) for name in ("vision_config", "text_config"))
-    # PaliGemma 2 has the blocks of Gemma 2, which are others.
+    # PaliGemma 2 has the blocks of Gemma 2, which are different.
     _check_equal(text, "model_type", ("gemma",), path)
     _check_equal(text, "hidden_act", (_TANH_GELU, "gelu"), path)
     _check_equal(vision, "hidden_act", (_TANH_GELU,), path)
@@ -99,20 +87,20 @@ def paligemma_sizes(weights_path: epath.PathLike) -> dict[str, dict[str, Any]]:
 
 
 def load_paligemma(weights_path: epath.PathLike, params: Mapping[str, Any], *, release: bool = False) -> dict[str, Any]:
-    """The parameters of a policy that PaliGemma has, and zeros for embeddings that it has not.
+    """Reads the parameters of a policy that come from PaliGemma, with zeros for the embeddings that it lacks.
 
-    They are read one after another, each takes the dtype and the sharding of the one that it is to replace, and what is
-    not PaliGemma's at all, such as heads and low-rank changes, is left out.
+    They are read one at a time, and each takes the dtype and the sharding of the parameter that it replaces. Parameters
+    that do not belong to PaliGemma, such as action heads and low-rank changes, are left out.
 
     Args:
-      weights_path: of the .safetensors file, or of the .safetensors.index.json of several; config.json lies beside it.
+      weights_path: of the .safetensors file, or of the .safetensors.index.json of several, beside config.json.
       params: of the policy, nested; arrays or `jax.ShapeDtypeStruct`.
-      release: whether the memory of each array is given back before what replaces it is read, since a device may not
-        hold both; afterwards they cannot be used.
+      release: whether to free each array before its replacement is read, since a device may not hold both. The arrays
+        cannot be used afterwards.
 
     Raises:
-      RunError: a file is missing or unreadable, a tensor is missing, of another shape or one too many, or the policy
-        has another shape.
+      RunError: a file is missing or damaged, a tensor is missing, unknown or of another shape, or the policy has
+        other sizes.
     """
     path = epath.Path(weights_path)
     sizes, tensors = paligemma_sizes(path), Tensors(path)
@@ -121,7 +109,7 @@ def load_paligemma(weights_path: epath.PathLike, params: Mapping[str, Any], *, r
     vit = VitConfig(image_size=sizes["data"]["image_size"], **encoder)
     rows = sizes["text"]["vocabulary_size"]
     entries = {
-        **{name: (entry, vit.depth) for name, entry in _images_table(vit, decoder.width, tensors).items()},
+        **_images_table(vit, decoder.width, tensors),
         **{name: (entry, decoder.depth) for name, entry in _language_table(decoder, rows, tensors).items()},
     }
     wanted = {"/".join(map(str, name)): leaf for name, leaf in traverse_util.flatten_dict(dict(params)).items()}
@@ -141,26 +129,20 @@ def load_paligemma(weights_path: epath.PathLike, params: Mapping[str, Any], *, r
     return traverse_util.unflatten_dict(found, sep="/")
 
 
-def _images_table(config: VitConfig, width: int, tensors: Tensors) -> Table:
-    """Where the parameters of `Siglip`, and of the projector to the decoder's width, are found."""
+def _images_table(config: VitConfig, width: int, tensors: Tensors) -> DeepTable:
+    """The parameters of `Siglip`, and of the projector to the decoder's width."""
     prefix = _prefix(tensors, _VISION, _VISION_MARK)
-    embedding = f"{prefix}embeddings.patch_embedding"
-    tower = {
-        "patch_embed/kernel": patches(f"{embedding}.weight", config.width, config.patch_size),
-        "patch_embed/bias": array(f"{embedding}.bias", config.width),
-        "pos_embed": array(f"{prefix}embeddings.position_embedding.weight", config.grid**2, config.width),
-        **clip_blocks(f"{prefix}encoder.layers.", config.width, config.num_heads, config.mlp_width),
-        **norm("norm", f"{prefix}post_layernorm", config.width),
-    }
+    place = array(f"{prefix}embeddings.position_embedding.weight", config.grid**2, config.width)
+    sizes = {name: getattr(config, name) for name in ("patch_size", "width", "depth", "num_heads", "mlp_width")}
     projector = _prefix(tensors, _PROJECTOR, ".weight")
     return {
-        **{f"observation/images/{name}": entry for name, entry in tower.items()},
-        **linear("observation/image_proj", projector, config.width, width),
+        **siglip_table("observation/images", prefix, place, **sizes),
+        **single(linear("observation/image_proj", projector, config.width, width)),
     }
 
 
 def _language_table(config: DecoderConfig, rows: int, tensors: Tensors) -> Table:
-    """Where the table of tokens and the parameters of `Decoder` are found."""
+    """The table of tokens and the parameters of `Decoder`."""
     prefix = _prefix(tensors, _LANGUAGE, _LANGUAGE_MARK)
     layer, width, hidden = f"{prefix}layers.{{layer}}.", (config.width,), (config.mlp_width,)
     heads, shared = (config.num_heads, config.head_size), (config.num_kv_heads, config.head_size)
@@ -189,7 +171,7 @@ def _prefix(tensors: Tensors, choices: tuple[str, ...], mark: str) -> str:
 def _check_shape(path: epath.Path, name: str, shape: tuple[int, ...], wanted: Mapping[str, Any]) -> None:
     if name not in wanted:
         raise RunError(
-            f"{path} has {name}, which the policy has not; a PaliGemma has encoder.tower=siglip and text.tower=tokens."
+            f"{path} has {name}, which the policy lacks; a PaliGemma has encoder.tower=siglip and text.tower=tokens."
         )
     if wanted[name].shape != shape:
         raise RunError(
@@ -199,7 +181,7 @@ def _check_shape(path: epath.Path, name: str, shape: tuple[int, ...], wanted: Ma
 
 
 def _check_tied(tensors: Tensors, rows: int, width: int) -> None:
-    """Raises RunError if the head that writes words is not the table that reads them, of which the policy has one."""
+    """Raises RunError unless the output head equals the token table, since the policy has only the table."""
     shape, table = (rows, width), f"{_prefix(tensors, _LANGUAGE, _LANGUAGE_MARK)}{_LANGUAGE_MARK}"
     for head in (name for name in _HEADS if name in tensors.files):
         if not np.array_equal(tensors.take(head, shape), tensors.take(table, shape)):
@@ -218,7 +200,7 @@ def _section(content: Mapping[str, Any], name: str, path: epath.Path) -> Mapping
 
 
 def _check_equal(content: Mapping[str, Any], name: str, known: tuple[Any, ...], path: epath.Path) -> None:
-    """Raises RunError if a setting is there and none of the known ones."""
+    """Raises RunError if a setting exists and has an unknown value."""
     if content.get(name) not in (None, *known):
         raise RunError(f"{path}: {name} {content[name]!r} is none of {', '.join(map(str, known))}.")
 

@@ -6,8 +6,19 @@ import math
 
 from como_jax.spec.policies import AutoregressiveConfig, DiffusionPolicyConfig, VlaConfig
 from como_jax.spec.towers import DecoderConfig
-from como_jax.weights.tables import DeepTable, Table, array, flat, kernel, linear, norm
-from como_jax.weights.vit_tables import single, stacked, timm_block, timm_blocks
+from como_jax.weights.tables import (
+    DeepTable,
+    Table,
+    array,
+    flat,
+    kernel,
+    linear,
+    norm,
+    single,
+    stacked,
+    timm_block,
+    timm_blocks,
+)
 
 _TIME_FEATURES = 128
 

@@ -1,33 +1,27 @@
-"""Where parameters are found in files of PyTorch, for reading and for writing, and the reading of these files."""
+"""Tables that say where the parameters of a model lie in files of PyTorch; they serve reading and writing."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from etils import epath
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
-from como_jax.errors import ConversionError, RunError
-
-CONFIG_NAME = "config.json"
-_INDEX_SUFFIX = ".safetensors.index.json"
+from como_jax.errors import ConversionError
+from como_jax.weights.tensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How a parameter is made.
+    """How one parameter is made from the tensors of a file, and these from the parameter.
 
     Attributes:
-      names: of tensors of the file; where they hold `{layer}`, there is one set for each layer.
+      names: of the tensors. If they contain `{layer}`, each layer of a stack has its own tensors.
       shape: of each tensor.
-      make: the parameter, or one layer's part of it, of the tensors in the order of their names.
-      unmake: the inverse of `make`: the tensors of the parameter; None where a format is only read.
+      make: from the tensors, in the order of `names`, to the parameter or to one layer of it.
+      unmake: the inverse of `make`; None for a format that is only read.
     """
 
     names: tuple[str, ...]
@@ -37,25 +31,25 @@ class Entry:
 
 
 Table = dict[str, Entry]
-"""An entry for every parameter, by its path."""
+"""Entries by the path of the parameter."""
 
 DeepTable = dict[str, tuple[Entry, int]]
-"""A table of a model with several stacks: beside every entry the number of its layers, 1 where it has none."""
+"""A table of a model with several stacks: entries and the number of their layers, which is 1 outside of stacks."""
 
 
 def array(name: str, *shape: int) -> Entry:
-    """A tensor as it is."""
+    """A tensor that is used as it is."""
     return Entry((name,), shape, np.asarray, lambda value: [value])
 
 
 def flat(name: str, *shape: int) -> Entry:
-    """An array of some shape, of which the file has all numbers in one row."""
+    """An array of some shape that the file keeps as one row of numbers."""
     size = int(np.prod(shape))
     return Entry((name,), (size,), lambda row: row.reshape(shape), lambda value: [value.reshape(size)])
 
 
 def patches(name: str, width: int, patch_size: int) -> Entry:
-    """`[p * p * 3, D]` over (row, column, channel), of a convolution whose steps are as long as its kernel."""
+    """The kernel `[p * p * 3, D]` of a patch embedding, which PyTorch keeps as a convolution `[D, 3, p, p]`."""
     shape = (width, 3, patch_size, patch_size)
 
     def make(weight: np.ndarray) -> np.ndarray:
@@ -68,7 +62,7 @@ def patches(name: str, width: int, patch_size: int) -> Entry:
 
 
 def kernel(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Entry:
-    """`[*inputs, *outputs]` of the weights of a linear layer, which PyTorch keeps as `[outputs, inputs]`."""
+    """The kernel `[*inputs, *outputs]` of a linear layer, which PyTorch keeps as `[outputs, inputs]`."""
     shape = (int(np.prod(outputs)), int(np.prod(inputs)))
 
     def make(weight: np.ndarray) -> np.ndarray:
@@ -83,7 +77,7 @@ def norm(path: str, name: str, width: int) -> Table:
 
 
 def linear(path: str, name: str, inputs: int, outputs: int) -> Table:
-    """A linear layer with its bias."""
+    """A linear layer with bias."""
     return {
         f"{path}/kernel": kernel(f"{name}.weight", (inputs,), (outputs,)),
         f"{path}/bias": array(f"{name}.bias", outputs),
@@ -91,7 +85,7 @@ def linear(path: str, name: str, inputs: int, outputs: int) -> Table:
 
 
 def qkv_kernel(names: Sequence[str], width: int, heads: tuple[int, int]) -> Entry:
-    """`[D, 3, H, K]` of the weights of queries, keys and values."""
+    """One kernel `[D, 3, H, K]` of separate queries, keys and values."""
 
     def make(*parts: np.ndarray) -> np.ndarray:
         return np.stack([part.T.reshape(width, *heads) for part in parts], axis=1)
@@ -103,7 +97,7 @@ def qkv_kernel(names: Sequence[str], width: int, heads: tuple[int, int]) -> Entr
 
 
 def qkv_bias(names: Sequence[str], heads: tuple[int, int]) -> Entry:
-    """`[3, H, K]` of the biases of queries, keys and values."""
+    """One bias `[3, H, K]` of separate queries, keys and values."""
 
     def make(*parts: np.ndarray) -> np.ndarray:
         return np.stack([part.reshape(heads) for part in parts])
@@ -111,8 +105,86 @@ def qkv_bias(names: Sequence[str], heads: tuple[int, int]) -> Entry:
     return Entry(tuple(names), (heads[0] * heads[1],), make, lambda value: [part.reshape(-1) for part in value])
 
 
+def channels_first(name: str, shape: tuple[int, ...], axis: int) -> Entry:
+    """An array over the pixels of patches, or the transpose of a matrix over them.
+
+    Along `axis` the file goes over (channel, row, column), and the parameter over (row, column, channel).
+    """
+    side = math.isqrt(shape[axis] // 3)
+    order = np.arange(shape[axis]).reshape(3, side, side).transpose(1, 2, 0).reshape(-1)
+
+    def make(weight: np.ndarray) -> np.ndarray:
+        return np.take(weight, order, axis).T
+
+    return Entry((name,), shape, make, lambda value: [np.take(value.T, np.argsort(order), axis)])
+
+
+def patch_table(path: str, name: str, width: int, patch_size: int) -> Table:
+    """A patch embedding, which the file keeps as a convolution."""
+    return {
+        f"{path}/kernel": patches(f"{name}.weight", width, patch_size),
+        f"{path}/bias": array(f"{name}.bias", width),
+    }
+
+
+def stacked(path: str, block: Table, depth: int) -> DeepTable:
+    """The table of a `Stack` at a path, from the table of one layer."""
+    return {f"{path}/layers/{name}": (entry, depth) for name, entry in block.items()}
+
+
+def part(path: str, table: Table, depth: int) -> DeepTable:
+    """The table of a part of a model at a path; the names of its tensors begin with the same path."""
+    prefix = path.replace("/", ".")
+    return {
+        f"{path}/{inner}": (dataclasses.replace(entry, names=tuple(f"{prefix}.{name}" for name in entry.names)), depth)
+        for inner, entry in table.items()
+    }
+
+
+def single(table: Table) -> DeepTable:
+    """A table of parameters outside of stacks."""
+    return {path: (entry, 1) for path, entry in table.items()}
+
+
+def timm_blocks(path: str, name: str, depth: int, width: int, num_heads: int, hidden: int) -> DeepTable:
+    """A stack of blocks under the names of timm and of Facebook's MAE."""
+    return stacked(path, timm_block(f"{name}.{{layer}}.", width, num_heads, hidden), depth)
+
+
+def timm_block(layer: str, width: int, num_heads: int, hidden: int) -> Table:
+    """One block of such a stack; `layer` is the beginning of the names, with `{layer}` for its number."""
+    heads = (num_heads, width // num_heads)
+    return {
+        **norm("norm1", f"{layer}norm1", width),
+        "attn/qkv/kernel": kernel(f"{layer}attn.qkv.weight", (width,), (3, *heads)),
+        "attn/qkv/bias": flat(f"{layer}attn.qkv.bias", 3, *heads),
+        "attn/proj/kernel": kernel(f"{layer}attn.proj.weight", heads, (width,)),
+        "attn/proj/bias": array(f"{layer}attn.proj.bias", width),
+        **norm("norm2", f"{layer}norm2", width),
+        **linear("mlp/fc1", f"{layer}mlp.fc1", width, hidden),
+        **linear("mlp/fc2", f"{layer}mlp.fc2", hidden, width),
+    }
+
+
+def huggingface_blocks(path: str, name: str, depth: int, width: int, num_heads: int, hidden: int) -> DeepTable:
+    """A stack of blocks under the names of ViT in transformers."""
+    heads, layer = (num_heads, width // num_heads), f"{name}.{{layer}}."
+    attention, parts = f"{layer}attention.attention.", ("query", "key", "value")
+    block = {
+        **norm("norm1", f"{layer}layernorm_before", width),
+        "attn/qkv/kernel": qkv_kernel([f"{attention}{part}.weight" for part in parts], width, heads),
+        "attn/qkv/bias": qkv_bias([f"{attention}{part}.bias" for part in parts], heads),
+        "attn/proj/kernel": kernel(f"{layer}attention.output.dense.weight", heads, (width,)),
+        "attn/proj/bias": array(f"{layer}attention.output.dense.bias", width),
+        **norm("norm2", f"{layer}layernorm_after", width),
+        **linear("mlp/fc1", f"{layer}intermediate.dense", width, hidden),
+        **linear("mlp/fc2", f"{layer}output.dense", hidden, width),
+    }
+    return stacked(path, block, depth)
+
+
 def clip_blocks(layers: str, width: int, num_heads: int, hidden: int) -> Table:
-    """The stack of blocks that CLIP and SigLIP have, text and images alike; `layers` is where the file has it."""
+    """The stack of CLIP and SigLIP, for text and images; `layers` is the beginning of the names of its tensors."""
     heads, layer = (num_heads, width // num_heads), f"{layers}{{layer}}."
     attention = f"{layer}self_attn."
     blocks = {
@@ -129,14 +201,14 @@ def clip_blocks(layers: str, width: int, num_heads: int, hidden: int) -> Table:
 
 
 def entry_shape(entry: Entry, depth: int) -> tuple[int, ...]:
-    """The shape of a parameter, without reading it."""
-    # A view of one number serves as a tensor of any size.
+    """The shape of a parameter; reads nothing."""
+    # A view of one number stands for a tensor of any size.
     part = entry.make(*(np.broadcast_to(np.int8(0), entry.shape) for _ in entry.names)).shape
     return (depth, *part) if _is_stacked(entry) else part
 
 
 def make_parameter(entry: Entry, depth: int, tensors: Tensors, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """The parameter; raises RunError where a tensor is missing or of another shape."""
+    """Reads a parameter; raises RunError if a tensor is missing or has another shape."""
 
     def make(layer: int) -> np.ndarray:
         return entry.make(*(tensors.take(name.format(layer=layer), entry.shape) for name in entry.names))
@@ -144,7 +216,7 @@ def make_parameter(entry: Entry, depth: int, tensors: Tensors, dtype: DTypeLike 
     first = make(0)
     if not _is_stacked(entry):
         return np.ascontiguousarray(first, dtype)
-    # Layer by layer into its place, so that there is never a second copy.
+    # Every layer is written into its place, so that there is never a second copy of the parameter.
     stacked = np.empty((depth, *first.shape), dtype)
     stacked[0] = first
     for layer in range(1, depth):
@@ -153,10 +225,10 @@ def make_parameter(entry: Entry, depth: int, tensors: Tensors, dtype: DTypeLike 
 
 
 def write_parameter(entry: Entry, value: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors of a parameter, by name: the inverse of `make_parameter`.
+    """Returns the tensors of a parameter by name; the inverse of `make_parameter`.
 
     Raises:
-      ConversionError: the entry belongs to a format that is only read, or the parameter has another shape.
+      ConversionError: the entry belongs to a format that is only read.
     """
     layers = enumerate(value) if _is_stacked(entry) else [(0, value)]
     return {
@@ -167,18 +239,18 @@ def write_parameter(entry: Entry, value: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def write_tensors(table: DeepTable, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of all parameters, by name.
+    """Returns the tensors of all parameters by name.
 
     Args:
       table: of the model.
       params: by their paths.
 
     Raises:
-      ConversionError: a parameter has no entry, or an entry no parameter, or one of another shape.
+      ConversionError: parameters and entries do not match, or a parameter has another shape.
     """
     for where, names in (("parameters", table.keys() - params.keys()), ("table", params.keys() - table.keys())):
         if names:
-            raise ConversionError(f"The {where} of the model lack {min(names)}, so that it cannot be written.")
+            raise ConversionError(f"The {where} of the model lack {min(names)}, so it cannot be written.")
     tensors: dict[str, np.ndarray] = {}
     for path, (entry, depth) in table.items():
         if params[path].shape != entry_shape(entry, depth):
@@ -188,7 +260,7 @@ def write_tensors(table: DeepTable, params: Mapping[str, np.ndarray]) -> dict[st
 
 
 def make_parameters(table: DeepTable, tensors: Tensors) -> dict[str, np.ndarray]:
-    """All parameters, by their paths; raises RunError where a tensor is missing or of another shape."""
+    """Reads all parameters by their paths; raises RunError if a tensor is missing or has another shape."""
     return {path: make_parameter(entry, depth, tensors) for path, (entry, depth) in table.items()}
 
 
@@ -200,87 +272,3 @@ def _unmake(entry: Entry, part: np.ndarray) -> Sequence[np.ndarray]:
 
 def _is_stacked(entry: Entry) -> bool:
     return "{layer}" in entry.names[0]
-
-
-class Tensors:
-    """The tensors of one or several safetensors files, read one by one.
-
-    Attributes:
-      files: the file of every tensor.
-    """
-
-    def __init__(self, path: epath.Path):
-        if not path.is_file():
-            raise RunError(f"{path} does not exist: name a .safetensors file of weights.")
-        self.path = path
-        self._read: set[str] = set()
-        if path.name.endswith(_INDEX_SUFFIX):
-            files = read_json(path).get("weight_map") or {}
-            self.files = {name: path.parent / file for name, file in files.items()}
-        elif path.suffix == ".safetensors":
-            self.files = self._open(path, lambda file: dict.fromkeys(file.keys(), path))
-        else:
-            raise RunError(
-                f"{path} is not a .safetensors file; save PyTorch weights as safetensors first, with "
-                "model.save_pretrained(DIR, safe_serialization=True)."
-            )
-
-    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor as the file has it; raises RunError unless it is there and of this shape."""
-        if name not in self.files:
-            raise RunError(f"{self.path} has no tensor {name}, which a model as {CONFIG_NAME} describes it needs.")
-        tensor = self._open(self.files[name], lambda file: file.get_tensor(name))
-        if tensor.shape != shape:
-            raise RunError(f"{self.path}: tensor {name} is {tensor.shape} and by {CONFIG_NAME} must be {shape}.")
-        self._read.add(name)
-        return tensor
-
-    def check_unread(self, prefix: str = "") -> None:
-        """Raises RunError if a tensor whose name starts so has not been taken."""
-        unread = sorted(name for name in self.files if name.startswith(prefix) and name not in self._read)
-        if unread:
-            raise RunError(
-                f"{self.path} has {len(unread)} tensors more than {CONFIG_NAME} describes, such as {unread[0]}."
-            )
-
-    def _open(self, path: epath.Path, read: Callable[[Any], Any]) -> Any:
-        try:
-            with safe_open(os.fspath(path), framework="np") as file:
-                return read(file)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise RunError(f"{path} cannot be read as safetensors ({type(error).__name__}: {error}).") from error
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object; raises RunError where the file holds something else."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} must hold a JSON object.")
-    return content
-
-
-def read_setting(content: Mapping[str, Any], name: str, kind: type, path: epath.Path, default: Any = None) -> Any:
-    """A name or a positive number of a config.json.
-
-    Args:
-      content: of the file, or of one of its sections.
-      name: of the setting.
-      kind: str, int or float.
-      path: of the file, for messages.
-      default: what a file means that leaves the setting out; None for those that have to be there.
-
-    Raises:
-      RunError: it is missing or of another kind.
-    """
-    value = content.get(name, default)
-    if kind is str:
-        fits = isinstance(value, str)
-    else:
-        fits = isinstance(value, int | float if kind is float else int) and value > 0
-    if not fits:
-        wanted = {str: "name", int: "positive whole number", float: "positive number"}[kind]
-        raise RunError(f"{path}: {name} {value!r} must be a {wanted}.")
-    return kind(value)

@@ -31,8 +31,7 @@ from como_jax.data.language import (
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.text_towers import make_text_tower
 from como_jax.spec.towers import TextConfig
-from como_jax.weights.text import load_text_tower, text_config_of
-from como_jax.weights.text_tables import t5_table
+from como_jax.weights.text import load_text_tower, t5_table, text_config_of
 from tests.data.tokenizer_files import WORDS, write_tokenizer
 from tools.embed_instructions import embed_instructions
 

@@ -16,7 +16,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from como_jax.errors import RunError
-from como_jax.weights.checkpoints import Weights, read_weights
+from como_jax.weights.tensors import Weights, read_weights
 
 torch = pytest.importorskip("torch")
 
@@ -131,19 +131,19 @@ def test_without_pytorch_its_files_are_refused_with_the_line_that_installs_it(
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", fail)
-    with pytest.raises(RunError, match=r"takes PyTorch to read: pip install 'como_jax\[torch\]'"):
+    with pytest.raises(RunError, match=r"which only PyTorch reads: pip install 'como_jax\[torch\]'"):
         read_weights(tmp_path / "weights.pth")
 
 
 def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
-    for name, message in (("none", "does not exist"), ("", "holds no file of weights")):
+    for name, message in (("none", "does not exist"), ("", "holds no weights file")):
         with pytest.raises(RunError, match=message):
             read_weights(tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "a.pt")
     with pytest.raises(RunError, match="holds no state_dict, neither on top nor under model, state_dict"):
         read_weights(tmp_path)
     torch.save(state_dict(), tmp_path / "b.pt")
-    with pytest.raises(RunError, match=r"holds more than one \(a\.pt, b\.pt\); name the file itself"):
+    with pytest.raises(RunError, match=r"holds more than one weights file \(a\.pt, b\.pt\); name the file itself"):
         read_weights(tmp_path)
     (tmp_path / "c.txt").touch()
     with pytest.raises(RunError, match=r"c\.txt is none of \.safetensors, \.pt"):

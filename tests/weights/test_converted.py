@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from como_jax.errors import RunError
 from como_jax.motion.perceptual import LAYOUTS, load_perceptual
-from como_jax.weights.checkpoints import Weights
-from como_jax.weights.converted import lpips, torchvision
 from como_jax.weights.importing import Options, import_parameters
+from como_jax.weights.perceptual import lpips, torchvision
+from como_jax.weights.tensors import Weights
 from como_jax.weights.text import load_text_tower
-from tools.import_weights import import_weights
+from tools.import_weights import import_weights, load_recipe
 
 
 def alexnet(names: str = "features.{index}") -> dict[str, np.ndarray]:
@@ -44,7 +44,7 @@ def test_pytorch_files_of_alexnet_and_lpips_become_one_that_the_loss_reads(tmp_p
     for name, tensors in files.items():
         torch.save({key: torch.tensor(value) for key, value in tensors.items()}, tmp_path / f"{name}.pth")
     sources = [tmp_path / "alexnet.pth", tmp_path / "lin.pth"]
-    imported = import_weights("lpips", sources, tmp_path / "out", Options())
+    imported = import_weights("lpips", sources, tmp_path / "out", Options(), load_recipe)
     found = load_perceptual(tmp_path / "out" / "model.safetensors", "alexnet")
     np.testing.assert_array_equal(found["conv3"]["kernel"], alexnet()["features.3.weight"].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(found["lin2"], channel_weights()["lin2.model.1.weight"].reshape(-1))
@@ -78,7 +78,7 @@ def test_the_networks_of_lpips_are_read(tmp_path: Path) -> None:
     package, torch = pytest.importorskip("lpips"), pytest.importorskip("torch")
     network = package.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
     torch.save(network.state_dict(), tmp_path / "alex.pth")
-    import_weights("lpips", [tmp_path / "alex.pth"], tmp_path / "out", Options())
+    import_weights("lpips", [tmp_path / "alex.pth"], tmp_path / "out", Options(), load_recipe)
     found = load_perceptual(tmp_path / "out" / "model.safetensors", "alexnet")
     expected = network.lin3.model[1].weight.detach().numpy().reshape(-1)
     np.testing.assert_array_equal(found["lin3"], expected)
@@ -154,7 +154,7 @@ def test_pytorch_files_of_text_towers_become_what_their_readers_know(
         (folder / "config.json").write_text(json.dumps(config))
     torch.save({key: torch.tensor(value) for key, value in tensors.items()}, source / "pytorch_model.bin")
     save_file(tensors, expected / "model.safetensors")
-    imported = import_weights(name, [source], tmp_path / "out", Options())
+    imported = import_weights(name, [source], tmp_path / "out", Options(), load_recipe)
     found, wanted = (load_text_tower(path / "model.safetensors") for path in (tmp_path / "out", expected))
     np.testing.assert_equal(found, wanted)
     assert len(imported.accounts.skipped) == skipped
@@ -165,5 +165,5 @@ def test_pytorch_files_of_text_towers_become_what_their_readers_know(
 def test_a_text_tower_without_config_is_refused(tmp_path: Path) -> None:
     save_file(clip_tensors(), tmp_path / "model.safetensors")
     with pytest.raises(RunError, match=r"config\.json does not exist: it comes with the weights"):
-        import_weights("clip-text", [tmp_path], tmp_path / "out", Options())
+        import_weights("clip-text", [tmp_path], tmp_path / "out", Options(), load_recipe)
     assert not (tmp_path / "out").exists()

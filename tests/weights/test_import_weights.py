@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 
 from como_jax.errors import OutputError, RunError, UsageError
 from como_jax.training.checkpoint import load_params
+from como_jax.training.imported import read_encoder
 from como_jax.training.run import load_run
 from como_jax.training.sharding import make_mesh
 from como_jax.weights.importing import Options
-from como_jax.weights.runs import read_encoder
 from tools import import_weights as tool
 
 torch = pytest.importorskip("torch")
@@ -30,7 +30,7 @@ OPTIONS = Options(num_heads=3, decoder_heads=2)
 def mae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mae")
     torch.save({"model": models.mae(), "epoch": 1}, folder / "mae.pth")
-    tool.import_weights("mae-facebook", [folder / "mae.pth"], folder / "run", OPTIONS)
+    tool.import_weights("mae-facebook", [folder / "mae.pth"], folder / "run", OPTIONS, tool.load_recipe)
     return folder / "run"
 
 
@@ -81,8 +81,8 @@ def test_a_run_without_latent_motion_says_so(mae_run: Path, tmp_path: Path) -> N
     with pytest.raises(RunError, match="is a run of family 'mae', which has no latent motion"):
         load_run(mae_run, make_mesh())
     save_file({"a": np.ones(1, np.float32)}, tmp_path / "a.safetensors")
-    with pytest.raises(OutputError, match="exists; choose a new directory"):
-        tool.import_weights("mae-facebook", [tmp_path / "a.safetensors"], mae_run, OPTIONS)
+    with pytest.raises(OutputError, match="exists already; remove it or choose another"):
+        tool.import_weights("mae-facebook", [tmp_path / "a.safetensors"], mae_run, OPTIONS, tool.load_recipe)
 
 
 def test_nothing_is_written_of_a_file_that_does_not_fit(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_nothing_is_written_of_a_file_that_does_not_fit(tmp_path: Path) -> None:
     torch.save(tensors | {"extra": torch.ones(1)}, tmp_path / "mae.pth")
     message = r"1 tensors are missing \(blocks\.1\.norm2\.bias\); 1 tensors have no place here \(extra\)"
     with pytest.raises(RunError, match=message):
-        tool.import_weights("mae-facebook", [tmp_path / "mae.pth"], tmp_path / "out", OPTIONS)
+        tool.import_weights("mae-facebook", [tmp_path / "mae.pth"], tmp_path / "out", OPTIONS, tool.load_recipe)
     assert [path.name for path in tmp_path.iterdir()] == ["mae.pth"]
 
 

@@ -14,12 +14,12 @@ from flax import traverse_util
 from como_jax.errors import ConfigError, RunError
 from como_jax.motion.build import build_model
 from como_jax.nn.layers import normalize_frames
-from como_jax.weights.checkpoints import Weights
+from como_jax.training.imported import check_parameters, make_config
 from como_jax.weights.importing import Flat, Foreign, Format, Options, import_parameters
 from como_jax.weights.laq_openx import laq_openx
 from como_jax.weights.moto import como, moto
-from como_jax.weights.runs import check_parameters
-from tools.import_weights import make_config
+from como_jax.weights.tensors import Weights
+from tools.import_weights import load_recipe
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("tests.weights.torch_models")
@@ -36,7 +36,7 @@ def convert(make: Format, tensors: dict[str, Any], **options: Any) -> tuple[Flat
 
 def run(params: Flat, foreign: Foreign, compute: Callable[[Any, jax.Array], Any], frames: np.ndarray) -> Any:
     """What a model of the imported config computes, in float32."""
-    config = make_config(foreign)
+    config = make_config(foreign, load_recipe)
     check_parameters(config, params)
     config.train.dtype = "float32"
     model = build_model(config)
@@ -189,7 +189,7 @@ def test_laq_computes_as_lapa_s_code_does() -> None:
 
 def test_laq_of_another_image_size_or_length_is_refused() -> None:
     tensors = models.random_tensors(laq_shapes())
-    with pytest.raises(ConfigError, match="--image_size must be 24: LAQ pools 8 x 8 patches"):
+    with pytest.raises(ConfigError, match="image_size must be 24: LAQ pools 8 x 8 patches"):
         convert(laq_openx, tensors, image_size=48)
     # One latent action a pair.
     tensors["vq.cnn_encoder.2.weight"] = torch.zeros(LATENT, LATENT, 4, 4)
@@ -321,9 +321,9 @@ def test_the_encoder_that_a_file_leaves_out_comes_from_another_run() -> None:
     assert params.keys() == whole.keys()
     for path, value in whole.items():
         np.testing.assert_array_equal(params[path], value)
-    with pytest.raises(RunError, match="holds no image_encoder: name a run of MAE ViT-L that has it by --encoder"):
+    with pytest.raises(RunError, match="holds no image_encoder; set encoder to a run of MAE ViT-L"):
         convert(moto, tensors, **HEADS_OF)
-    with pytest.raises(RunError, match=r"reads features of width 24, but the encoder's is other"):
+    with pytest.raises(RunError, match=r"reads features of width 24, but the encoder has width 32"):
         convert(moto, tensors, encoder=encoder, encoder_config=fields | {"encoder.width": 32}, **HEADS_OF)
-    with pytest.raises(RunError, match=r"has a codebook.*is it of --format=moto"):
+    with pytest.raises(RunError, match=r"has a codebook.*is it of the format moto"):
         convert(como, tensors, **HEADS_OF)

@@ -7,10 +7,9 @@ import pytest
 from etils import epath
 
 from como_jax.errors import RunError
-from como_jax.weights.checkpoints import Weights
-from como_jax.weights.importing import Constant, Foreign, Skip, import_parameters
-from como_jax.weights.resize import resize_positions
+from como_jax.weights.importing import Constant, Foreign, Skip, import_parameters, resize_positions
 from como_jax.weights.tables import DeepTable, array, kernel
+from como_jax.weights.tensors import Weights
 
 TABLE: DeepTable = {
     "dense/kernel": (kernel("layers.{layer}.weight", (2,), (3,)), 2),

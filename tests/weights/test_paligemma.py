@@ -410,5 +410,5 @@ def test_a_policy_of_other_sizes_is_refused_by_the_parameter_s_name(tmp_path: Pa
     del missing[("observation", "images", "patch_embed", "kernel")]
     with pytest.raises(RunError, match=r"layers/attn/q/kernel is \(3, 20, 4, 10\) and in the policy \(3, 20, 4, 11\)"):
         load_paligemma(weights, traverse_util.unflatten_dict(other))
-    with pytest.raises(RunError, match=r"images/patch_embed/kernel, which the policy has not; .*encoder\.tower=siglip"):
+    with pytest.raises(RunError, match=r"images/patch_embed/kernel, which the policy lacks; .*encoder\.tower=siglip"):
         load_paligemma(weights, traverse_util.unflatten_dict(missing))

@@ -13,7 +13,6 @@ from como_jax.errors import ConversionError
 from como_jax.weights.tables import (
     DeepTable,
     Entry,
-    Tensors,
     array,
     entry_shape,
     flat,
@@ -24,6 +23,7 @@ from como_jax.weights.tables import (
     qkv_kernel,
     write_tensors,
 )
+from como_jax.weights.tensors import Tensors
 
 QKV = [f"layers.{{layer}}.{part}" for part in "qkv"]
 TABLE: DeepTable = {

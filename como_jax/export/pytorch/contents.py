@@ -21,8 +21,8 @@ from como_jax.nn.model_def import Params
 from como_jax.runtime_torch.config import FORMAT, VERSION
 from como_jax.runtime_torch.files import CONFIG_NAME
 from como_jax.training.run import Run
-from como_jax.weights.exported import WEIGHTS_NAME
 from como_jax.weights.tables import DeepTable, write_tensors
+from como_jax.weights.tensors import WEIGHTS_NAME
 
 REQUIREMENTS_NAME = "requirements.txt"
 INSTALL = f"pip install --no-deps como_jax && pip install -r {{directory}}/{REQUIREMENTS_NAME}"

@@ -18,9 +18,9 @@ from como_jax.runtime_torch.latent_motion import LatentMotion
 from como_jax.runtime_torch.layers import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.spec.towers import VitConfig
 from como_jax.training.run import Run
-from como_jax.weights.exported import WEIGHTS_NAME
 from como_jax.weights.motion import hf_vit_table
-from como_jax.weights.tables import CONFIG_NAME, write_tensors
+from como_jax.weights.tables import write_tensors
+from como_jax.weights.tensors import CONFIG_NAME, WEIGHTS_NAME
 
 
 def write_encoder(run: Run, described: Mapping[str, Any], folder: epath.Path, model: LatentMotion) -> dict[str, float]:
