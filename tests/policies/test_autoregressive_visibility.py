@@ -79,7 +79,7 @@ def test_a_picture_changes_all_from_its_instant_on_and_nothing_before_it(instant
 
 @pytest.mark.parametrize("use_latents", [True, False])
 @pytest.mark.parametrize(("instant", "token"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_latent_changes_later_latents_and_the_actions_that_heed_it(
+def test_a_latent_changes_later_latents_and_the_actions_that_read_it(
     instant: int, token: int, use_latents: bool
 ) -> None:
     inputs = make_inputs(use_latents)
