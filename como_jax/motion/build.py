@@ -1,10 +1,9 @@
-"""From a config to a model definition."""
+"""From a pretraining config to the definition of its model."""
 
 from __future__ import annotations
 
 import math
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from como_jax.data.clips import num_pairs, pair_spans
@@ -13,13 +12,10 @@ from como_jax.motion.como import Como
 from como_jax.motion.laq import Laq
 from como_jax.motion.mae import Mae
 from como_jax.motion.released import ReleasedComo, ReleasedLaq
-from como_jax.nn.model_def import ModelDef, define
+from como_jax.nn.model_def import ModelDef, compute_options, define
+from como_jax.nn.vit import vit_config
 from como_jax.spec.motion import BottleneckConfig, LaqConfig, MaeConfig, MotionConfig
-from como_jax.spec.towers import VitConfig
 from como_jax.types import BatchParts
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
 
 FAMILIES = ("como", "laq", "mae")
 
@@ -30,10 +26,8 @@ def build_model(config: ConfigDict) -> ModelDef:
     Raises:
       ConfigError: a name or size in the config makes no model; the message names it.
     """
-    if config.train.dtype not in DTYPES:
-        raise ConfigError(f"config.train.dtype {config.train.dtype!r} must be one of {', '.join(DTYPES)}.")
-    options = {"dtype": DTYPES[config.train.dtype], "remat": config.train.remat}
-    # Imported weights of other projects' code compute as that does.
+    options = compute_options(config)
+    # Weights that other projects' code trained need models that compute as that code does.
     laq_class, como_class = (ReleasedLaq, ReleasedComo) if config.get("released_code") else (Laq, Como)
     if config.family == "laq":
         if config.data.pair_span > 1:
@@ -64,13 +58,6 @@ def pairs_of_clip(config: ConfigDict) -> int:
     return num_pairs(config.data.instants, pair_spans(config.data.pair_span, config.data.min_gap_fraction))
 
 
-def vit_config(config: ConfigDict) -> VitConfig:
-    """The encoder's part of the config."""
-    encoder = config.encoder
-    sizes = (encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads)
-    return VitConfig(config.data.image_size, *sizes, encoder.get("mlp_width", 0))
-
-
 def motion_config(config: ConfigDict) -> MotionConfig:
     """CoMo's part of the config."""
     fields = dict(config.model)
@@ -85,7 +72,7 @@ def motion_config(config: ConfigDict) -> MotionConfig:
 
 
 def codebook_size(config: ConfigDict) -> int:
-    """Codes that a latent token of the config's model chooses from; 0 where the latent is continuous."""
+    """The number of codes of the config's model; 0 if its latent motion is continuous."""
     if config.family == "laq":
         return config.model.codebook_size
     bottleneck = config.model.bottleneck

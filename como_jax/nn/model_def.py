@@ -1,4 +1,4 @@
-"""A model without its parameters: what the builders of all families give, and all that uses a model takes."""
+"""A model without its parameters: what the builders of all families make, and what all that uses a model takes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
+from ml_collections import ConfigDict
+
+from como_jax.errors import ConfigError
 
 Params = dict[str, Any]
 """Parameters, nested by module name."""
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,10 +66,10 @@ class ModelDef:
 
 @functools.lru_cache(maxsize=32)
 def define(module_class: Callable[..., nnx.Module], *settings: Any, **options: Any) -> ModelDef:
-    """The model that a class makes of settings, which are hashable.
+    """The model that a class makes of hashable settings.
 
-    Equal settings give the same object, and functions that are jitted for it are kept, so that several runs of one
-    process, as in a notebook, compile once.
+    Equal settings give the same object, for which jitted functions are kept. So several runs in one process, as in a
+    notebook, compile only once.
     """
     return ModelDef.create(lambda rngs: module_class(*settings, **options, rngs=rngs))
 
@@ -73,3 +78,10 @@ def merge_params(first: Params, second: Params) -> Params:
     """Joins two disjoint nested dictionaries of parameters."""
     flat = {**traverse_util.flatten_dict(first), **traverse_util.flatten_dict(second)}
     return traverse_util.unflatten_dict(flat)
+
+
+def compute_options(config: ConfigDict) -> dict[str, Any]:
+    """The dtype and the rematerialisation of a config, as keyword arguments of a model; raises ConfigError."""
+    if config.train.dtype not in DTYPES:
+        raise ConfigError(f"config.train.dtype {config.train.dtype!r} must be one of {', '.join(DTYPES)}.")
+    return {"dtype": DTYPES[config.train.dtype], "remat": config.train.remat}

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from como_jax.nn.layers import Block, LayerNorm, Linear, patchify, sincos_position_embedding
 from como_jax.nn.primitives import broadcast_param
@@ -71,6 +72,13 @@ class Siglip(nnx.Module):
         x = self.patch_embed(patchify(images, self.config.patch_size))
         x = x + broadcast_param(self.pos_embed[...], x.shape, x.dtype)
         return self.norm(self.blocks(x))
+
+
+def vit_config(config: ConfigDict) -> VitConfig:
+    """The sizes of the image encoder of a config of any family."""
+    encoder = config.encoder
+    sizes = (encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads)
+    return VitConfig(config.data.image_size, *sizes, encoder.get("mlp_width", 0))
 
 
 def scale_frames(frames: jax.Array) -> jax.Array:

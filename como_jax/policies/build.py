@@ -1,12 +1,12 @@
-"""From a config to a policy's definition."""
+"""From a config of `experiments/train_policy.py` to the definition of its policy."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.motion.build import DTYPES, vit_config
-from como_jax.nn.model_def import ModelDef, define
+from como_jax.nn.model_def import ModelDef, compute_options, define
+from como_jax.nn.vit import vit_config
 from como_jax.policies.autoregressive import AutoregressivePolicy
 from como_jax.policies.diffusion import DiffusionPolicy
 from como_jax.policies.vla import LatentVla
@@ -29,10 +29,8 @@ def build_policy(config: ConfigDict) -> ModelDef:
     Raises:
       ConfigError: a name or size in the config makes no model; the message names it.
     """
-    if config.train.dtype not in DTYPES:
-        raise ConfigError(f"config.train.dtype {config.train.dtype!r} must be one of {', '.join(DTYPES)}.")
     observation = observation_config(config)
-    options = {"dtype": DTYPES[config.train.dtype], "remat": config.train.remat}
+    options = compute_options(config)
     if config.family == "diffusion_policy":
         diffusion = diffusion_policy_config(config)
         return define(DiffusionPolicy, observation, diffusion, **options)

@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import OutputError, RunError
 from como_jax.files import write_atomic, write_json
-from como_jax.motion.build import FAMILIES, build_model, vit_config
+from como_jax.motion.build import FAMILIES, build_model
 from como_jax.motion.perceptual import LAYOUTS, load_perceptual
-from como_jax.nn.vit import Siglip, Vit
+from como_jax.nn.vit import Siglip, Vit, vit_config
 from como_jax.spec.towers import VitConfig
 from como_jax.staging import check_output, new_folder
 from como_jax.training.checkpoint import load_params

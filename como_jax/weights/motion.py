@@ -13,8 +13,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from como_jax.motion.build import motion_config, vit_config
+from como_jax.motion.build import motion_config
 from como_jax.motion.laq import NUM_NULL_TOKENS
+from como_jax.nn.vit import vit_config
 from como_jax.spec.motion import BottleneckConfig, LaqConfig, MotionConfig
 from como_jax.spec.towers import VitConfig
 from como_jax.weights.exported import read_exported
