@@ -40,6 +40,7 @@ REQUIREMENTS = [
     "optax>=0.2.4",
     "orbax-checkpoint>=0.11.20",
     "pillow>=10.0",
+    "protobuf>=4.21",
     "pyarrow>=15.0",
     "scikit-learn>=1.4",
     "scipy>=1.12",
