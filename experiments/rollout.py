@@ -28,10 +28,9 @@ from como_jax.envs.registry import environment_names
 from como_jax.errors import RunError
 from como_jax.evaluation.rollouts.checks import parse_settings
 from como_jax.evaluation.rollouts.policy_runner import load_policy
-from como_jax.evaluation.rollouts.report import RolloutRecorder, table_markdown
+from como_jax.evaluation.rollouts.results import EpisodeResult, RolloutRecorder, RolloutSummary, table_markdown
 from como_jax.evaluation.rollouts.rollout import Recording, RolloutOptions, picture_size, roll_out
 from como_jax.evaluation.rollouts.sampling import FIELDS as SAMPLING_FIELDS
-from como_jax.evaluation.rollouts.success import EpisodeResult, RolloutSummary
 from como_jax.policies.controller import ControlConfig
 from como_jax.training import sharding
 

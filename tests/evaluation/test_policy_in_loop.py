@@ -17,8 +17,8 @@ from como_jax.data.policy_data import PolicyData, open_policy_data
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts import in_loop as policy_in_loop
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
+from como_jax.evaluation.rollouts.results import EpisodeResult
 from como_jax.evaluation.rollouts.rollout import RolloutOptions
-from como_jax.evaluation.rollouts.success import EpisodeResult
 from como_jax.policies.heads import masked_mean
 from como_jax.policies.spec import PolicySpec
 from como_jax.training import sharding

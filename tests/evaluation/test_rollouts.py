@@ -18,6 +18,7 @@ import pytest
 from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec
 from como_jax.errors import ConfigError, NonFiniteError
 from como_jax.evaluation.rollouts.checks import check_compatible
+from como_jax.evaluation.rollouts.results import summarize
 from como_jax.evaluation.rollouts.rollout import (
     RolloutOptions,
     check_rollouts,
@@ -25,7 +26,6 @@ from como_jax.evaluation.rollouts.rollout import (
     picture_size,
     roll_out,
 )
-from como_jax.evaluation.rollouts.success import summarize
 from como_jax.policies.controller import ControlConfig
 from como_jax.policies.spec import PolicySpec
 from tests.evaluation.rollout_fakes import LINE_POLICY, MAX_STEPS, TABLETOP_POLICY, FakeRunner, Line, always_exit

@@ -24,8 +24,8 @@ from como_jax.evaluation.latents.in_loop import with_means
 from como_jax.evaluation.latents.transitions import fit_batch
 from como_jax.evaluation.rollouts.checks import parse_settings
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
+from como_jax.evaluation.rollouts.results import summarize
 from como_jax.evaluation.rollouts.rollout import RolloutOptions, check_rollouts, picture_size, roll_out
-from como_jax.evaluation.rollouts.success import summarize
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.policies.controller import ControlConfig
 from como_jax.training import sharding

@@ -22,7 +22,7 @@ from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts.checks import check_compatible, check_tasks
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
-from como_jax.evaluation.rollouts.success import EpisodeResult
+from como_jax.evaluation.rollouts.results import EpisodeResult
 from como_jax.evaluation.rollouts.workers import Failed, MakeEnvironment, Reply, Start, Started, Step, WorkerPool
 from como_jax.policies.controller import ControlConfig, Controller
 from como_jax.policies.spec import PolicySpec

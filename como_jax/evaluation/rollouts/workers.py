@@ -1,7 +1,7 @@
-"""Processes that each hold one environment at a time; what happens to one of them harms nobody else.
+"""Processes that each hold one environment at a time; a failure of one of them does not affect the others.
 
-They are started as commands rather than forked or spawned by `multiprocessing`, since the latter would import the
-calling program, and JAX with it, into each. They end by themselves when the calling process does.
+They are started as commands rather than forked or spawned by `multiprocessing`, which would import the calling program,
+and JAX with it, into each. They end by themselves when the calling process ends.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class Started:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """The environment cannot be made as asked, which is nobody's accident."""
+    """The environment cannot be made with these options: a mistake in what was asked for, not a failure."""
 
     message: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The environment raised, or its process died or did not answer."""
+    """The environment raised an error, or its process died or did not answer."""
 
     reason: str
 
@@ -71,14 +71,14 @@ Reply = Started | StepResult | Failed
 
 
 class WorkerPool:
-    """A fixed number of workers, by slot. A worker that failed is replaced when its slot is asked again."""
+    """A fixed number of workers, one per slot. A worker that failed is replaced when its slot is asked again."""
 
     def __init__(self, count: int, make: MakeEnvironment, start_timeout: float, step_timeout: float):
         """Starts the workers.
 
         Args:
           count: of workers.
-          make: makes environments; a function of a module, which the workers import.
+          make: makes environments; a function at the top of a module, which the workers import.
           start_timeout, step_timeout: seconds that a worker may take to begin an episode, and for a step.
         """
         self._make, self._timeouts = make, {Start: start_timeout, Step: step_timeout}
@@ -94,7 +94,7 @@ class WorkerPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # All are told before any is waited for.
+        # All are told to end before any is waited for.
         workers = [worker for worker in self._workers if worker is not None]
         for worker in workers:
             worker.connection.close()
@@ -102,16 +102,16 @@ class WorkerPool:
             worker.end(_CLOSING_SECONDS if kind is None else 0.0)
 
     def request(self, slot: int, message: Start | Step) -> None:
-        """Asks a worker, which must not have been asked since it last answered."""
+        """Sends a message to a worker, which must have answered the one before."""
         worker = self._workers[slot] = self._workers[slot] or _Worker(self._make)
         timeout = self._timeouts[type(message)]
         self._limits[slot] = (time.monotonic() + timeout, timeout)
-        # A worker that is gone is noticed when its answer is awaited.
+        # `gather` notices a worker that has ended.
         with contextlib.suppress(OSError):
             worker.connection.send(message)
 
     def gather(self) -> dict[int, Reply]:
-        """The answers of all workers that were asked, by slot.
+        """Waits for the answers of all workers that were asked, by slot.
 
         Raises:
           ConfigError: an environment cannot be made as asked.
@@ -140,7 +140,7 @@ class WorkerPool:
         return reply
 
     def _fail(self, slot: int, reason: str) -> Failed:
-        """Ends a worker, for a reason or because it ended by itself."""
+        """Ends a worker, for this reason; an empty one means that it ended by itself."""
         worker = self._workers[slot]
         self._workers[slot] = None
         del self._limits[slot]
@@ -161,7 +161,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
                 pass_fds=[theirs.fileno()],
-                # In a group of its own, since Ctrl-C in a terminal goes to the whole group.
+                # In a group of its own: Ctrl-C in a terminal interrupts all processes of a group.
                 process_group=0,
             )
         self.connection = connection.Connection(ours.detach())
@@ -169,7 +169,7 @@ class _Worker:
             self.connection.send(make)
 
     def end(self, patience: float) -> int:
-        """Kills the process unless it ends within some seconds; gives its exit status, negative for a signal."""
+        """Kills the process unless it ends within `patience` seconds; returns its exit status, negative for a signal."""
         try:
             return self._process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -178,18 +178,18 @@ class _Worker:
 
 
 def serve(descriptor: int) -> None:
-    """The worker: answers requests that come through a socket until it closes."""
+    """The worker process: answers requests from a socket until the socket closes."""
     with connection.Connection(descriptor) as requests, contextlib.suppress(EOFError, OSError):
-        desk = _Desk(requests.recv())
+        holder = _Holder(requests.recv())
         try:
             while True:
-                requests.send(desk.answer(requests.recv()))
+                requests.send(holder.answer(requests.recv()))
         finally:
-            desk.close()
+            holder.close()
 
 
-class _Desk:
-    """Holds the environment that was last asked for."""
+class _Holder:
+    """Holds the environment of the last episode, which the next one may use again."""
 
     def __init__(self, make: MakeEnvironment):
         self._make = make
@@ -197,7 +197,7 @@ class _Desk:
         self._environment: Environment | None = None
 
     def answer(self, message: Start | Step) -> Reply | Refused:
-        """What is sent back."""
+        """The answer to a message."""
         try:
             if isinstance(message, Step):
                 return self._environment.step(message.action)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from como_jax.errors import RunError
-from como_jax.evaluation.rollouts.success import wilson_interval
+from como_jax.evaluation.rollouts.results import wilson_interval
 from como_jax.evaluation.tables import csv_text, markdown_table
 from como_jax.files import write_text
 from como_jax.processes import run_commands

@@ -1,4 +1,4 @@
-"""What rollouts leave behind."""
+"""Success rates and their intervals, and the files of rollouts."""
 
 import csv
 import io
@@ -9,10 +9,17 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import optimize, stats
 
-from como_jax.evaluation.rollouts.report import RolloutRecorder, encode_video, table_markdown
-from como_jax.evaluation.rollouts.rollout import Recording
-from como_jax.evaluation.rollouts.success import EpisodeResult, summarize
+from como_jax.evaluation.rollouts.results import (
+    EpisodeResult,
+    Recording,
+    RolloutRecorder,
+    encode_video,
+    summarize,
+    table_markdown,
+    wilson_interval,
+)
 
 RESULTS = [
     EpisodeResult("sim:a", 0, 100, "push, please", 4, success=True),
@@ -20,6 +27,46 @@ RESULTS = [
     EpisodeResult("sim:a", 2, 102, "push", 1, reason="ValueError: bad, very"),
     EpisodeResult("sim:b", 0, 100, "pull", 6, success=True),
 ]
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 5), (1, 20), (7, 20), (19, 20), (5, 5), (480, 1000)])
+def test_the_interval_is_that_of_the_score_test(successes: int, trials: int):
+    z = stats.norm.ppf(0.975)
+    share = successes / trials
+
+    def score(truth: float) -> float:
+        return (share - truth) ** 2 - z**2 * truth * (1 - truth) / trials
+
+    low = optimize.brentq(score, 1e-12, share - 1e-6) if successes else 0.0
+    high = optimize.brentq(score, share + 1e-6, 1 - 1e-12) if successes < trials else 1.0
+    np.testing.assert_allclose(wilson_interval(successes, trials), (low, high), atol=1e-9)
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 0), (3, 2), (-1, 2)])
+def test_what_is_no_outcome_of_trials_has_no_interval(successes: int, trials: int):
+    with pytest.raises(ValueError):
+        wilson_interval(successes, trials)
+
+
+def test_crashed_episodes_count_neither_as_failures_nor_as_successes():
+    results = [
+        EpisodeResult("a", 0, 0, steps=10, success=True),
+        EpisodeResult("a", 1, 1, steps=30),
+        EpisodeResult("a", 2, 2, steps=3, reason="it fell over"),
+        EpisodeResult("b", 0, 0, steps=20, success=True),
+        EpisodeResult("c", 0, 0, reason="it never began"),
+    ]
+    summary = summarize(results)
+    a, b, c = summary.tasks
+    assert (a.task, a.episodes, a.crashed, a.successes, a.rate) == ("a", 3, 1, 1, 0.5)
+    assert (a.mean_steps, a.mean_success_steps) == (20.0, 10.0)
+    assert a.interval == wilson_interval(1, 2)
+    assert (b.rate, b.crashed) == (1.0, 0)
+    assert (c.crashed, c.rate, c.interval, c.mean_steps, c.mean_success_steps) == (1, None, None, None, None)
+    assert summary.total.rate == pytest.approx(2 / 3) and summary.total.crashed == 2
+    assert summary.mean_rate == 0.75
+    assert [result.outcome for result in results] == ["success", "failure", "crashed", "success", "crashed"]
+    assert summarize(results[-1:]).mean_rate is None
 
 
 def recording(steps: int, height: int = 64, width: int = 64) -> Recording:
