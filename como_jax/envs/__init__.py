@@ -1,1 +1,1 @@
-"""Environments behind one interface, gymnasium's: reset with an instruction, step, success, render."""
+"""Simulators behind one interface: reset with a seed, an instruction, step, success, images."""

@@ -18,9 +18,9 @@ ACTION_SIZE = 2
 BOARD_SIZE = 512
 CONTROL_RATE_HZ = 10.0
 INSTRUCTION = "push the T-shaped block onto the T-shaped mark"
-# That of its gymnasium registration and of the datasets' evaluations.
+# As in its gymnasium registration and in evaluations of its datasets.
 _MAX_STEPS = 300
-# Side of the pictures in its datasets.
+# Side of the images in its datasets, in pixels.
 _RENDER_SIZE = 96
 
 
@@ -41,9 +41,9 @@ def make(family: str, task: str, options: EnvironmentOptions) -> PushTEnvironmen
 class PushTEnvironment:
     """See `como_jax.envs.base.Environment`.
 
-    An action is the position that the round agent should go to and the state the position where it is, both (x, y) in
-    pixels of a board of 512 x 512, right and down. Pictures are rendered with 96 pixels, as in the datasets, and then
-    scaled. The task is solved when the block covers more than 95 % of the mark.
+    An action is the position to which the round agent should go, and the state is its current position; both are (x, y)
+    in pixels of a board of 512 x 512, x to the right and y down. Images are rendered with 96 pixels, as in the
+    datasets, and then scaled. The task is solved when the block covers more than 95 % of the mark.
     """
 
     def __init__(self, task: str, options: EnvironmentOptions):
@@ -76,7 +76,7 @@ class PushTEnvironment:
         return INSTRUCTION
 
     def step(self, action: np.ndarray) -> StepResult:
-        """Executes an action, after clipping it to the board.
+        """Executes an action, clipped to the board.
 
         Raises:
           ValueError: the action has another shape or is not finite.
@@ -88,7 +88,7 @@ class PushTEnvironment:
         return StepResult(self._observe(observation), success, success or self._steps >= self.spec.max_steps)
 
     def expert_action(self) -> np.ndarray:
-        """There is no expert."""
+        """Always raises NotImplementedError: there is no expert."""
         raise NotImplementedError(f"{self.spec.name} has no expert")
 
     def close(self) -> None:
@@ -96,13 +96,13 @@ class PushTEnvironment:
         self._env.close()
 
     def _observe(self, observation: dict[str, np.ndarray]) -> Observation:
-        picture = np.empty((self._image_size, self._image_size, 3), np.uint8)
-        resize(observation["pixels"], picture)
-        return Observation({DEFAULT_CAMERA: picture}, observation["agent_pos"].astype(np.float32))
+        image = np.empty((self._image_size, self._image_size, 3), np.uint8)
+        resize(observation["pixels"], image)
+        return Observation({DEFAULT_CAMERA: image}, observation["agent_pos"].astype(np.float32))
 
 
 def _import() -> ModuleType:
-    """The module with the environment, without pygame's greeting on stdout."""
+    """The module with the environment, imported without pygame's message on stdout."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     try:
         return importlib.import_module("gym_pusht.envs.pusht")

@@ -90,7 +90,7 @@ def test_missing_opengl_is_named_with_its_packages(monkeypatch, tmp_path):
     [
         ({"cameras": ("front",)}, "no camera front: corner4, corner, corner2"),
         ({"cameras": ("corner", "corner")}, "a camera is named twice: corner, corner"),
-        ({"image_size": 8}, "pictures of 16 to 512 pixels, not 8"),
+        ({"image_size": 8}, "images of 16 to 512 pixels, not 8"),
         ({"settings": {"action_repeat": "0"}}, "action_repeat=0: must be a whole number, 1 or more"),
         ({"settings": {"action_repeat": "two"}}, "action_repeat=two: must be"),
         ({"settings": {"repeat": "2"}}, "setting repeat: this environment has action_repeat"),

@@ -21,8 +21,8 @@ from como_jax.errors import ConfigError
 
 ACTION_SIZE, STATE_SIZE = 4, 4
 DEFAULT_ACTION_REPEAT = 2
-# Meta-World's own limit is 500. Of ten demonstrations of every task none had more than 250 steps of the simulator, but
-# for push-back, where they go up to 342.
+# Meta-World's own limit is 500. Ten demonstrations of every task had at most 250 steps of the simulator, except those
+# of push-back, which had up to 342.
 _MAX_SIMULATOR_STEPS = 300
 
 
@@ -44,14 +44,14 @@ class MetaWorldEnvironment:
     """See `como_jax.envs.base.Environment`.
 
     Actions are a motion of the hand in x, y and z, and the force that closes the gripper, in [-1, 1]; the state is the
-    hand's x, y and z in metres and the gripper's opening in [0, 1]. The simulator takes 80 actions a second (2.5 ms
-    times 5). The setting `action_repeat` has each action executed several times, so that the control rate is 80 divided
-    by it and episodes are shorter. An episode ends when its task is solved, or after `max_steps`, by default those of
-    300 steps of the simulator.
+    hand's x, y and z in metres and the gripper's opening in [0, 1]. The simulator takes 80 actions per second (2.5 ms
+    times 5). With the setting `action_repeat` each action is executed several times: the control rate is 80 divided by
+    it, and episodes have fewer steps. An episode ends when its task is solved, or after `max_steps`, by default the
+    number that lasts 300 steps of the simulator.
 
-    The seed places objects and goals. The pictures are all that tells where they are: a goal in free space (reach,
-    push, pick-place and others) is drawn as a small coloured ball, and the goals of most other tasks lie where an
-    object does, such as a drawer's or a button's.
+    The seed decides where objects and goals are, and only the images show it: a goal in free space (reach, push,
+    pick-place and others) is drawn as a small coloured ball; the goals of most other tasks are where an object is, such
+    as a drawer or a button.
     """
 
     def __init__(self, task: str, options: EnvironmentOptions):
@@ -78,8 +78,8 @@ class MetaWorldEnvironment:
         """Starts an episode."""
         self._simulator.seed(seed)
         self._simulator.reset()
-        # Meta-World moves objects and goals last and leaves it to the first step to carry that out, so that the picture
-        # and the observation would still show those of an episode before.
+        # Meta-World moves objects and goals last, and only the first step updates what depends on them: without this
+        # the image and the observation would still show those of the episode before.
         load_mujoco().mj_forward(self._simulator.model, self._simulator.data)
         self._simulator._prev_obs = self._simulator._get_curr_obs_combined_no_goal()
         self._observation, self._num_steps = self._simulator._get_obs(), 0
@@ -91,7 +91,7 @@ class MetaWorldEnvironment:
         return INSTRUCTIONS[self._task]
 
     def step(self, action: np.ndarray) -> StepResult:
-        """Executes an action, until the task is solved at most.
+        """Executes an action, or as much of it as solves the task.
 
         Raises:
           ValueError: the action has another shape or is not finite.
@@ -107,9 +107,9 @@ class MetaWorldEnvironment:
         return StepResult(self._observe(), success, success or self._num_steps >= self.spec.max_steps)
 
     def expert_action(self) -> np.ndarray:
-        """The scripted expert's action, which depends on what it sees now alone."""
+        """The action of the scripted expert, which depends on the current observation alone."""
         with warnings.catch_warnings():
-            # It says at most steps that its action will be clipped.
+            # It warns at most steps that its action will be clipped.
             warnings.simplefilter("ignore")
             action = self._expert.get_action(self._observation)
         return np.clip(action, -1.0, 1.0).astype(np.float32)

@@ -1,7 +1,7 @@
-"""The fifty tasks of Meta-World v3, and in words what each asks for."""
+"""The fifty tasks of Meta-World v3, and an instruction for each."""
 
-# Meta-World itself has only names. A sentence is the same in every episode of its task: where things lie, which varies
-# with the seed, is for the picture to say.
+# Meta-World itself has only names. The sentence is the same in every episode of a task; the positions, which depend on
+# the seed, are to be seen in the images.
 INSTRUCTIONS = {
     "assembly-v3": "put the wrench's ring onto the peg",
     "basketball-v3": "throw the ball through the basketball hoop",

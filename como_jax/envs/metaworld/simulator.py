@@ -14,35 +14,35 @@ import numpy as np
 from como_jax.envs.base import missing_extra
 from como_jax.errors import ConfigError
 
-# As in Meta-World's scene files. The first sees the hand and what it works on largest: at 64 pixels a goal is one or
-# two pixels wide there and less than one in corner2, the usual choice, which shows the whole table. It stands where
-# the code of TD-MPC2 (Hansen et al., 2023, arXiv:2310.16828) moves corner2.
+# Names as in Meta-World's scene files. The first camera shows the hand and the objects largest: at 64 pixels a goal is
+# one or two pixels wide there, but less than one in corner2, the usual choice, which shows the whole table. It stands
+# where the code of TD-MPC2 (Hansen et al., 2023, arXiv:2310.16828) moves corner2.
 CAMERAS = ("corner4", "corner", "corner2", "corner3", "topview", "behindGripper", "gripperPOV")
 IMAGE_SIZES = (16, 512)
-# Rendered larger and averaged, so that what moves by less than a pixel moves in the picture; the cost lies in the
+# Images are rendered larger and averaged, so that motions of less than a pixel can be seen; the cost lies in the
 # meshes, not in the pixels.
 _SUPERSAMPLING = 2
 _GL_PACKAGES = "libosmesa6 libegl1 libgl1 libegl-mesa0 libgles2"
 
 
 def load_mujoco() -> ModuleType:
-    """MuJoCo with a renderer that needs no display, unless `MUJOCO_GL` asks for another one.
+    """MuJoCo, with a renderer that needs no display unless `MUJOCO_GL` asks for another one.
 
     Raises:
       ConfigError: it or Meta-World is not installed, or it finds no OpenGL.
     """
     if sys.platform == "linux" and "mujoco" not in sys.modules:
-        # MuJoCo reads it when it is imported, and never again; its own default wants a screen.
+        # MuJoCo reads it when it is imported, and never again; its own default needs a screen.
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         import mujoco
     except ModuleNotFoundError as error:
         raise missing_extra("Meta-World", "metaworld", error) from error
     except Exception as error:
-        # Whatever PyOpenGL happens to trip over: mostly an AttributeError of a library that was not found.
+        # PyOpenGL raises errors of many types, mostly an AttributeError about a library that was not found.
         raise unusable_gl(error) from error
     try:
-        # What Meta-World builds on imports more, packaging for one, but only once an environment is made.
+        # What Meta-World builds on imports more packages, but only when an environment is made.
         import gymnasium.envs.mujoco.mujoco_rendering  # noqa: F401
         import metaworld  # noqa: F401
     except ImportError as error:
@@ -62,8 +62,8 @@ def unusable_gl(error: Exception) -> ConfigError:
 def make_simulator(task: str, max_steps: int) -> Any:
     """Meta-World's own environment of a task, an untyped `SawyerXYZEnv`.
 
-    Its places of objects and goals are drawn by its own generator, which `seed` seeds, and its observations include the
-    goal, without which the experts are blind. What `set_task` would do is not used: it fixes the places beforehand.
+    Its own generator, which `seed` seeds, draws the places of objects and goals. Its observations include the goal,
+    which the experts need. `set_task` is not used, since it fixes the places beforehand.
 
     Args:
       task: name of the task.
@@ -104,14 +104,14 @@ def check_image_size(size: int) -> None:
     """Raises ConfigError for a size that is not rendered."""
     low, high = IMAGE_SIZES
     if not low <= size <= high:
-        raise ConfigError(f"Meta-World renders pictures of {low} to {high} pixels, not {size}.")
+        raise ConfigError(f"Meta-World renders images of {low} to {high} pixels, not {size}.")
 
 
 class Cameras:
-    """Renders square pictures of a model; several can live side by side."""
+    """Renders square images of a model; several instances can exist at the same time."""
 
     def __init__(self, model: Any, data: Any, names: tuple[str, ...], image_size: int):
-        """Raises ConfigError where there is no OpenGL to draw with."""
+        """Creates the renderer; raises ConfigError where there is no OpenGL to draw with."""
         mujoco = load_mujoco()
         self._data, self._size = data, image_size
         side = _SUPERSAMPLING * image_size
@@ -119,9 +119,9 @@ class Cameras:
         try:
             self._renderer = mujoco.Renderer(model, side, side)
         except Exception as error:
-            # The renderers of MuJoCo raise whatever their library does.
+            # The renderers of MuJoCo raise whatever their library raises.
             raise unusable_gl(error) from error
-        # Left to the end of the process, a context would be freed after its library, which complains at length.
+        # At the end of the process a context would be freed after its library, which prints long complaints.
         atexit.register(self.close)
         self._turned = {name: _is_upside_down(mujoco, model, data, name) for name in names}
 
@@ -141,7 +141,7 @@ class Cameras:
 
 
 def _leave_out_costly_effects(model: Any, side: int) -> None:
-    """To be called before the context is made, which reads it; these effects take nine tenths of the time."""
+    """Switches off effects that take nine tenths of the time; the context reads this when it is made."""
     model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
     model.vis.global_.offwidth = model.vis.global_.offheight = side
     model.light_castshadow[:] = 0
@@ -149,7 +149,7 @@ def _leave_out_costly_effects(model: Any, side: int) -> None:
 
 
 def _is_upside_down(mujoco: Any, model: Any, data: Any, name: str) -> bool:
-    """Whether a camera that stands in the room is mounted with its top towards the floor, as all corners are."""
+    """Whether a fixed camera is mounted with its top towards the floor, as all corners are."""
     camera = model.camera(name).id
     is_fixed = model.cam_mode[camera] == mujoco.mjtCamLight.mjCAMLIGHT_FIXED
     upwards = data.cam_xmat[camera].reshape(3, 3)[2, 1]

@@ -69,7 +69,7 @@ class TabletopEnvironment:
         return tabletop.expert_action(self._env.scene, self._env.goal).astype(np.float32)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: nothing is held."""
 
 
 def _observe(observation: dict[str, np.ndarray]) -> Observation:

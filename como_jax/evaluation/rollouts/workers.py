@@ -169,7 +169,7 @@ class _Worker:
             self.connection.send(make)
 
     def end(self, patience: float) -> int:
-        """Kills the process unless it ends within `patience` seconds; returns its exit status, negative for a signal."""
+        """Kills the process unless it ends within `patience` seconds; returns the exit status, negative for signals."""
         try:
             return self._process.wait(patience)
         except subprocess.TimeoutExpired:
