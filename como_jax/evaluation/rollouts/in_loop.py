@@ -1,4 +1,4 @@
-"""What a policy's run reports of itself while it trains: errors of actions and latents, success in an environment."""
+"""What a policy's run measures while it trains: errors of actions and latents, and success in an environment."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class PolicyEvaluationConfig:
     """Sizes of the in-loop evaluation.
 
     Attributes:
-      num_samples: of every dataset and split.
-      batch_size: samples at once.
-      env: FAMILY:TASK,... or FAMILY:all, where success is measured; empty for none.
-      env_settings: NAME=VALUE of the environment.
-      rollout_every: steps between two rollouts; 0 for the last step alone.
-      episodes: of every task.
-      execute: actions of every chunk that are executed.
-      env_workers: processes.
+      num_samples: samples of every dataset and split.
+      batch_size: samples per batch.
+      env: FAMILY:TASK,... or FAMILY:all, the tasks in which success is measured; empty for none.
+      env_settings: NAME=VALUE, settings of the environment.
+      rollout_every: steps between two rollouts; 0 for one after the last step alone.
+      episodes: episodes of every task.
+      execute: executed actions of every chunk.
+      env_workers: processes that simulate.
     """
 
     num_samples: int = 512
@@ -63,15 +63,16 @@ class PolicyEvaluationConfig:
     env_workers: int = 2
 
     def environments(self) -> tuple[str, ...]:
-        """Names of the environments; raises ConfigError for unknown ones or a simulator that is not there."""
+        """Names of the environments; raises ConfigError for unknown ones or a simulator that is not installed."""
         return environment_names(self.env) if self.env else ()
 
 
 class PolicyEvaluator:
-    """What the policy learns of every dataset, actions, latents or both, and success rates.
+    """Measures on every dataset what the policy learns of it, actions, latents or both; and success rates.
 
-    The loss of each, and the squared error of what is sampled beside that of always giving the mean. Of latents that
-    are codes, how many are right, those before them given, beside always giving the training episodes' most frequent.
+    These are the loss, and the mean squared error of samples beside that of always predicting the mean. For latents
+    that are codes it is the accuracy, given the codes before them, beside that of always predicting the most frequent
+    code of the training episodes.
     """
 
     def __init__(
@@ -88,14 +89,14 @@ class PolicyEvaluator:
         self._sets, self._runner, self._mesh, self._config = sets, runner, mesh, config
         self._batch_size, self._num_steps = fit_batch(config.batch_size, mesh), num_steps
         self._rows = sharding.batch_rows(mesh, self._batch_size)
-        # Made on all devices at once: one host alone cannot put anything there.
+        # Made on all devices by one program: a single host cannot place arrays on devices of others.
         replicated = sharding.replicated(mesh)
         self._keys = jax.jit(lambda: jax.random.split(jax.random.key(0), self._batch_size), out_shardings=replicated)()
         self._names = config.environments()
         if self._names:
             with hosts.in_step(ConfigError):
                 self._environment = self._check_environment() if hosts.is_first() else None
-        # Of each dataset's own training episodes, which is harder to beat than that of all together.
+        # Per dataset, which is harder to beat than the most frequent codes of all datasets together.
         train = [part for data in sets for part in data.parts if part.source.split == "train"]
         self._priors = {part.source.directory.name: _most_frequent(part) for part in train if part.codes is not None}
         options = {"static_argnames": "now", "out_shardings": sharding.replicated(mesh)}
@@ -126,7 +127,7 @@ class PolicyEvaluator:
         return metrics
 
     def _sum_up(self, params: Params, data: PolicyData, number: int) -> tuple[Sums, Sums]:
-        """Sums over one dataset, of actions and of latents, each empty where the dataset has none."""
+        """Sums over one dataset, for actions and for latents; each is empty if the dataset has none."""
         part, now = data.parts[number], data.filler.chunks.history
         prior = self._priors.get(part.source.directory.name)
         actions: Sums = {}
@@ -145,7 +146,7 @@ class PolicyEvaluator:
         return step == self._num_steps or bool(every and step % every == 0)
 
     def _check_environment(self) -> EnvironmentOptions:
-        """Raises ConfigError, before anything is trained, unless the policy can act in the environments."""
+        """Options of the environments; raises ConfigError, before training, if the policy cannot act in them."""
         if self._runner is None:
             raise ConfigError("evaluation.env needs a policy with actions; this one learns latent motion alone.")
         size, settings = picture_size(self._runner.spec), parse_settings(self._config.env_settings)
@@ -158,7 +159,7 @@ class PolicyEvaluator:
         return RolloutOptions(config.episodes, config.env_workers, control=ControlConfig(config.execute))
 
     def _roll_out(self, params: Params) -> dict[str, float]:
-        """Success rates, on the first host; simulators of several would not stay in step."""
+        """Success rates, from the first host alone: simulators on several hosts would not stay in step."""
         if jax.process_count() > 1:
             params = hosts.gather(params)
         with hosts.in_step():
@@ -179,7 +180,7 @@ class PolicyEvaluator:
 
 
 def _sum_actions(model: ModelDef, params: Params, batch: PolicyBatch, keys: jax.Array, *, now: int) -> Sums:
-    """Sums over a batch. No action is read off a true latent, as none will be when the policy acts."""
+    """Sums over a batch, without its true latents, which the policy does not have either when it acts."""
     policy = model.bind(params)
     if batch.has_latent is not None:
         batch = dataclasses.replace(batch, has_latent=jnp.zeros_like(batch.has_latent))
@@ -191,7 +192,7 @@ def _sum_actions(model: ModelDef, params: Params, batch: PolicyBatch, keys: jax.
 def _sum_latents(
     model: ModelDef, params: Params, batch: PolicyBatch, keys: jax.Array, prior: jax.Array | None, *, now: int
 ) -> Sums:
-    """Sums over a batch. Without actions: some policies learn one of both from a sample."""
+    """Sums over a batch, without its actions: some policies learn only one of the two from a sample."""
     policy, known = model.bind(params), batch.has_latent[:, now, None]
     batch = dataclasses.replace(batch, has_action=jnp.zeros_like(batch.has_action))
     sums = _sum_terms(policy.loss(batch, keys[0]).terms, "latent", known)
@@ -204,14 +205,14 @@ def _sum_latents(
 
 
 def _sum_terms(terms: dict[str, jax.Array], kind: str, mask: jax.Array) -> Sums:
-    """Loss and accuracy of one kind, means over the samples that have it, times their number."""
+    """Loss and accuracy of one kind: their means over the samples that have a target, times the number of these."""
     samples = jnp.sum(jnp.any(mask > 0, axis=tuple(range(1, mask.ndim))))
     found = {name: terms.get(f"{kind}_{name}") for name in ("loss", "accuracy")}
     return {name: samples * value for name, value in found.items() if value is not None} | {"samples": samples}
 
 
 def _sum_errors(said: jax.Array, true: jax.Array, mask: jax.Array) -> Sums:
-    """What `_means` needs for mean squared errors, `[D]` each, of arrays `[B, ..., D]`, where the mask is 1."""
+    """The sums `[D]` from which `_means` makes squared errors, of arrays `[B, ..., D]` where the mask is 1."""
     chex.assert_equal_shape([said, true])
     mask, axes = jnp.broadcast_to(mask, true.shape), tuple(range(true.ndim - 1))
     said, true = (jnp.where(mask > 0, values, 0.0) for values in (said, true))
@@ -225,7 +226,7 @@ def _add(sums: Sums, more: Sums) -> None:
 
 
 def _means(sums: Sums, kind: str) -> dict[str, float]:
-    """Means over a dataset; errors are of normalised numbers, and beside those of each dimension's mean."""
+    """Means over a dataset; errors are of normalised numbers, also of always predicting each dimension's mean."""
     if not sums or not sums["samples"]:
         return {}
     names = [name for name in ("loss", "accuracy", "prior_accuracy") if name in sums]
@@ -239,5 +240,5 @@ def _means(sums: Sums, kind: str) -> dict[str, float]:
 
 
 def _most_frequent(part: PolicyPart) -> np.ndarray:
-    """int32 `[Q]`, each position's most frequent code."""
+    """The most frequent code of each position, int32 `[Q]`."""
     return np.array([np.bincount(codes).argmax() for codes in part.codes[part.labelled].T], np.int32)
