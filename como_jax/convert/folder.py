@@ -167,12 +167,7 @@ def read_instructions(root: epath.Path, sidecars: Sequence[str], videos: Sequenc
     """Reads the instructions of videos, or of other files, from sidecar files.
 
     A sidecar speaks of videos in its own folder and below, by path from there, by file name or by stem. If
-    two speak of the same video, the one in the deeper folder counts.
-
-    Args:
-      root: the source folder.
-      sidecars: JSON and CSV files, as paths below the root.
-      videos: the videos, likewise.
+    two speak of the same video, the one in the deeper folder counts. All paths are relative to the root.
     """
     by_name: dict[str, str] = {}
     warnings = []

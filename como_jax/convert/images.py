@@ -38,11 +38,9 @@ def make_frame(image: np.ndarray, shorter_side: int) -> Frame:
 
 
 def convert_stored(stored: bytes | np.ndarray, shorter_side: int) -> Frame:
-    """Converts a stored picture; colour JPEGs that are small enough are kept byte for byte.
+    """Converts an encoded picture, or uint8 `[H, W, C]` with 1, 3 or 4 channels (grey, RGB, RGBA).
 
-    Args:
-      stored: an encoded picture, or uint8 `[H, W, C]` with 1, 3 or 4 channels (grey, RGB, RGBA).
-      shorter_side: larger pictures are scaled down until their shorter side has this many pixels.
+    Colour JPEGs whose shorter side is small enough are kept byte for byte.
 
     Raises:
       ValueError: the picture is empty, damaged, larger than `MAX_STORED_PIXELS`, or not a picture.
@@ -62,16 +60,9 @@ def make_episode(
     actions: Sequence[np.ndarray] | None = None,
     language: str = "",
 ) -> Episode:
-    """Builds an episode of T steps; see `schema.Episode` for the fields.
+    """Builds an episode of T steps from T frames of every camera, and T states and actions, or None.
 
-    Args:
-      episode_id: unique within the dataset.
-      source_file: where the episode came from.
-      control_rate: steps per second (Hz).
-      frames: T frames of every camera; motion is measured on the first camera.
-      states: T vectors, or None.
-      actions: T vectors, or None.
-      language: the instruction, empty if there is none.
+    Motion is measured on the first camera. See `schema.Episode` for the other fields.
     """
     main = next(iter(frames.values()))
     steps = [

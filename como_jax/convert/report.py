@@ -69,11 +69,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes statistics and report of a finished set of shards, and returns the report.
 
-    Args:
-      directory: the folder with the episode tables.
-      description: what was converted and how; the report begins with it.
-      outcomes: of all sources.
-      warnings: those that belong to no single source.
+    The report begins with `description`; `warnings` are those that belong to no single source.
     """
     tables = {split: sorted(directory.glob(f"episodes-{split}-*.parquet")) for split in schema.SPLITS}
     statistics = dataset_statistics({split: paths for split, paths in tables.items() if paths})
@@ -122,13 +118,7 @@ class Progress:
     """Progress bar over the sources, with rate and time left; beside it episodes, and sources with problems."""
 
     def __init__(self, total: int, done: Iterable[SourceOutcome] = (), show: bool = True):
-        """Draws the bar.
-
-        Args:
-          total: number of sources.
-          done: outcomes of an earlier run, which count as done but not for the rate.
-          show: whether to draw anything at all.
-        """
+        """Draws the bar; the outcomes of an earlier run, `done`, do not count for the rate."""
         done = list(done)
         self._counts: Counter[str] = Counter()
         # A log file should not fill up with progress bars.

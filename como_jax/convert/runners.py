@@ -77,14 +77,9 @@ def run_in_processes(builder: EpisodeBuilder, shards: Sequence[Shard], progress:
 def run_on_beam(
     builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress, runner: str, options: Sequence[str]
 ) -> None:
-    """Writes shards as a Beam pipeline.
+    """Writes shards as a Beam pipeline, on one of `BEAM_RUNNERS`, with options such as `--name=value`.
 
-    Args:
-      builder: all workers must reach its staging folder by the same path.
-      shards: the shards to write.
-      progress: is updated when a shard appears in the staging folder.
-      runner: one of `BEAM_RUNNERS`.
-      options: options of the pipeline, as `--name=value`.
+    All workers must reach the staging folder by the same path. Progress shows the shards that appear in it.
 
     Raises:
       ConversionError: Beam is not installed.

@@ -85,13 +85,7 @@ class ShardExamples:
     """
 
     def __init__(self, shard: Shard, episodes: EpisodesOf, on_source: OnSource):
-        """Prepares a pass over a shard.
-
-        Args:
-          shard: the shard.
-          episodes: yields the episodes of a source that can be used, and notes in the outcome what was left out.
-          on_source: is called when a source is done.
-        """
+        """Prepares a pass; `episodes` yields the usable episodes of a source, and notes in its outcome the others."""
         self.shard = shard
         self.rows: list[dict[str, Any]] = []
         self.outcomes: list[SourceOutcome] = []

@@ -64,13 +64,10 @@ def record_episode(
     resolution: Mapping[str, tuple[int, int]] | None = None,
     split: str = "",
 ) -> Recording:
-    """Makes a recording of an episode of a dataset builder.
+    """Makes a recording of an episode of a dataset builder, which has at least one step.
 
-    Args:
-      episode: an episode with at least one step.
-      control_rate: Hz, or None if unknown; takes the place of the rate of the episode.
-      resolution: height and width of the cameras whose stored images are larger than those of the episode.
-      split: the split that the episode belongs to.
+    The control rate takes the place of that of the episode. `resolution` holds height and width of the cameras whose
+    stored images are larger than those of the episode.
 
     Raises:
       ValueError: an image is damaged, or the steps have vectors of several sizes.

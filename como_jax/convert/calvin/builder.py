@@ -82,7 +82,6 @@ class Calvin(EpisodeBuilder):
 
     @property
     def layout(self) -> StepLayout:
-        """The chosen cameras, states and actions."""
         settings = self.settings
         return StepLayout(
             cameras=settings.camera,
@@ -181,7 +180,6 @@ class Calvin(EpisodeBuilder):
 
     @functools.cached_property
     def _segments(self) -> dict[str, list[Segment]]:
-        """The segments by folder."""
         wanted = self.settings.segments
         if wanted == "language" and all(map(self._lacks, self._folders)):
             raise ConversionError(f"{self._root} has no language annotations; `segments` play converts it without them")

@@ -63,7 +63,6 @@ class LeRobot(EpisodeBuilder):
 
     @functools.cached_property
     def layout(self) -> StepLayout:
-        """The chosen cameras, states and actions."""
         selection, available = self.selection, self.metadata.features
         return StepLayout(
             cameras=tuple(selection.cameras),
@@ -197,11 +196,9 @@ class LeRobot(EpisodeBuilder):
 
 
 def select_cameras(available: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
-    """Returns the key of every chosen camera by its name in the steps.
+    """Returns the key of every wanted camera by its name in the steps; all of them if none is named.
 
-    Args:
-      available: keys of the cameras, at least one.
-      wanted: keys, or names such as `top` for `observation.images.top`; empty for all cameras.
+    Wanted are keys, or names such as `top` for `observation.images.top`.
 
     Raises:
       ConversionError: there is no such camera.

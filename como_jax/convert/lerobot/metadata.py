@@ -134,11 +134,7 @@ class FileIndex:
     def find(self, template: Any, standard: str, part: str, fields: Mapping[str, Any]) -> str:
         """Finds a file by its path template, or by its name if the template leads to no file.
 
-        Args:
-          template: path with fields in braces; if it cannot be filled in, `standard` takes its place.
-          standard: the usual template of the format, whose file name is unique within `part`.
-          part: a folder in the path of the file.
-          fields: values for the templates.
+        The file name of the `standard` template is unique among the files whose path goes through the folder `part`.
         """
         path = fill(template, standard, fields)
         if path in self:

@@ -19,12 +19,9 @@ _ORDER_COLUMNS = ("timestamp", "frame_index", "index")
 
 
 def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = None) -> pa.Table:
-    """Reads the rows of one episode in temporal order.
+    """Reads the columns `keys`, and `task_index` if there is one, of an episode in temporal order.
 
-    Args:
-      path: Parquet file.
-      keys: columns to read; `task_index` is added if there is one.
-      episode: number of the episode, or None if all rows belong to it.
+    `episode` is the number of the episode, or None if all rows of the file belong to it.
 
     Raises:
       SourceError: a column is missing, or there are no rows.

@@ -81,7 +81,6 @@ class Libero(FolderBuilder):
 
     @property
     def layout(self) -> StepLayout:
-        """The chosen cameras and states, and the actions."""
         state_size = sum(STATES[key][1] for key in self.settings.state)
         return StepLayout(self.settings.camera, state_size or None, ACTION_SIZE)
 

@@ -43,7 +43,6 @@ class MetaWorldDemonstrations(DemonstrationBuilder):
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The chosen cameras."""
         return self.settings.camera
 
     def sources(self) -> list[Source]:
@@ -55,7 +54,6 @@ class MetaWorldDemonstrations(DemonstrationBuilder):
         return super().sources()
 
     def demonstrate(self, task: str, seed: int) -> Demonstration:
-        """Records one demonstration."""
         return demonstrate(self._environment(task), seed, self.settings.noise)
 
     def _environment(self, task: str) -> metaworld.MetaWorldEnvironment:

@@ -52,7 +52,6 @@ class Npz(FolderBuilder):
 
     @property
     def layout(self) -> StepLayout:
-        """The chosen cameras, states and actions."""
         return self._chosen[1]
 
     def warnings(self) -> list[str]:
@@ -149,14 +148,7 @@ def select(
     states: Sequence[str] | None,
     language: str | None,
 ) -> Selection:
-    """Chooses arrays by the keys that were asked for, or by the usual ones.
-
-    Args:
-      headers: the arrays of a file.
-      cameras: keys; empty for the only array that can be images.
-      actions: keys; None for a usual one if the file has it, empty for none.
-      states: likewise.
-      language: key; None for a usual one if the file has it, '' for none.
+    """Chooses arrays by the keys that were asked for, or by the usual ones; see `NpzSettings` for the keys.
 
     Raises:
       ValueError: an array is missing, or of another type.

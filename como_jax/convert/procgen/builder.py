@@ -41,7 +41,6 @@ class Procgen(FolderBuilder):
 
     @property
     def layout(self) -> StepLayout:
-        """One camera, and a number for each of the actions."""
         return StepLayout(action_size=NUM_ACTIONS)
 
     def sources(self) -> list[Source]:

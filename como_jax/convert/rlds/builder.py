@@ -57,7 +57,6 @@ class Rlds(EpisodeBuilder):
 
     @functools.cached_property
     def layout(self) -> StepLayout:
-        """The chosen cameras, states and actions."""
         return StepLayout(
             cameras=tuple(self._selection.cameras),
             state_size=vector_size(self._steps, self._selection.states),
@@ -151,9 +150,7 @@ class Rlds(EpisodeBuilder):
 def _known_entry(settings: RldsSettings, names: Sequence[str]) -> tuple[str, Entry]:
     """Returns name and content of the entry of a dataset; '' and an empty entry if nothing is known about it.
 
-    Args:
-      settings: may name the entry and the table.
-      names: possible names of the dataset, the best one first.
+    `names` are possible names of the dataset, the best one first.
 
     Raises:
       ConversionError: the settings name an entry or a table that does not exist.

@@ -26,12 +26,11 @@ _MAX_LISTED = 20
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """Where a dataset is.
+    """Where a dataset is: the folder with `dataset_info.json`.
 
     Attributes:
-      directory: the folder with `dataset_info.json`.
       note: what was chosen without being asked for, or ''.
-      is_named: whether it was given by its TFDS name.
+      is_named: whether the dataset was given by its TFDS name.
     """
 
     directory: epath.Path

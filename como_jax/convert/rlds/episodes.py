@@ -44,14 +44,6 @@ class EpisodeReader:
     """Reads episodes from the records of one dataset; only the selected keys are parsed."""
 
     def __init__(self, steps: Mapping[str, Any], selection: Selection, control_rate: float, image_size: int) -> None:
-        """Prepares the parser.
-
-        Args:
-          steps: features of a step.
-          selection: which keys of a step to read.
-          control_rate: steps per second (Hz).
-          image_size: larger images are scaled down until their shorter side has this many pixels.
-        """
         self._selection = selection
         self._control_rate = control_rate
         self._image_size = image_size
@@ -166,14 +158,7 @@ def select(
     states: Sequence[str] | None,
     language: str | None,
 ) -> Selection:
-    """Checks the keys that were asked for, and chooses the others.
-
-    Args:
-      steps: features of a step.
-      cameras: observation keys; empty for the only camera.
-      actions: step keys; None for `action` if there is one.
-      states: step keys; None for `observation/state` if there is one.
-      language: step key; None for the first of the usual ones, '' for none.
+    """Checks the keys of a step that were asked for, and chooses the others; see `RldsSettings` for the keys.
 
     Raises:
       ConversionError: a key does not exist, or there are several cameras to choose from.

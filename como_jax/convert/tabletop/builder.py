@@ -32,7 +32,6 @@ class TabletopDemonstrations(DemonstrationBuilder):
     state_size = action_size = 4
 
     def demonstrate(self, task: str, seed: int) -> Demonstration:
-        """Records one demonstration."""
         found = tabletop.demonstrate(self._environments[task], seed, self.settings.noise)
         length = len(found.actions)
         return Demonstration(

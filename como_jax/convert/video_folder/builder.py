@@ -49,7 +49,6 @@ class VideoFolder(FolderBuilder):
 
     @property
     def layout(self) -> StepLayout:
-        """One camera and nothing else."""
         return StepLayout()
 
     def is_wanted(self, name: str) -> bool:

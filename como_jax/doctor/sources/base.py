@@ -63,13 +63,7 @@ class SourceReader:
     """Reads the episodes of a dataset builder's sources, and counts what the builder warns of."""
 
     def __init__(self, builder: type[EpisodeBuilder], settings: Settings, covered: re.Pattern[str] = _NO_MATCH):
-        """Makes the builder, which writes nothing.
-
-        Args:
-          builder: class of the builder.
-          settings: settings of the builder.
-          covered: matches the warnings that need not be repeated, since a check of the doctor says more about them.
-        """
+        """Makes the builder, which writes nothing; `covered` matches the warnings that a check of the doctor covers."""
         self.builder = builder(epath.Path(tempfile.gettempdir()) / "como_doctor", settings)
         self._covered = covered
         self._warnings: Counter[str] = Counter()

@@ -46,11 +46,9 @@ class ConvertedView(DatasetView):
 
     @property
     def total(self) -> int:
-        """The number of episodes of all splits."""
         return sum(len(source.length) for source in self._splits)
 
     def facts(self) -> dict[str, str]:
-        """Episodes and steps of the splits."""
         return {
             f"Split {source.split}": f"{count_of(len(source.length), 'episode')}, {len(source)} steps"
             for source in self._splits

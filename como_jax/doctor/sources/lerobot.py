@@ -32,11 +32,6 @@ class LeRobotView(DatasetView):
     kind = "LeRobot dataset"
 
     def __init__(self, directory: epath.Path, control_rate: float | None = None):
-        """Reads the metadata.
-
-        Raises:
-          ConversionError: the metadata cannot be read, or there is no camera.
-        """
         super().__init__(directory)
         settings = LeRobotSettings(source=str(directory), control_rate=control_rate)
         self._reader = SourceReader(LeRobot, settings, re.compile(re.escape(NO_TASK)))
@@ -54,7 +49,6 @@ class LeRobotView(DatasetView):
         return len(self._sources)
 
     def facts(self) -> dict[str, str]:
-        """Rate and codecs."""
         codecs = {"Codecs": describe_codecs(self._headers.values())} if self._headers else {}
         return {"Rate in info.json": f"{self._metadata.fps:g} Hz" if self._metadata.fps else "none"} | codecs
 

@@ -74,18 +74,15 @@ class RldsView(DatasetView):
 
     @property
     def total(self) -> int:
-        """The number of records."""
         return sum(split.num_examples for split in self._info.splits.values())
 
     def facts(self) -> dict[str, str]:
-        """Splits and files."""
         return {
             f"Split {name}": f"{count_of(split.num_examples, 'episode')} in {count_of(split.num_shards, 'file')}"
             for name, split in self._info.splits.items()
         }
 
     def recordings(self, limit: int) -> Iterator[Recording | Problem]:
-        """Episodes of all files."""
         for source in spread_records(self._sources, limit):
             flags = self._flags.read(source)
             for item in self._reader.read(source):
@@ -132,12 +129,7 @@ def _numbers(steps: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeFlags:
-    """Flags of one episode.
-
-    Attributes:
-      steps: values of every step, by flag.
-      has: what the episode has according to its flags, by the name of the flag.
-    """
+    """Flags of one episode: the values of every step, and what the episode says that it has, by name of the flag."""
 
     steps: Mapping[str, np.ndarray]
     has: Mapping[str, bool]
@@ -249,12 +241,7 @@ def _has(recording: Recording, flag: str) -> bool | None:
 
 
 def check_descriptions(description: str, steps: Mapping[str, Any]) -> Iterator[Finding]:
-    """Finds descriptions that do not fit this dataset.
-
-    Args:
-      description: description of the dataset.
-      steps: features of a step, by key.
-    """
+    """Finds descriptions, of the dataset and of the features of a step, that do not fit this dataset."""
     faults = []
     if _TEMPLATE.search(description):
         faults.append("the dataset's own is still to be written")

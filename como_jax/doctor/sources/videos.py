@@ -79,11 +79,6 @@ class VideosView(DatasetView):
     unit = "video"
 
     def __init__(self, directory: epath.Path, control_rate: float | None = None):
-        """Lists the files.
-
-        Raises:
-          ConversionError: there is no video, or the control rate is not positive.
-        """
         super().__init__(directory)
         self._control_rate = control_rate
         settings = VideoFolderSettings(source=str(directory), control_rate=control_rate)
@@ -94,11 +89,9 @@ class VideosView(DatasetView):
 
     @property
     def total(self) -> int:
-        """The number of files."""
         return len(self._sources)
 
     def facts(self) -> dict[str, str]:
-        """Codecs and rates of the files that were looked at."""
         return {
             "Codecs": describe_codecs(self._headers.values()),
             "Frame rates of the containers": f"{self._rates()} Hz",
