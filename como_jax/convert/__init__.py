@@ -1,1 +1,1 @@
-"""From any source of episodes to one schema: the builders and what they share."""
+"""Converts any source of episodes to one schema: the builders, and what they share."""

@@ -77,7 +77,7 @@ def check_file(path: epath.PathLike) -> None:
     """Raises ValueError for a pipe, which would block, and for a link whose target does not exist."""
     # The `is_file` of epath is true of pipes.
     if is_local(path) and not os.path.isfile(path):
-        raise ValueError("is no file, or a link that leads nowhere")
+        raise ValueError("is not a file, or is a link without a target")
 
 
 def check_folder(root: epath.Path) -> None:

@@ -178,7 +178,7 @@ def _interrupts_held_back() -> Iterator[None]:
     if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Otherwise it would be started with the first process, which unblocks the signal.
+    # The resource tracker would otherwise be started with the first process, and would unblock the signal.
     resource_tracker.ensure_running()
     pressed: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))

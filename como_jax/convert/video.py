@@ -98,7 +98,7 @@ class VideoReader:
           av.error.FFmpegError: the decoder failed.
         """
         if not -_MAX_SECONDS < begin < end < _MAX_SECONDS:
-            raise ValueError(f"the metadata let it run from {begin} to {end} seconds of its video")
+            raise ValueError(f"the metadata say that it runs from {begin} to {end} seconds of its video")
         frame_seconds = 1 / self.frame_rate if self.frame_rate else 0.0
         # The bounds are sums of durations. Half a frame keeps rounding errors from moving a frame across them.
         begin, end = begin - frame_seconds / 2, end - frame_seconds / 2

@@ -1,1 +1,1 @@
-"""Looks a dataset over, as it came or converted, and says what is wrong with it and what to do."""
+"""Examines a dataset, converted or not, and says what is wrong with it and what to do."""

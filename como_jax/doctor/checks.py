@@ -65,7 +65,7 @@ def check_durations(survey: Survey) -> Iterator[Finding]:
             "too-fast",
             f"Half of the episodes with an instruction last less than {np.median(seconds):.1f} s, "
             "which is too short for a task.",
-            "The control rate is probably too high: pass that of the robot with --control_rate when converting.",
+            "The control rate is probably too high: pass that of the robot with `control_rate` when converting.",
         )
 
 
@@ -76,7 +76,7 @@ def check_rates(survey: Survey) -> Iterator[Finding]:
         yield info(
             "unknown-rate",
             "The dataset does not record its control rate, so pairs were measured between neighbouring steps.",
-            "Find out how many steps a second has and pass --control_rate, here and when converting.",
+            "Find out how many steps a second has and pass `control_rate`, here and when converting.",
         )
     if len(rates) > 1:
         yield info(
@@ -136,7 +136,7 @@ def _check_each(survey: Survey, name: str, what: str, is_faulty: Callable[[Camer
             yield (error if everywhere and position == 0 else warning)(
                 name,
                 f"Camera {camera!r} {what} in {share_of(faulty, len(summaries), 'episode')}.",
-                "Leave this camera out with --camera when converting."
+                "Leave this camera out with the setting `camera` when converting."
                 if everywhere
                 else "Look at the sample strips; leave this camera, or these episodes, out when converting.",
             )
@@ -240,7 +240,7 @@ def check_constant(survey: Survey) -> Iterator[Finding]:
                 f"constant-{field}",
                 f"{int(constant.sum())} of {len(constant)} {field} dimensions are constant: "
                 f"{name_dimensions(np.flatnonzero(constant).tolist())}.",
-                f"Leave them out with --{field} when converting, if they are columns of their own; "
+                f"Leave them out with the setting `{field}` when converting, if they are columns of their own; "
                 "normalization makes them 0, and they make metrics over all dimensions look better than they are.",
             )
         peaked = _is_negligible(*_quantiles(survey, field)) & ~constant

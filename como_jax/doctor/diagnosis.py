@@ -103,9 +103,9 @@ def _facts(view: DatasetView, survey: Survey, num_instructions: int) -> dict[str
         "Actions": _describe_vectors(survey, "action"),
         "States": _describe_vectors(survey, "state"),
         "Motion of a step": _describe_motion(survey),
-        "Still pairs": f"{_share(survey, 'still_pairs')}; mean motion a step below {thresholds.still:g} (--still)",
-        "Pairs with a hard cut": f"{_share(survey, 'cut_pairs')}; motion of a step above {thresholds.cut:g} (--cut)",
-        "Pair": f"two frames {thresholds.gap_seconds:g} s apart (--gap_seconds), or neighbours if the rate is unknown",
+        "Still pairs": f"{_share(survey, 'still_pairs')}; mean motion a step below {thresholds.still:g} (`still`)",
+        "Pairs with a hard cut": f"{_share(survey, 'cut_pairs')}; motion of a step above {thresholds.cut:g} (`cut`)",
+        "Pair": f"two frames {thresholds.gap_seconds:g} s apart (`gap_seconds`), or neighbours if the rate is unknown",
     }
 
 

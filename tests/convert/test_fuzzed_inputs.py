@@ -135,7 +135,7 @@ def test_entries_of_a_folder_that_are_no_files(tmp_path, make_video, check_datas
     report = convert_folder(source, tmp_path / "out")
     rows_ = check_dataset(tmp_path / "out")["train"]
     assert sources(rows_) == {"clip.mp4/inside.mp4", "link.mp4"}
-    expected = "is no file, or a link that leads nowhere"
+    expected = "is not a file, or is a link without a target"
     assert reasons(report) == {"dangling.mp4": expected, "loop.mp4": expected, "pipe.mp4": expected}
     text = "\n".join(messages(report))
     assert "dangling.json: not understood" in text

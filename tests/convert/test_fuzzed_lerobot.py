@@ -133,7 +133,7 @@ def test_a_pipe_or_a_link_that_leads_nowhere_costs_its_episode(tmp_path, check_d
     report = convert(source, tmp_path / "out")
     check_dataset(tmp_path / "out")
     assert set(left_out(report)) == {"episode_000001", "episode_000002"}
-    assert all("is no file, or a link that leads nowhere" in reason for reason in left_out(report).values())
+    assert all("is not a file, or is a link without a target" in reason for reason in left_out(report).values())
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])

@@ -217,8 +217,8 @@ def test_v3_damage_costs_only_the_episodes_that_it_hits(tmp_path, check_dataset)
     assert left_out(report) == {
         "episode_000006": [f"videos/{TOP}/chunk-000/file-001.mp4 is missing"],
         "episode_000020": ["the table has 5 rows, but camera 'top' has more frames"],
-        "episode_000021": ["the metadata let it run from nan to 0.5 seconds of its video"],
-        "episode_000022": ["the metadata let it run from inf to 0.5 seconds of its video"],
+        "episode_000021": ["the metadata say that it runs from nan to 0.5 seconds of its video"],
+        "episode_000022": ["the metadata say that it runs from inf to 0.5 seconds of its video"],
         "episode_000023": ["the table has no rows of this episode"],
     }
     assert messages(report) == ["meta/episodes lists some episodes twice; the last entry counts"]

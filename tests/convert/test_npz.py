@@ -117,7 +117,7 @@ def test_language_of_the_file_comes_before_that_of_a_sidecar(tmp_path, check_dat
     assert [row["language_instruction"] for row in rows] == ["push", "pull", "lift", "from beside"]
     assert left_out(report) == {
         "d.npz": "array 'instruction' has 3 texts for 2 trajectories",
-        "e.npz": "array 'instruction' is int64 [3], which is no text",
+        "e.npz": "array 'instruction' is int64 [3], which is not text",
     }
     assert messages(report) == [
         "language.json: 1 of 3 entries name no video, such as 'gone'",
@@ -159,7 +159,7 @@ def test_damage_costs_only_its_file(tmp_path, check_dataset):
     assert reasons.pop("text.npz").startswith("the file is damaged: File is not a zip file")
     assert "CRC" in reasons.pop("flipped.npz")
     assert reasons.pop("bad_\\xff.npz") == "its name is not valid UTF-8; rename it"
-    assert {reasons.pop(f"{name}.npz") for name in ("gone", "pipe")} == {"is no file, or a link that leads nowhere"}
+    assert {reasons.pop(f"{name}.npz") for name in ("gone", "pipe")} == {"is not a file, or is a link without a target"}
     assert messages(report)[0] == "1 links to folders are not followed, such as 'link'"
     assert "there is no array 'observations'; there are: actions float64 [4]" in reasons.pop("blind.npz")
     assert reasons == {

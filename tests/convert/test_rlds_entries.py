@@ -117,7 +117,7 @@ def test_an_entry_that_does_not_fit_the_dataset_is_named(tmp_path, source):
     ("content", "message"),
     [
         ("[tiny", "my.toml is not a TOML table: "),
-        ("tiny = 3", r"my.toml, entry 'tiny' is no section; write \[NAME\] above its fields"),
+        ("tiny = 3", r"my.toml, entry 'tiny' is not a section; write \[NAME\] above its fields"),
         ("[tiny]\ncamera = ['a']", "entry 'tiny': unknown field 'camera'; did you mean cameras?"),
         ("[tiny]\nfps = 3", "entry 'tiny': unknown field 'fps'; there are cameras, action, "),
         ("[tiny]\ncameras = 'main'", "entry 'tiny': cameras must be a list of strings, got 'main'"),

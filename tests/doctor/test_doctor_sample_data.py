@@ -58,5 +58,5 @@ def test_g1(find):
 
 
 def test_a_folder_without_videos_is_refused(sample_data, diagnose):
-    with pytest.raises(ValueError, match="is no dataset that is understood"):
+    with pytest.raises(ValueError, match="is not a dataset that can be read"):
         diagnose(sample_data / "droid_franka_npz")

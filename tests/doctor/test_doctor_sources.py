@@ -27,7 +27,7 @@ def alarming(diagnosis):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
-    with pytest.raises(DatasetError, match="is no dataset that is understood; there are: a dataset made by"):
+    with pytest.raises(DatasetError, match="is not a dataset that can be read; there are: a dataset made by"):
         open_view(tmp_path)
     with pytest.raises(DatasetError, match="gone is not a folder"):
         open_view(tmp_path / "gone")

@@ -188,9 +188,9 @@ def check(headers: Headers, selection: Selection) -> tuple[int, ...]:
             raise ValueError(f"array {key!r} is {headers[key]}, but pictures are uint8 [T, H, W, 3] or [N, T, H, W, 3]")
     for key in numbers:
         if headers[key].dtype.kind not in _NUMBER_KINDS:
-            raise ValueError(f"array {key!r} is {headers[key]}, which are no numbers")
+            raise ValueError(f"array {key!r} is {headers[key]}, which are not numbers")
     if selection.language is not None and headers[selection.language].dtype.kind not in _TEXT_KINDS:
-        raise ValueError(f"array {selection.language!r} is {headers[selection.language]}, which is no text")
+        raise ValueError(f"array {selection.language!r} is {headers[selection.language]}, which is not text")
     return _check_lengths(headers, selection)
 
 

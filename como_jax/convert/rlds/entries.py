@@ -97,7 +97,7 @@ def find_entry(table: Mapping[str, Entry], path: epath.PathLike, name: str) -> E
 
 def _entry(where: str, fields: Any) -> Entry:
     if not isinstance(fields, dict):
-        raise ConversionError(f"{where} is no section; write [NAME] above its fields")
+        raise ConversionError(f"{where} is not a section; write [NAME] above its fields")
     for field, value in fields.items():
         if field not in _KINDS:
             raise ConversionError(f"{where}: unknown field {field!r}{nearest(field, _KINDS)}")

@@ -17,7 +17,7 @@ from como_jax.names import DEFAULT_CAMERA
 
 T = TypeVar("T")
 
-# FFmpeg takes some of these for video, and there may be thousands of them that it would be asked about in vain.
+# FFmpeg takes some of these for video, and there may be thousands of them, which need not be opened.
 IGNORED_SUFFIXES = (
     *SIDECAR_SUFFIXES,
     *(".jsonl", ".tsv", ".txt", ".md", ".rst", ".log", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml", ".html"),

@@ -47,7 +47,7 @@ def open_view(directory: epath.PathLike, control_rate: float | None = None) -> D
         return ConvertedView(inner, control_rate) if _is_converted(inner) else RldsView(inner, control_rate)
     if find_videos(directory):
         return VideosView(directory, control_rate)
-    raise DatasetError(f"{directory} is no dataset that is understood; there are: {'; '.join(_UNDERSTOOD)}.")
+    raise DatasetError(f"{directory} is not a dataset that can be read; there are: {'; '.join(_UNDERSTOOD)}.")
 
 
 def _is_converted(directory: epath.Path) -> bool:

@@ -72,7 +72,7 @@ class ConvertedView(DatasetView):
                 warning(
                     "one-split",
                     f"There is only the split {self._splits[0].split!r}.",
-                    "Convert with --validation_fraction above 0, so that there is something to evaluate on.",
+                    "Convert with `validation_fraction` above 0, so that there is something to evaluate on.",
                 )
             )
         return found + self._check_report() + self._check_statistics()

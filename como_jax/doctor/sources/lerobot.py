@@ -23,7 +23,7 @@ _RATE_TOLERANCE = 0.05
 _LOST_FRAME = 1.5
 _MAX_NUMBERS = 60
 _MEND = f"Conversion does without it; mend {INFO_PATH} before other programs read it."
-_OTHER_RATE = "Find out which one is the robot's and pass it with --control_rate."
+_OTHER_RATE = "Find out which one is the robot's and pass it with `control_rate`."
 
 
 class LeRobotView(DatasetView):

@@ -142,5 +142,5 @@ class VideosView(DatasetView):
             "suspicious-frame-rate" if signs else "guessed-rate",
             f"The frame rate of the containers, {self._rates()} Hz, {verdict}.",
             "Gaps in seconds depend on it: find out how many steps a second the robot had and pass "
-            "--control_rate, here and when converting; videos from a camera have the right one.",
+            "`control_rate`, here and when converting; videos from a camera have the right one.",
         )
