@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
             write_text(values.json, to_json(diagnosis))
     except OSError as error:
         raise ConfigError(f"The report cannot be written; choose another --out or --json: {error}") from error
-    print(cli.name_flags(to_text(diagnosis)))
+    print(to_text(diagnosis))
     print(f"the report is {page}")
     if values.strict and diagnosis.count(Severity.ERROR) + diagnosis.count(Severity.WARNING):
         raise FaultsError(f"{dataset} has errors or warnings, see above.")
