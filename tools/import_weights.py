@@ -31,6 +31,18 @@ from como_jax.errors import UsageError
 from como_jax.training.imported import FILES, RUNS, import_weights, read_encoder
 from como_jax.weights.importing import Options
 
+_PERCEPTUAL = "--config.model.perceptual_space={family} --config.model.perceptual_file={out}/model.safetensors"
+_TEXT = "--config.text.tower={family} --config.text.weights={out}/model.safetensors"
+USES = {
+    "encoder": "--config.encoder.init_from={out}",
+    "mae": "--config.encoder.init_from={out}",
+    "observation": "--config.encoder.tower=siglip --config.init_from={out}",
+    **dict.fromkeys(("laq", "como"), "--workdir={out}, as a finished run"),
+    **dict.fromkeys(("vgg16", "alexnet"), _PERCEPTUAL),
+    **dict.fromkeys(("clip", "t5"), _TEXT),
+}
+"""The flags by which the output is used, by its family."""
+
 
 def load_recipe(family: str) -> ConfigDict:
     """The recipe that pretrains a family of motion models."""
@@ -77,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     imported = import_weights(given.format, given.input, given.out, read_options(given), load_recipe)
     print(imported.accounts.describe())
-    print(f"Written to {given.out}; use it by {imported.use}")
+    print(f"Written to {given.out}; use it by {USES[imported.family].format(family=imported.family, out=given.out)}")
 
 
 if __name__ == "__main__":

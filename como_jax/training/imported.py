@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,23 +55,15 @@ FILES: dict[str, Format] = {
 
 REPORT_NAME = "import_report.json"
 _ENCODER_FIELDS = ("patch_size", "width", "depth", "num_heads", "mlp_width")
-_USES = {
-    "encoder": "--config.encoder.init_from={out}",
-    "mae": "--config.encoder.init_from={out}",
-    "observation": "--config.encoder.tower=siglip --config.init_from={out}",
-    "laq": "--workdir={out}, as a finished run",
-    "como": "--workdir={out}, as a finished run",
-}
-
 Recipe = Callable[[str], ConfigDict]
 """Returns the config that trains a family of motion models."""
 
 
 class Imported(NamedTuple):
-    """The account of all tensors, and the flags by which the output is used."""
+    """The account of all tensors, and the family of the model, or the part of a model, that was imported."""
 
     accounts: Accounts
-    use: str
+    family: str
 
 
 def import_weights(
@@ -108,13 +99,12 @@ def import_weights(
         with new_folder(out) as folder:
             write_json(folder / REPORT_NAME, report)
             if format_name in FILES:
-                use = _write_file(folder, epath.Path(out), foreign.family, params, weights.path)
+                _write_file(folder, foreign.family, params, weights.path)
             else:
                 _write_run(folder, make_config(foreign, recipe), params)
-                use = _USES[foreign.family].format(out=out)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error
-    return Imported(accounts, use)
+    return Imported(accounts, foreign.family)
 
 
 def make_config(foreign: Foreign, recipe: Recipe) -> ConfigDict:
@@ -161,18 +151,16 @@ def read_encoder(workdir: epath.PathLike) -> tuple[Flat, dict[str, Any]]:
     return {path: np.asarray(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}, fields
 
 
-def _write_file(folder: epath.Path, out: epath.Path, family: str, tensors: Flat, source: epath.Path) -> str:
-    """Writes a safetensors file and the config.json of a text tower, and returns the flags by which they are used."""
+def _write_file(folder: epath.Path, family: str, tensors: Flat, source: epath.Path) -> None:
+    """Writes a safetensors file and, for a text tower, its config.json."""
     content = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     write_atomic(folder / WEIGHTS_NAME, lambda file: file.write(content))
     # Reading the file again shows that its reader understands it.
     if family in LAYOUTS:
         load_perceptual(folder / WEIGHTS_NAME, family)
-        return f"--config.model.perceptual_space={family} --config.model.perceptual_file={out / WEIGHTS_NAME}"
-    settings: Mapping[str, Any] = json.loads((source.parent / CONFIG_NAME).read_text())
-    write_json(folder / CONFIG_NAME, settings)
-    text.load_text_tower(folder / WEIGHTS_NAME)
-    return f"--config.text.tower={family} --config.text.weights={out / WEIGHTS_NAME}"
+    else:
+        write_json(folder / CONFIG_NAME, read_json(source.parent / CONFIG_NAME))
+        text.load_text_tower(folder / WEIGHTS_NAME)
 
 
 def _write_run(folder: epath.Path, config: ConfigDict, params: Flat) -> None:

@@ -17,7 +17,7 @@ from como_jax.weights.importing import Options, import_parameters
 from como_jax.weights.perceptual import lpips, torchvision
 from como_jax.weights.tensors import Weights
 from como_jax.weights.text import load_text_tower
-from tools.import_weights import import_weights, load_recipe
+from tools.import_weights import USES, import_weights, load_recipe
 
 
 def alexnet(names: str = "features.{index}") -> dict[str, np.ndarray]:
@@ -49,7 +49,7 @@ def test_pytorch_files_of_alexnet_and_lpips_become_one_that_the_loss_reads(tmp_p
     np.testing.assert_array_equal(found["conv3"]["kernel"], alexnet()["features.3.weight"].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(found["lin2"], channel_weights()["lin2.model.1.weight"].reshape(-1))
     assert imported.accounts.skipped == {"classifier.1.weight": "the classifier"}
-    assert imported.use.startswith("--config.model.perceptual_space=alexnet --config.model.perceptual_file=")
+    assert imported.family == "alexnet" and "perceptual_file={out}/model.safetensors" in USES["alexnet"]
     report = json.loads((tmp_path / "out" / "import_report.json").read_text())
     assert [file["name"] for file in report["files"]] == ["alexnet.pth", "lin.pth"]
 
@@ -159,7 +159,7 @@ def test_pytorch_files_of_text_towers_become_what_their_readers_know(
     np.testing.assert_equal(found, wanted)
     assert len(imported.accounts.skipped) == skipped
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == len(tensors) - skipped
-    assert imported.use.startswith(f"--config.text.tower={name[:2]}")
+    assert imported.family.startswith(name[:2]) and "text.weights={out}/model.safetensors" in USES[imported.family]
 
 
 def test_a_text_tower_without_config_is_refused(tmp_path: Path) -> None:
