@@ -291,7 +291,7 @@ def _check_outside(out: epath.Path, directory: epath.Path) -> None:
     """Raises OutputError if the output is the dataset or lies inside it."""
     local = is_local(out) and is_local(directory)
     if local and out.resolve().is_relative_to(directory.resolve()):
-        raise OutputError(f"the output {out} lies in the dataset {directory}; choose a folder outside of it.")
+        raise OutputError(f"`out` {out} lies in the dataset {directory}; choose a folder outside of it.")
 
 
 def _link(source: epath.Path, target: epath.Path) -> None:

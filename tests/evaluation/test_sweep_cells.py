@@ -86,7 +86,7 @@ def test_a_file_without_variants_asks_for_their_names(tmp_path: Path):
     [
         ("model.latent_dmi=3", "no field 'model.latent_dmi'; did you mean 'model.latent_dim'?"),
         ("latent_dim=3", "no field 'latent_dim'; did you mean 'model.latent_dim'?"),
-        ("zzz=3", r"no field 'zzz'\.$"),
+        ("zzz=3", r"no field 'zzz'; config has data, model, seed\.$"),
         ("model.latent_dim=many", "--config.model.latent_dim=many: invalid literal for int"),
         ("model.on=perhaps", "Non-boolean argument"),
     ],

@@ -163,7 +163,7 @@ def test_the_dataset_itself_is_no_place_for_its_labels(run: Run, few: Path, tmp_
     data = tmp_path / "few"
     shutil.copytree(few, data)
     before = identities(data)
-    with pytest.raises(OutputError, match=f"output .* lies in the dataset {data}"):
+    with pytest.raises(OutputError, match=f"`out` .* lies in the dataset {data}"):
         label(run, data, data / inside, overwrite=True)
     assert identities(data) == before
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
 from etils import epath
-from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
+from como_jax.cli import unknown_field
 from como_jax.errors import ConfigError
 from como_jax.processes import run_commands
 
@@ -103,11 +102,11 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       ConfigError: no such file, variant or field, or a value of another type.
     """
-    known = _fields_of(recipe)
+    config = _parse(recipe)
     for text in overrides:
-        field = text.partition("=")[0]
-        if field not in known:
-            raise ConfigError(f"{recipe} has no field {field!r}{_nearest(field, known)}")
+        message = unknown_field(config, text.partition("=")[0])
+        if message:
+            raise ConfigError(f"{recipe}: {message}")
     return _parse(recipe, overrides)
 
 
@@ -167,10 +166,10 @@ def run_in_processes(module: str, cells: Sequence[Cell], count: int) -> Iterator
 
 def _share_fixed(recipes: Sequence[str], fixed: Sequence[str]) -> dict[str, list[str]]:
     """The overrides of each recipe, of the fields that it has; a field that no recipe has is an error."""
-    fields_of = {recipe: _fields_of(recipe) for recipe in recipes}
+    configs = {recipe: _parse(recipe) for recipe in recipes}
     shared: dict[str, list[str]] = {recipe: [] for recipe in recipes}
     for text in fixed:
-        having = [recipe for recipe in shared if text.partition("=")[0] in fields_of[recipe]]
+        having = [recipe for recipe in shared if not unknown_field(configs[recipe], text.partition("=")[0])]
         for recipe in having or recipes[:1]:
             load_recipe(recipe, [text])
             shared[recipe].append(text)
@@ -180,12 +179,9 @@ def _share_fixed(recipes: Sequence[str], fixed: Sequence[str]) -> dict[str, list
     return shared
 
 
-def _fields_of(recipe: str) -> set[str]:
+def _parse(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of a recipe, by the flags of the commands."""
     _check_file(recipe.partition(":")[0])
-    return set(traverse_util.flatten_dict(_parse(recipe, ()).to_dict(), sep="."))
-
-
-def _parse(recipe: str, overrides: Sequence[str]) -> ConfigDict:
     arguments = ["recipe", f"--config={recipe}", *(f"--config.{text}" for text in overrides)]
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
@@ -215,14 +211,6 @@ def _variants_of(path: str) -> Sequence[str]:
 def _check_file(path: str) -> None:
     if not (path.endswith(".py") and Path(path).is_file()):
         raise ConfigError(f"{path}: there is no such Python file.")
-
-
-def _nearest(field: str, known: Iterable[str]) -> str:
-    """The end of a message: the field that was probably meant, of the same name in another section or spelt alike."""
-    known = sorted(known)
-    moved = [name for name in known if name.rpartition(".")[2] == field.rpartition(".")[2]]
-    guesses = moved + difflib.get_close_matches(field, known, n=1)
-    return f"; did you mean {guesses[0]!r}?" if guesses else "."
 
 
 def _file_name(text: str) -> str:
