@@ -5,7 +5,9 @@ import functools
 import hashlib
 import importlib
 import os
+import runpy
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from jax.sharding import Mesh
 
+from como_jax import cli
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.labelling.labelling import DatasetLabeller, LabelSettings
 from como_jax.motion.como import Como
@@ -93,6 +97,37 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable
         return folder
 
     return make
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command in this process, `refused(MODULE, *FLAGS)`, which must end with status 2; returns what it says.
+
+    Flags of modules that the command imports, such as those of another command, are named by `imports`.
+    """
+
+    def run(module: str, *arguments: str, imports: str = "") -> str:
+        others = {
+            flag.name: (flag, name)
+            for name, found in flags.FLAGS.flags_by_module_dict().items()
+            if name.startswith(("experiments.", "tools.")) and name != imports
+            for flag in found
+        }
+        monkeypatch.setattr(cli, "_log_plainly", lambda: None)
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        for name in others:
+            delattr(flags.FLAGS, name)
+        try:
+            with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+                runpy.run_module(module, run_name="__main__")
+        finally:
+            for name, (flag, owner) in others.items():
+                flags.FLAGS[name] = flag
+                flags.FLAGS.register_flag_by_module(owner, flag)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -238,9 +238,11 @@ def contents(out: Path) -> dict[str, bytes]:
         (["--workdir=/nowhere", "--data=d", "--out=o"], "--workdir /nowhere holds no run"),
     ],
 )
-def test_a_mistake_in_the_command_is_one_line_and_status_2(flags: list[str], message: str) -> None:
-    output = finish(start(*flags), status=2)
-    assert message in output and "Traceback" not in output
+def test_a_mistake_in_the_command_is_one_line_and_status_2(
+    refused: Callable[..., str], flags: list[str], message: str
+) -> None:
+    written = refused("experiments.extract_labels", *flags)
+    assert message in written and "Traceback" not in written
 
 
 @pytest.mark.slow
