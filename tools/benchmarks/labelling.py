@@ -184,7 +184,7 @@ def main(arguments: Sequence[str]) -> None:
     params = jax.device_put(jax.jit(model.init)(jax.random.key(0)), sharding.replicated(mesh))
     with tempfile.TemporaryDirectory() as folder:
         reader = open_reader(Path(folder), config)
-        source = reader._parts[0].source
+        source = reader.filler.parts[0].source
         steps = Steps.first_of(source, _STEPS.value, config.data.gap_seconds)
         if not steps.back.any():
             raise ConfigError(f"--steps {_STEPS.value} holds no pair of frames; take more.")
