@@ -1,4 +1,4 @@
-"""Which clips a dataset offers: start steps from which all instants and their offsets stay inside the episode."""
+"""Which clips a dataset offers: those whose instants and offset frames all lie inside one episode."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class ClipConfig:
     """How clips are cut out of episodes.
 
     Attributes:
-      gap_seconds: time between the two frames of a pair, the full gap.
+      gap_seconds: time between the two frames of a pair, called the full gap.
       instants: frames of a clip; at least 2.
-      offset_frames: whether every pair also needs an offset frame for Tcl.
-      min_motion: least mean motion a step, over the clip; drops still clips (see `schema.EPISODE_TABLE_SCHEMA`).
-      max_motion: largest motion of any step of the clip; drops clips with a hard cut.
-      min_gap_fraction: gaps lie between this share of the full gap and the full gap. With a `pair_span` of 1 each clip
-        draws its own, and 1 draws nothing; otherwise all gaps in this range occur in every clip.
-      pair_span: from an instant to the one a full gap later; 1 puts the instants a gap apart.
+      offset_frames: whether every pair also needs an offset frame, for the temporal contrastive loss.
+      min_motion: smallest mean motion of a clip's steps; drops still clips (see `schema.EPISODE_TABLE_SCHEMA`).
+      max_motion: largest motion of any step of a clip; drops clips with a hard cut.
+      min_gap_fraction: gaps lie between this share of the full gap and the full gap. With a `pair_span` of 1 every clip
+        draws its gap at random, unless the share is 1; otherwise all gaps in this range occur in every clip.
+      pair_span: number of instants that the full gap spans; with 1, neighbouring instants are one gap apart.
     """
 
     gap_seconds: float
@@ -42,7 +42,7 @@ class ClipConfig:
         if self.instants < 2:
             raise ConfigError(f"data.instants must be at least 2, not {self.instants}.")
         if not 1 <= self.pair_span < self.instants:
-            raise ConfigError(f"data.pair_span {self.pair_span} must lie between 1 and data.instants less one.")
+            raise ConfigError(f"data.pair_span {self.pair_span} must lie between 1 and data.instants - 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,10 @@ class ClipIndex:
     Attributes:
       first: int64 `[C]`, record of the first instant.
       episode: int64 `[C]`, row of the episode.
-      gap: int64 `[E]`, steps between instants.
+      gap: int64 `[E]`, steps between neighbouring instants.
       last: int64 `[E]`, last record of every episode.
-      short_episodes: episodes too short for one clip.
-      filtered_clips: clips that the motion thresholds dropped.
+      short_episodes: number of episodes that are too short for a clip.
+      filtered_clips: number of clips that the motion thresholds dropped.
     """
 
     first: np.ndarray
@@ -72,25 +72,25 @@ class ClipIndex:
 
 
 def pair_spans(pair_span: int, min_gap_fraction: float) -> range:
-    """How many instants after its first frame the second frame of a pair may be; see `ClipConfig`."""
+    """How many instants the second frame of a pair may lie after the first; see `ClipConfig`."""
     return range(max(1, math.ceil(min_gap_fraction * pair_span)), pair_span + 1)
 
 
 def num_pairs(instants: int, spans: range) -> int:
-    """Pairs of one clip."""
+    """Number of pairs in one clip."""
     return sum(instants - span for span in spans)
 
 
 def gap_steps(gap_seconds: float, control_rate: np.ndarray) -> np.ndarray:
-    """A gap in whole control steps, at least one."""
+    """A gap as a whole number of control steps, at least one; `control_rate` is in Hz."""
     return np.maximum(1, np.rint(gap_seconds * np.asarray(control_rate)).astype(np.int64))
 
 
 def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
-    """Lists the clips of a source.
+    """Lists the clips of a dataset.
 
     Raises:
-      NoClipsError: no clip is left; the message says why.
+      NoClipsError: the dataset offers no clip; the message says why.
     """
     gap = gap_steps(config.gap_seconds, source.control_rate) // config.pair_span
     if gap.min() < 1:
@@ -128,11 +128,11 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
 
 
 def draw_gaps(gaps: np.ndarray, min_fraction: float, uniform: np.ndarray) -> np.ndarray:
-    """Gaps `[B]` in steps, uniform between `min_fraction` of `gaps`, one step at least, and `gaps` themselves.
+    """Gaps `[B]` in steps, uniform between `min_fraction` of the full gap, but at least one step, and the full gap.
 
     Args:
       gaps: full gaps `[B]`.
-      min_fraction: 1 draws nothing.
+      min_fraction: with 1, all gaps are full gaps.
       uniform: numbers in [0, 1) `[B]`.
     """
     least = np.maximum(1, np.ceil(min_fraction * gaps).astype(np.int64))
@@ -142,8 +142,8 @@ def draw_gaps(gaps: np.ndarray, min_fraction: float, uniform: np.ndarray) -> np.
 def draw_offsets(futures: np.ndarray, gaps: np.ndarray, last: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """The offset frames `t+n+d` `[B, P]` of pairs whose future frames `t+n` are `futures` `[B, P]`.
 
-    `d` is uniform in `[-n/5, n/5]` and never 0 (CoMo, arXiv 2505.17006); at gaps under five steps it is one step.
-    The result lies after the current frame and not after the end of the episode.
+    `d` is uniform in `[-n/5, n/5]` without 0 (CoMo, arXiv 2505.17006); for gaps under five steps it is -1 or 1.
+    Every offset frame lies after the pair's first frame and inside the episode.
 
     Args:
       futures: records `[B, P]`.
@@ -166,6 +166,7 @@ def _ranges(counts: np.ndarray) -> np.ndarray:
 
 
 def _within_motion(motion: np.ndarray, first: np.ndarray, span: np.ndarray, config: ClipConfig) -> np.ndarray:
+    """Whether each clip, which starts at record `first` and spans `span` steps, keeps the thresholds, bool `[C]`."""
     total = np.concatenate([[0.0], np.cumsum(motion, dtype=np.float64)])
     mean = (total[first + span + 1] - total[first + 1]) / span
     cuts = np.concatenate([[0], np.cumsum(motion > config.max_motion)])

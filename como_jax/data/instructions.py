@@ -14,45 +14,49 @@ from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 
 MISSING = ("refuse", "empty")
-"""What to do with episodes without instruction: refuse the dataset, or let the policy read an empty one."""
+"""What happens to episodes without an instruction: the dataset is refused, or the policy reads an empty text."""
 
 _GAP = "{}"
 
 
 class InstructionReader:
-    """Instructions as a text tower reads them; each is read once.
+    """Turns instructions into the numbers that a text tower reads; the same instruction is converted once.
 
     Attributes:
-      key: the field of `Observation` that gets them.
+      key: the field of `Observation` that holds the numbers.
     """
 
     def __init__(self, key: str, read: Callable[[str], np.ndarray]):
-        """Takes the field, and what makes a row of an instruction."""
+        """A reader for the field `key`, where `read` makes one row of an instruction."""
         self.key, self._read = key, read
         self._known: dict[str, np.ndarray] = {}
 
     @classmethod
     def make(cls, text: ConfigDict, directory: epath.PathLike) -> InstructionReader:
-        """Of the `text` section of a policy's config; embeddings are those that lie in a directory.
+        """The reader that a policy's config asks for.
 
-        Every instruction is put into `text.prompt` before it is read, but where embeddings were made beforehand.
+        Every instruction is put into `text.prompt` before it is tokenised. Precomputed embeddings know no prompt.
+
+        Args:
+          text: the config's section `text`.
+          directory: of the dataset or run whose precomputed embeddings are read, where the tower is "embedding".
 
         Raises:
           ConfigError: an unknown tower, a tokenizer that cannot be read, or a prompt without room for an instruction.
-          DatasetError: embeddings are wanted, and the directory has none.
+          DatasetError: the directory has no embeddings, or damaged ones.
         """
         if text.tower == "embedding":
             return cls.of_embeddings(read_embeddings(directory))
-        # Runs of before there were prompts have none in their config.
+        # Older runs have no prompt in their config.
         prompt = text.get("prompt", _GAP)
         if prompt.count(_GAP) != 1:
-            raise ConfigError(f"text.prompt {prompt!r} must have {_GAP} once, where the instruction is put.")
+            raise ConfigError(f"text.prompt {prompt!r} must contain {_GAP} once, in the place of the instruction.")
         tokenizer = make_tokenizer(text.tower, text.max_length, text.tokenizer_file)
         return cls("text", lambda instruction: tokenizer([prompt.replace(_GAP, instruction)])[0])
 
     @classmethod
     def of_embeddings(cls, embeddings: Mapping[str, np.ndarray] | InstructionEmbeddings) -> InstructionReader:
-        """Of embeddings by instruction."""
+        """A reader of precomputed embeddings, by instruction."""
         return cls("text_embedding", lambda instruction: np.asarray(embeddings[instruction], np.float32))
 
     def __call__(self, instructions: Sequence[str]) -> np.ndarray:
@@ -65,11 +69,11 @@ class InstructionReader:
 
 @dataclasses.dataclass(frozen=True)
 class InstructionTable:
-    """One row an episode: token ids, int32 `[E, M]`, or embeddings, float32 `[E, D]`.
+    """The instructions of all episodes of a dataset, as numbers.
 
     Attributes:
-      key: the field of `Observation` that the rows belong to.
-      rows: what it gets.
+      key: the field of `Observation` that holds them.
+      rows: one row an episode: token ids, int32 `[E, M]`, or embeddings, float32 `[E, D]`.
     """
 
     key: str
@@ -77,16 +81,16 @@ class InstructionTable:
 
     @classmethod
     def read(cls, source: EpisodeSource, reader: InstructionReader, missing: str = "refuse") -> InstructionTable:
-        """The table of a dataset.
+        """Converts the instructions of a dataset.
 
         Args:
-          source: its episodes.
-          reader: of their instructions.
-          missing: one of `MISSING`.
+          source: the dataset.
+          reader: converts instructions.
+          missing: what happens to episodes without an instruction, one of `MISSING`.
 
         Raises:
-          DatasetError: an episode has no instruction, or an instruction no embedding.
-          ConfigError: an instruction is too long.
+          DatasetError: an episode has no instruction, or an instruction has no embedding.
+          ConfigError: an instruction is too long, or `missing` is unknown.
         """
         if missing not in MISSING:
             raise ConfigError(f"data.missing_instructions {missing!r} must be one of {', '.join(MISSING)}.")
@@ -94,7 +98,7 @@ class InstructionTable:
         if empty and missing == "refuse":
             raise DatasetError(
                 f"{source.directory} ({source.split}): {len(empty)} of {len(source.instruction)} episodes have no "
-                f"instruction, the first is {empty[0]!r}. Train on them all the same with "
-                "--config.data.missing_instructions=empty."
+                f"instruction, the first is {empty[0]!r}. To train on them all the same, set "
+                'data.missing_instructions to "empty".'
             )
         return cls(reader.key, reader(source.instruction))

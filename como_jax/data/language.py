@@ -1,7 +1,7 @@
-"""Instructions as numbers: token ids for a text tower, or embeddings made beforehand.
+"""Instructions as numbers: token ids for a text tower, or precomputed embeddings.
 
-Tokenizers are callables from instructions to int32 `[n, M]`, where M is the longest length: the number of a token plus
-one, and 0 after the text has ended.
+A tokenizer maps n instructions to int32 `[n, M]`, where M is the maximum length. Every entry is the id of a token plus
+one, or 0 after the end of the text.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ EMBEDDINGS_SCHEMA = pa.schema(
 
 
 class Tokenizer(Protocol):
-    """See the module's docstring.
+    """Maps instructions to token ids; see the module's docstring.
 
     Attributes:
-      vocabulary_size: one more than the largest number of a token.
+      vocabulary_size: the largest token id plus one.
     """
 
     vocabulary_size: int
 
     def __call__(self, instructions: Sequence[str]) -> np.ndarray:
-        """int32 `[n, M]`."""
+        """Token ids plus one, int32 `[n, M]`, 0 after the end of each instruction."""
 
 
 # The tokens that the tokenizer.json of a tower puts first and last.
 _ENDS = {"clip": ("<|startoftext|>", "<|endoftext|>"), "t5": (None, "</s>"), "tokens": (None, None)}
-# A newline as a token of its own, or as a byte.
+# The two ways in which a vocabulary writes a newline: a token of its own, or a byte.
 _NEWLINES = ("\n", "<0x0A>")
 
 
@@ -50,17 +50,17 @@ def make_tokenizer(tower: str, max_length: int, file: epath.PathLike = "") -> To
 
     Args:
       tower: "bytes", "clip", "t5" or "tokens".
-      max_length: tokens of the longest instruction.
-      file: tokenizer.json of the tower's weights, which puts its own tokens first and last, or for "tokens" a .model
-        file of SentencePiece. The byte-level tower has none, and without one "tokens" reads bytes too.
+      max_length: most tokens of an instruction.
+      file: the tokenizer.json that comes with the tower's weights, or for "tokens" also a .model file of SentencePiece.
+        "bytes" needs none; "tokens" without one reads bytes too.
 
     Raises:
-      ConfigError: no such tokenizer, or its file or library is missing.
+      ConfigError: the tower reads no tokens, or the tokenizer's file or library is missing.
     """
     if tower == "bytes" or (tower == "tokens" and not file):
         return ByteTokenizer(max_length)
     if tower not in _ENDS:
-        raise ConfigError(f"text.tower={tower} reads no tokens; those that do are bytes, {', '.join(_ENDS)}.")
+        raise ConfigError(f"text.tower={tower} reads no tokens; choose one of bytes, {', '.join(_ENDS)}.")
     if not file:
         raise ConfigError(
             f"text.tower={tower} needs text.tokenizer_file, the tokenizer.json that comes with its weights."
@@ -71,7 +71,7 @@ def make_tokenizer(tower: str, max_length: int, file: epath.PathLike = "") -> To
 
 
 class ByteTokenizer:
-    """The bytes of the UTF-8 text, as the byte-level tower reads them."""
+    """Every byte of the UTF-8 text is a token."""
 
     vocabulary_size = 256
 
@@ -79,7 +79,7 @@ class ByteTokenizer:
         self.max_length = max_length
 
     def __call__(self, instructions: Sequence[str]) -> np.ndarray:
-        """int32 `[n, M]`; raises ConfigError where an instruction is too long."""
+        """See `Tokenizer`; raises ConfigError if an instruction is too long."""
         return _pad(instructions, [list(text.encode()) for text in instructions], self.max_length, "bytes")
 
 
@@ -87,32 +87,32 @@ class FileTokenizer:
     """A tokenizer in Hugging Face's format, tokenizer.json.
 
     Attributes:
-      vocabulary_size: one more than the largest number of a token.
+      vocabulary_size: the largest token id plus one.
     """
 
     def __init__(self, path: epath.PathLike, max_length: int, kind: str):
         """Reads the file.
 
         Args:
-          path: of tokenizer.json.
-          max_length: tokens of the longest instruction, those that stand for its begin and end included.
-          kind: "clip" or "t5", of which model it must be, or "tokens" for any.
+          path: path of tokenizer.json.
+          max_length: most tokens of an instruction, including those that mark its begin and end.
+          kind: the model that the tokenizer must belong to, "clip" or "t5"; "tokens" for any.
 
         Raises:
-          ConfigError: the library is not installed, or the file is missing, unreadable or of another kind.
+          ConfigError: the library is not installed, or the file is missing, damaged or of another kind.
         """
         try:
-            # Of an extra, so not at the top.
+            # It belongs to an extra, so it may be missing.
             import tokenizers
         except ImportError as error:
             raise _missing_library(path, "tokenizers", error) from error
         path = _existing(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
-        # The library raises nothing more specific.
+        # The library raises no class of its own.
         except Exception as error:
-            raise ConfigError(f"text.tokenizer_file {path} is no tokenizer.json: {error}") from error
-        # The file may ask for both. Padding is made here, and nothing may be cut off in silence.
+            raise ConfigError(f"text.tokenizer_file {path} is not a tokenizer.json: {error}") from error
+        # The file may ask for both. `_pad` pads, and an instruction must not be cut off silently.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.max_length = max_length
@@ -120,8 +120,8 @@ class FileTokenizer:
         self._check_ends(path, kind)
 
     def __call__(self, instructions: Sequence[str]) -> np.ndarray:
-        """int32 `[n, M]`; raises ConfigError where an instruction is too long."""
-        # Not as a batch, for which the library starts threads, that the worker processes of a loader must not inherit.
+        """See `Tokenizer`; raises ConfigError if an instruction is too long."""
+        # One by one: for a batch the library starts threads, which break the worker processes of a loader.
         ids = [self._tokenizer.encode(text).ids for text in instructions]
         return _pad(instructions, ids, self.max_length, "tokens")
 
@@ -130,30 +130,30 @@ class FileTokenizer:
         for token, expected, place in zip((tokens[0], tokens[-1]), _ENDS[kind], ("first", "last"), strict=True):
             if expected not in (None, token):
                 raise ConfigError(
-                    f"text.tokenizer_file {path} does not put {expected} {place}, as that of {kind} does; take the "
-                    "tokenizer.json that lies beside the tower's weights."
+                    f"text.tokenizer_file {path} does not put {expected} {place}, as the tokenizer of {kind} does; use "
+                    "the tokenizer.json that lies beside the tower's weights."
                 )
 
 
 class SentencePieceTokenizer:
-    """A tokenizer of SentencePiece; a text begins with <bos> and ends with a newline, as PaliGemma's prompts do.
+    """A tokenizer of SentencePiece. A text begins with <bos> and ends with a newline, as PaliGemma's prompts do.
 
     Attributes:
-      vocabulary_size: one more than the largest number of a token.
+      vocabulary_size: number of tokens.
     """
 
     def __init__(self, path: epath.PathLike, max_length: int):
         """Reads the file.
 
         Args:
-          path: of the .model file.
-          max_length: tokens of the longest instruction, <bos> and the newline included.
+          path: path of the .model file.
+          max_length: most tokens of an instruction, including <bos> and the newline.
 
         Raises:
-          ConfigError: the library is not installed, or the file is missing, unreadable or without one of these tokens.
+          ConfigError: the library is not installed, or the file is missing, damaged or lacks one of these two tokens.
         """
         try:
-            # Of an extra, so not at the top.
+            # It belongs to an extra, so it may be missing.
             import sentencepiece
         except ImportError as error:
             raise _missing_library(path, "sentencepiece", error) from error
@@ -162,52 +162,54 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
-            raise ConfigError(f"text.tokenizer_file {path} is no .model file of SentencePiece: {error}") from error
+            raise ConfigError(f"text.tokenizer_file {path} is not a .model file of SentencePiece: {error}") from error
         self.max_length = max_length
         self.vocabulary_size = self._processor.vocab_size()
         self._begin, end = self._processor.bos_id(), self._processor.encode("\n")[-1:]
         if self._begin < 0:
-            raise ConfigError(f"text.tokenizer_file {path} has no token <bos>, as that of PaliGemma has.")
+            raise ConfigError(f"text.tokenizer_file {path} has no token <bos>; use the tokenizer of PaliGemma.")
         if not end or self._processor.id_to_piece(end[0]) not in _NEWLINES:
-            raise ConfigError(f"text.tokenizer_file {path} has no token for a newline, as that of PaliGemma has.")
+            raise ConfigError(f"text.tokenizer_file {path} has no token for a newline; use the tokenizer of PaliGemma.")
         self._end = end[0]
 
     def __call__(self, instructions: Sequence[str]) -> np.ndarray:
-        """int32 `[n, M]`; raises ConfigError where an instruction is too long."""
-        # One by one, since for a batch the library starts threads, as tokenizers does.
+        """See `Tokenizer`; raises ConfigError if an instruction is too long."""
+        # One by one, for the same reason as in `FileTokenizer`.
         ids = [[self._begin, *self._processor.encode(text), self._end] for text in instructions]
         return _pad(instructions, ids, self.max_length, "tokens")
 
 
 class InstructionEmbeddings:
-    """Embeddings of a dataset's instructions, float32 `[size]` each, looked up as in a dictionary.
+    """Precomputed embeddings of instructions, float32 `[size]` each, looked up as in a dictionary.
 
     Attributes:
       size: numbers in one embedding.
     """
 
     def __init__(self, path: epath.PathLike, embeddings: Mapping[str, np.ndarray]):
-        """Checks the sizes.
+        """Checks the embeddings.
 
         Args:
-          path: of the file, for messages.
-          embeddings: by instruction.
+          path: path of the file, which messages name.
+          embeddings: embeddings by instruction.
 
         Raises:
-          DatasetError: there are none, they differ in size, or one is not finite.
+          DatasetError: there are no embeddings, they differ in size, or one is not finite.
         """
         self._path, self._embeddings = epath.Path(path), dict(embeddings)
         sizes = sorted({len(embedding) for embedding in self._embeddings.values()})
         if len(sizes) != 1 or not sizes[0]:
             found = f"embeddings of sizes {', '.join(map(str, sizes))}" if sizes else "no embeddings"
-            raise DatasetError(f"{path} has {found}; all must have one size. {_remedy(self._path.parent)}")
+            raise DatasetError(f"{path} has {found}; all must have the same size. {_remedy(self._path.parent)}")
         for instruction, embedding in self._embeddings.items():
             if not np.isfinite(embedding).all():
-                raise DatasetError(f"{path}: the embedding of {instruction!r} holds numbers that are not finite.")
+                raise DatasetError(
+                    f"{path}: the embedding of {instruction!r} holds numbers that are not finite. {_remedy(self._path.parent)}"
+                )
         self.size = sizes[0]
 
     def __getitem__(self, instruction: str) -> np.ndarray:
-        """The embedding; raises DatasetError where there is none."""
+        """The embedding of an instruction; raises DatasetError if there is none."""
         if instruction not in self._embeddings:
             raise DatasetError(f"{self._path} has no embedding of {instruction!r}. {_remedy(self._path.parent)}")
         return self._embeddings[instruction]
@@ -224,10 +226,10 @@ class InstructionEmbeddings:
 
 
 def read_embeddings(directory: epath.PathLike) -> InstructionEmbeddings:
-    """The embeddings that lie in a dataset directory.
+    """Reads the embeddings that lie in the directory of a dataset or a run.
 
     Raises:
-      DatasetError: there are none, or the file is damaged.
+      DatasetError: the file is missing or damaged.
     """
     path = epath.Path(directory) / EMBEDDINGS_NAME
     if not path.is_file():
@@ -237,7 +239,9 @@ def read_embeddings(directory: epath.PathLike) -> InstructionEmbeddings:
             table = pq.read_table(file).select(EMBEDDINGS_SCHEMA.names).cast(EMBEDDINGS_SCHEMA)
     except (pa.ArrowException, KeyError, ValueError) as error:
         columns = ", ".join(f"{field.name}: {field.type}" for field in EMBEDDINGS_SCHEMA)
-        raise DatasetError(f"{path} cannot be read; it must be Parquet with {columns} ({error}).") from error
+        raise DatasetError(
+            f"{path} cannot be read; it must be Parquet with {columns} ({error}). {_remedy(directory)}"
+        ) from error
     instructions = table["instruction"].to_pylist()
     vectors = [np.asarray(vector, np.float32) for vector in table["embedding"].to_pylist()]
     embeddings = dict(zip(instructions, vectors, strict=True))
@@ -248,10 +252,10 @@ def read_embeddings(directory: epath.PathLike) -> InstructionEmbeddings:
 
 
 def write_embeddings(directory: epath.PathLike, embeddings: Mapping[str, np.ndarray]) -> epath.Path:
-    """Puts embeddings into a dataset directory, in place of those that it has, and returns the file's path.
+    """Writes embeddings into a directory, replaces the ones there, and returns the file's path.
 
     Raises:
-      DatasetError: there are none, they differ in size, or one is not finite.
+      DatasetError: there are no embeddings, they differ in size, or one is not finite.
     """
     path = epath.Path(directory) / EMBEDDINGS_NAME
     InstructionEmbeddings(path, embeddings)
@@ -275,7 +279,7 @@ def _existing(path: epath.PathLike) -> epath.Path:
 
 
 def _pad(instructions: Sequence[str], ids: Sequence[Sequence[int]], max_length: int, unit: str) -> np.ndarray:
-    """int32 `[n, max_length]`: numbers of tokens plus one, then zeros."""
+    """Token ids plus one, int32 `[n, max_length]`, padded with zeros."""
     rows = np.zeros((len(ids), max_length), np.int32)
     for row, instruction, numbers in zip(rows, instructions, ids, strict=True):
         if len(numbers) > max_length:

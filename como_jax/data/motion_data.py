@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from como_jax.data.clips import ClipConfig, draw_gaps, draw_offsets
 from como_jax.data.mixture import Mixture, MixturePart, parse_mixture
-from como_jax.data.normalization import load_normalizer
 from como_jax.data.reader import Batch, BatchReader
 from como_jax.data.sampler import NO_AUGMENTATION, Augmentation, Samples
+from como_jax.data.sources import load_normalizer
 from como_jax.data.supervision import Supervision
 from como_jax.spec.normalization import Normalizer
 from como_jax.types import FLOW_STRIDE, BatchParts, FramePairs

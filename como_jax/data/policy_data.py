@@ -14,10 +14,9 @@ from como_jax.data.chunks import ChunkConfig, ChunkFiller, PolicyPart, find_came
 from como_jax.data.instructions import InstructionReader, InstructionTable
 from como_jax.data.language import read_embeddings
 from como_jax.data.mixture import MixtureEntry, parse_mixture
-from como_jax.data.normalization import load_normalizer
 from como_jax.data.reader import BatchReader
 from como_jax.data.schema import LabelInfo
-from como_jax.data.sources import EpisodeSource
+from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import DatasetError, closest
 from como_jax.policies.spec import PolicySpec, Scales
 

@@ -14,7 +14,7 @@ import numpy as np
 from como_jax.data.mixture import MixtureEntry
 from como_jax.data.sampler import Samples, SampleSet
 from como_jax.data.sources import EpisodeSource
-from como_jax.data.transforms import FrameDecoder, View
+from como_jax.data.transforms import Crop, FrameDecoder
 from como_jax.errors import ConfigError, DatasetError, closest
 from como_jax.spec.images import FITS
 
@@ -121,7 +121,7 @@ class BatchReader(grain.transforms.Map):
         for row in rows:
             dataset = int(samples.dataset[row])
             part = self.filler.parts[dataset]
-            view = View(self._fits[dataset], *samples.crop[row].tolist(), *samples.shift[row].tolist())
+            crop = Crop(self._fits[dataset], *samples.crop[row].tolist(), *samples.shift[row].tolist())
             slots = [slot for slot, camera in enumerate(part.cameras) if camera]
             records = [*samples.records[row].tolist(), *samples.offsets[row].tolist()]
             recorded = part.source.read_cameras(records, [part.cameras[slot] for slot in slots])
@@ -129,7 +129,7 @@ class BatchReader(grain.transforms.Map):
             for record, jpegs, target in zip(records, recorded, targets, strict=True):
                 for slot, jpeg in zip(slots, jpegs, strict=True):
                     try:
-                        decoder(jpeg, target[slot], view)
+                        decoder(jpeg, target[slot], crop)
                     except ValueError as error:
                         raise DatasetError(
                             f"{part.source.directory} ({part.source.split}): record {record}, camera "

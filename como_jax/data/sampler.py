@@ -57,8 +57,8 @@ class Samples:
       gap: int64 `[B]`, steps between two instants.
       records: int64 `[B, K]`, records of the instants.
       offsets: int64 `[B, P]`, records of the offset frames.
-      crop: float64 `[B, 3]`, scale, top and left of a `transforms.View`.
-      shift: int64 `[B, 2]`, down and right of a `transforms.View`.
+      crop: float64 `[B, 3]`, scale, top and left of a `transforms.Crop`.
+      shift: int64 `[B, 2]`, down and right of a `transforms.Crop`.
     """
 
     dataset: np.ndarray

@@ -1,8 +1,9 @@
-"""Opens one split of one dataset directory: everything small in memory, frames read at random."""
+"""Opens a dataset directory: everything small in memory, frames read at random, and normalisation of its numbers."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,20 +18,21 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
 from como_jax.errors import DatasetError
+from como_jax.spec.normalization import AffineNormalizer, Normalizer, UniformNormalizer, check_kind
 
 READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)
 """What ArrayRecord, protobuf and the JPEG decoder raise for a damaged record."""
 
 
 class EpisodeSource:
-    """One split of a dataset written by `tools.datasets`.
+    """One split of a dataset in the schema of `como_jax.data.schema`.
 
     Axes: E episodes, S steps of all episodes together, which are also record numbers.
 
     Attributes:
-      name: name of the dataset.
-      cameras: all observations that are pictures.
-      camera: the one of them that `read_jpegs` returns.
+      directory, split, name: of the dataset.
+      cameras: all observations that are images.
+      camera: the camera that `read_jpegs` reads.
       start, length: int64 `[E]`, first record and number of steps of every episode.
       control_rate: float64 `[E]`, Hz.
       motion: float32 `[S]`, see `schema.EPISODE_TABLE_SCHEMA`.
@@ -49,7 +51,7 @@ class EpisodeSource:
           camera: observation key; empty for the dataset's first camera.
 
         Raises:
-          DatasetError: not a dataset, no such split or camera.
+          DatasetError: the directory is not a dataset, is damaged, or has no such split or camera.
         """
         self.directory = epath.Path(directory)
         self.split = split
@@ -78,13 +80,13 @@ class EpisodeSource:
         return [os.fspath(path) for path in self._builder.info.splits[self.split].filepaths]
 
     def read_jpegs(self, records: Sequence[int]) -> list[bytes]:
-        """The JPEG bytes of some steps' pictures; may be called from several threads."""
-        return [pictures[0] for pictures in self.read_cameras(records, [self.camera])]
+        """The JPEG bytes of some steps' images; may be called from several threads."""
+        return [images[0] for images in self.read_cameras(records, [self.camera])]
 
     def read_cameras(self, records: Sequence[int], cameras: Sequence[str]) -> list[list[bytes]]:
-        """The same of several cameras, for every step."""
-        # One by one: its reading of many at once starts threads, at twice the cost of a picture in the page cache.
-        return [_pictures(self._records[record], cameras) for record in records]
+        """The JPEG bytes of several cameras for every step; may be called from several threads."""
+        # One by one: ArrayRecord reads many at once on threads of its own, which takes twice as long for cached files.
+        return [_images(self._records[record], cameras) for record in records]
 
     def _read_tables(self) -> None:
         table = schema.read_episode_table(self.directory, self.split)
@@ -120,7 +122,23 @@ class EpisodeSource:
         return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_records")}
 
 
-def _pictures(record: bytes, cameras: Sequence[str]) -> list[bytes]:
+def load_normalizer(directory: epath.PathLike, field: str, kind: str) -> Normalizer:
+    """The normalizer of a dataset's `action`, `state` or `latent_motion`, fitted to its training episodes.
+
+    Raises:
+      DatasetError: the dataset does not have the field.
+      ConfigError: an unknown kind.
+    """
+    check_kind(kind)
+    if kind == "uniform":
+        return UniformNormalizer.fit(_training_values(directory, field))
+    statistics = _read_statistics(epath.Path(directory)).get(field)
+    if statistics is None:
+        raise DatasetError(f"{directory}/statistics.json has no statistics of any {field}.")
+    return AffineNormalizer.fit(kind, statistics)
+
+
+def _images(record: bytes, cameras: Sequence[str]) -> list[bytes]:
     # Only these features: the general parser of TFDS takes four times as long.
     features = tf_example_pb2.Example.FromString(record).features.feature
     return [features[f"observation/{camera}"].bytes_list.value[0] for camera in cameras]
@@ -139,13 +157,32 @@ def _first_camera(directory: epath.Path, info: tfds.core.DatasetInfo) -> str:
 
 
 def _flatten(column: pa.ChunkedArray, dtype: type = np.float32) -> np.ndarray:
-    """A column of one list of numbers an episode, as `[S]`."""
+    """A column that holds a list of numbers an episode, as one array `[S]`."""
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
 
 
 def _flatten_vectors(column: pa.ChunkedArray, dtype: type = np.float32) -> np.ndarray | None:
-    """A column of one list of vectors an episode, as `[S, size]`; None when an episode has none."""
+    """A column that holds a list of vectors an episode, as one array `[S, size]`; None when an episode has none."""
     if column.null_count:
         return None
     steps = column.combine_chunks().flatten()
     return steps.flatten().to_numpy(zero_copy_only=False).astype(dtype).reshape(len(steps), -1)
+
+
+def _training_values(directory: epath.PathLike, field: str) -> np.ndarray:
+    """The values `[n, size]` of all steps of training episodes that have the field."""
+    source = EpisodeSource(directory, "train")
+    values = getattr(source, field)
+    if field == "latent_motion" and values is not None:
+        values = values[source.latent_valid]
+    if values is None or not len(values):
+        raise DatasetError(f"{directory} has no {field} in its training episodes, which normalization=uniform needs.")
+    return values
+
+
+def _read_statistics(directory: epath.Path) -> dict[str, Any]:
+    path = directory / "statistics.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read; convert the dataset again: {error}") from error

@@ -11,8 +11,8 @@ import simplejpeg
 from como_jax.spec.images import FITS, fitting_part, resize
 
 
-class View(NamedTuple):
-    """The part of an image that becomes a frame; all frames of a clip have the same view.
+class Crop(NamedTuple):
+    """The part of an image that becomes a frame, and its shift; all frames of a clip have the same crop.
 
     Attributes:
       fit: one of `como_jax.spec.images.FITS`.
@@ -29,7 +29,7 @@ class View(NamedTuple):
     right: int = 0
 
 
-WHOLE = View()
+WHOLE = Crop()
 
 
 class FrameDecoder:
@@ -39,8 +39,8 @@ class FrameDecoder:
         self._pixels = np.empty(0, np.uint8)
         self._frame = np.empty(0, np.uint8)
 
-    def __call__(self, data: bytes, frame: np.ndarray, view: View = WHOLE) -> None:
-        """Fills `frame`, uint8 RGB `[S, S, 3]`, with the part of an image that `view` names.
+    def __call__(self, data: bytes, frame: np.ndarray, crop: Crop = WHOLE) -> None:
+        """Fills `frame`, uint8 RGB `[S, S, 3]`, with the part of an image that `crop` names.
 
         Images more than twice as large are halved while decoding, which is cheaper and free of aliasing.
 
@@ -51,38 +51,38 @@ class FrameDecoder:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         if self._pixels.size < height * width * 3:
             self._pixels = np.empty(height * width * 3, np.uint8)
-        needed = round(size / view.scale)
+        needed = round(size / crop.scale)
         # Fresh memory for every image would cost a third of the decoding.
         image = simplejpeg.decode_jpeg(
             data, "RGB", min_height=needed, min_width=needed, min_factor=2, buffer=self._pixels
         )
-        part = cut(image, view)
-        if view.down or view.right:
+        part = cut(image, crop)
+        if crop.down or crop.right:
             if self._frame.shape != frame.shape:
                 self._frame = np.empty(frame.shape, np.uint8)
             resize(part, self._frame)
-            shift(self._frame, view.down, view.right, frame)
+            shift(self._frame, crop.down, crop.right, frame)
         else:
             resize(part, frame)
 
 
-def decode_jpeg(data: bytes, size: int, view: View = WHOLE) -> np.ndarray:
+def decode_jpeg(data: bytes, size: int, crop: Crop = WHOLE) -> np.ndarray:
     """One image as a frame, uint8 RGB `[size, size, 3]`; see `FrameDecoder`.
 
     Raises:
       ValueError: not a JPEG.
     """
     frame = np.empty((size, size, 3), np.uint8)
-    FrameDecoder()(data, frame, view)
+    FrameDecoder()(data, frame, crop)
     return frame
 
 
-def cut(image: np.ndarray, view: View) -> np.ndarray:
-    """The part of an image `[H, W, C]` that a view names, without its shift."""
-    whole = fitting_part(image, view.fit)
+def cut(image: np.ndarray, crop: Crop) -> np.ndarray:
+    """The part of an image `[H, W, C]` that a crop names, without its shift."""
+    whole = fitting_part(image, crop.fit)
     height, width = whole.shape[:2]
-    rows, columns = max(1, round(height * view.scale)), max(1, round(width * view.scale))
-    top, left = round((height - rows) * view.top), round((width - columns) * view.left)
+    rows, columns = max(1, round(height * crop.scale)), max(1, round(width * crop.scale))
+    top, left = round((height - rows) * crop.top), round((width - columns) * crop.left)
     return whole[top : top + rows, left : left + columns]
 
 

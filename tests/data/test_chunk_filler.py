@@ -21,7 +21,7 @@ from como_jax.data.policy_data import PolicyData, open_policy_data
 from como_jax.data.reader import BatchReader
 from como_jax.data.sampler import Augmentation
 from como_jax.data.sources import EpisodeSource
-from como_jax.data.transforms import View, decode_jpeg
+from como_jax.data.transforms import Crop, decode_jpeg
 from como_jax.errors import DatasetError
 from tests.policies.smoke_policies import smoke
 
@@ -161,11 +161,11 @@ def test_all_pictures_of_a_sample_are_changed_alike(arm: Path) -> None:
     batch = read(data, augmentation=augmentation)
     crop, shift = augmentation.draw(np.random.default_rng(0), 21)
     for row in range(21):
-        view = View("crop", *crop[row], *shift[row])
+        crop = Crop("crop", *crop[row], *shift[row])
         for instant, record in enumerate(moments(part, 2, 1, row)):
             [jpegs] = part.source.read_cameras([record], ("wrist", "front"))
             for slot, jpeg in enumerate(jpegs):
-                np.testing.assert_array_equal(batch["images"][row, instant, slot], decode_jpeg(jpeg, 16, view))
+                np.testing.assert_array_equal(batch["images"][row, instant, slot], decode_jpeg(jpeg, 16, crop))
 
 
 def test_a_missing_camera_is_black_and_said_to_be_missing(arm: Path, clips: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_mixture_may_name_the_camera_and_the_fit_of_a_dataset(arm: Path, hand:
     batch = read(data, 1)
     assert np.all(batch["has_camera"] == [1, 0])
     for row, [jpeg] in enumerate(data.parts[1].source.read_cameras(range(21), ["top"])):
-        np.testing.assert_array_equal(batch["images"][row, 0, 0], decode_jpeg(jpeg, 16, View("stretch")))
+        np.testing.assert_array_equal(batch["images"][row, 0, 0], decode_jpeg(jpeg, 16, Crop("stretch")))
 
 
 def test_smaller_actions_and_states_are_filled_up(arm: Path, hand: Path, clips: Path) -> None:

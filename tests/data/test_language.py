@@ -98,14 +98,16 @@ def test_the_tokenizer_of_a_tower_is_made_by_name(make_tokenizer_file: Any) -> N
 
 
 def test_tokenizer_files_of_another_kind_are_refused(make_tokenizer_file: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer_t5\.json does not put <\|startoftext\|> first, as that of clip"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer_t5\.json does not put <\|startoftext\|> first, as the tokenizer of clip"
+    ):
         FileTokenizer(make_tokenizer_file("t5"), 8, "clip")
-    with pytest.raises(ConfigError, match=r"tokenizer_clip\.json does not put </s> last, as that of t5"):
+    with pytest.raises(ConfigError, match=r"tokenizer_clip\.json does not put </s> last, as the tokenizer of t5"):
         FileTokenizer(make_tokenizer_file("clip"), 8, "t5")
     with pytest.raises(ConfigError, match=r"nothing\.json does not exist"):
         FileTokenizer(tmp_path / "nothing.json", 8, "t5")
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"broken\.json is no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"broken\.json is not a tokenizer\.json"):
         FileTokenizer(tmp_path / "broken.json", 8, "t5")
 
 
@@ -150,7 +152,7 @@ def test_models_of_sentencepiece_that_do_not_serve_are_refused(make_sentencepiec
         SentencePieceTokenizer(tmp_path / "nothing.model", 8)
     for content in (b"", b"{}"):
         (tmp_path / "broken.model").write_bytes(content)
-        with pytest.raises(ConfigError, match=r"broken\.model is no \.model file of SentencePiece"):
+        with pytest.raises(ConfigError, match=r"broken\.model is not a \.model file of SentencePiece"):
             SentencePieceTokenizer(tmp_path / "broken.model", 8)
     with pytest.raises(ConfigError, match=r"headless\.model has no token <bos>"):
         SentencePieceTokenizer(make_sentencepiece_file("headless.model", bos_id=-1), 8)
@@ -200,7 +202,7 @@ def test_an_instruction_without_embedding_is_named_with_the_command(tmp_path: Pa
     [
         ({}, "has no embeddings"),
         ({"a": np.zeros(0)}, "has embeddings of sizes 0"),
-        ({"a": np.zeros(2), "b": np.zeros(3)}, "has embeddings of sizes 2, 3; all must have one size"),
+        ({"a": np.zeros(2), "b": np.zeros(3)}, "has embeddings of sizes 2, 3; all must have the same size"),
         ({"a": np.zeros(2), "b": np.array([1.0, np.nan])}, "of 'b' holds numbers that are not finite"),
     ],
 )

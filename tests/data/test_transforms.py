@@ -48,11 +48,11 @@ def test_a_file_that_is_no_jpeg_is_refused() -> None:
 
 def test_the_central_square_of_a_tall_picture_leaves_out_top_and_bottom() -> None:
     image = np.arange(6)[:, None, None] * np.ones((1, 2, 3))
-    np.testing.assert_array_equal(transforms.cut(image, transforms.View())[:, 0, 0], [2, 3])
+    np.testing.assert_array_equal(transforms.cut(image, transforms.Crop())[:, 0, 0], [2, 3])
 
 
 def test_a_stretched_picture_keeps_its_sides(striped: np.ndarray) -> None:
-    decoded = transforms.decode_jpeg(encode(striped), 48, transforms.View("stretch")).astype(int)
+    decoded = transforms.decode_jpeg(encode(striped), 48, transforms.Crop("stretch")).astype(int)
     for columns, colour in ((slice(2, 10), (0, 255, 0)), (slice(14, 22), (255, 0, 0)), (slice(26, 34), (0, 0, 255))):
         assert np.abs(decoded[:, columns] - colour).max() < 12
 
@@ -60,7 +60,7 @@ def test_a_stretched_picture_keeps_its_sides(striped: np.ndarray) -> None:
 @pytest.mark.parametrize(("top", "left"), [(0.0, 0.0), (1.0, 0.5), (0.5, 1.0)])
 def test_a_part_is_cut_out_where_the_view_says(top: float, left: float) -> None:
     image = np.arange(10)[:, None] * 100 + np.arange(16)[None]
-    part = transforms.cut(image[..., None], transforms.View("crop", 0.6, top, left))[..., 0]
+    part = transforms.cut(image[..., None], transforms.Crop("crop", 0.6, top, left))[..., 0]
     rows, columns = round(4 * top), 3 + round(4 * left)
     np.testing.assert_array_equal(part, image[rows : rows + 6, columns : columns + 6])
 
@@ -78,8 +78,8 @@ def test_a_shift_equals_a_loop_over_pixels() -> None:
 
 def test_a_decoder_reuses_its_memory_for_pictures_of_any_size(striped: np.ndarray) -> None:
     decoder, pictures = transforms.FrameDecoder(), [encode(striped), encode(striped[:16, 20:70]), encode(striped)]
-    for view in (transforms.View(), transforms.View("stretch", 0.5, 0.2, 0.8, 2, -1)):
+    for crop in (transforms.Crop(), transforms.Crop("stretch", 0.5, 0.2, 0.8, 2, -1)):
         for data in pictures:
             frame = np.empty((24, 24, 3), np.uint8)
-            decoder(data, frame, view)
-            np.testing.assert_array_equal(frame, transforms.decode_jpeg(data, 24, view))
+            decoder(data, frame, crop)
+            np.testing.assert_array_equal(frame, transforms.decode_jpeg(data, 24, crop))

@@ -24,9 +24,8 @@ import pytest
 from como_jax.data.clips import ClipConfig
 from como_jax.data.mixture import Mixture, MixtureEntry
 from como_jax.data.motion_data import ClipFiller
-from como_jax.data.normalization import load_normalizer
 from como_jax.data.reader import BatchReader
-from como_jax.data.sources import EpisodeSource
+from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import ConfigError, DatasetError, OutputError, RunError
 from como_jax.labelling.streaming import single_frames
 from como_jax.training import sharding

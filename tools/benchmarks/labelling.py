@@ -141,13 +141,13 @@ def time_all(runs: Contestants, rounds: int) -> dict[str, list[float]]:
 def counting_pictures() -> Iterator[list[int]]:
     """Collects the records of all pictures that are read for decoding."""
     seen: list[int] = []
-    read = EpisodeSource.read_jpegs
+    read = EpisodeSource.read_cameras
 
-    def count(source: EpisodeSource, records: Sequence[int]) -> list[bytes]:
+    def count(source: EpisodeSource, records: Sequence[int], cameras: Sequence[str]) -> list[list[bytes]]:
         seen.extend(records)
-        return read(source, records)
+        return read(source, records, cameras)
 
-    with mock.patch.object(EpisodeSource, "read_jpegs", count):
+    with mock.patch.object(EpisodeSource, "read_cameras", count):
         yield seen
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from como_jax.data.normalization import load_normalizer
-from como_jax.data.sources import EpisodeSource
+from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.spec.normalization import UniformNormalizer
 
