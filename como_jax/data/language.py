@@ -204,7 +204,8 @@ class InstructionEmbeddings:
         for instruction, embedding in self._embeddings.items():
             if not np.isfinite(embedding).all():
                 raise DatasetError(
-                    f"{path}: the embedding of {instruction!r} holds numbers that are not finite. {_remedy(self._path.parent)}"
+                    f"{path}: the embedding of {instruction!r} holds numbers that are not finite. "
+                    f"{_remedy(self._path.parent)}"
                 )
         self.size = sizes[0]
 

@@ -66,7 +66,7 @@ def test_missing_instructions_are_refused_by_name(silent: EpisodeSource) -> None
     reader = InstructionReader.make(BYTES, silent.directory)
     with pytest.raises(
         DatasetError,
-        match=r"silent \(train\): 2 of 3 episodes have no .*, the first is 'episode 1'.*set data.missing_instructions to",
+        match=r"silent \(train\): 2 of 3 episodes have no .*, the first is 'episode 1'.*data.missing_instructions",
     ):
         InstructionTable.read(silent, reader)
     with pytest.raises(ConfigError, match="missing_instructions 'emtpy' must be one of refuse, empty"):

@@ -99,7 +99,7 @@ def test_the_tokenizer_of_a_tower_is_made_by_name(make_tokenizer_file: Any) -> N
 
 def test_tokenizer_files_of_another_kind_are_refused(make_tokenizer_file: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"tokenizer_t5\.json does not put <\|startoftext\|> first, as the tokenizer of clip"
+        ConfigError, match=r"tokenizer_t5\.json does not put <\|startoftext\|> first, as the .* of clip"
     ):
         FileTokenizer(make_tokenizer_file("t5"), 8, "clip")
     with pytest.raises(ConfigError, match=r"tokenizer_clip\.json does not put </s> last, as the tokenizer of t5"):
