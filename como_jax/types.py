@@ -18,21 +18,21 @@ FLOW_STRIDE = 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FramePairs:
-    """Several instants of one clip for every batch element.
+    """A batch of clips, each of several evenly spaced instants.
 
-    Instants are evenly spaced. Each is encoded once, whatever the number of pairs that it belongs to: neighbours make
-    one, and where `data.pair_span` is more than 1 so do instants further apart. Axes: B batch, K instants, P = K - 1
-    pairs of neighbours, H and W pixels, S label.
+    Two neighbouring instants are a pair of frames; with a `data.pair_span` over 1, instants further apart are pairs
+    too. Every instant is encoded once, however many pairs it belongs to. Axes: B batch, K instants, P = K - 1 pairs of
+    neighbours, H and W pixels, S numbers of true motion.
 
     Attributes:
-      frames: uint8 RGB `[B, K, H, W, 3]`; `frames[:, k]` is `O_t` and `frames[:, k + 1]` is `O_{t+n}` of neighbours k.
+      frames: uint8 RGB `[B, K, H, W, 3]`; pair k of neighbours is `frames[:, k]`, `O_t`, and `frames[:, k + 1]`,
+        `O_{t+n}`.
       dataset: int32 `[B]`, the position of the dataset in the mixture.
       episode: int32 `[B]`, the episode's row in its dataset.
-      offset_frames: uint8 RGB `[B, P, H, W, 3]`, `O_{t+n+d}` of all instants but the first, or None when nothing needs
-        it.
-      gap: float32 `[B]`, time between two neighbours as a share of `data.gap_seconds`, or None when nothing needs it.
+      offset_frames: uint8 RGB `[B, P, H, W, 3]`, `O_{t+n+d}` of all instants but the first, or None.
+      gap: float32 `[B]`, time between two neighbours as a share of `data.gap_seconds`, or None.
       flow: float32 `[B, P, H / 4, W / 4, 2]`, optical flow from the first to the second frame of a pair, right and
-        down, in shares of the picture's width, or None.
+        down, as shares of the image's width, or None.
       supervision: float32 `[B, P, S]`, what little is known of the true motion of a pair (see
         `como_jax.data.supervision`), or None.
       has_supervision: float32 `[B, P, S]`, 1 where `supervision` holds a number and 0 where it is unknown, or None.
@@ -82,8 +82,8 @@ class Observation:
       has_camera: float32 `[B, C]`, 0 where the dataset lacks the camera and its picture is black.
       state: float32 `[B, T, S]`, normalised proprioception, or None when the policy has none.
       has_state: float32 `[B]`, 0 where the dataset has no state, or None.
-      text: int32 `[B, M]`, numbers of the instruction's tokens plus one, 0 where it has ended, or None.
-      text_embedding: float32 `[B, E]`, an embedding of the instruction made beforehand, or None.
+      text: int32 `[B, M]`, ids of the instruction's tokens plus one, 0 after its end, or None.
+      text_embedding: float32 `[B, E]`, a precomputed embedding of the instruction, or None.
     """
 
     images: Array

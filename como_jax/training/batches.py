@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from como_jax.motion.build import FAMILIES
+from como_jax.motion.build import FAMILIES, batch_parts
 from como_jax.training import sharding
 from como_jax.types import FramePairs, PolicyBatch, fake_frame_pairs, fake_policy_batch
 
@@ -38,7 +38,7 @@ class DataSizes:
 def assumed_sizes(config: ConfigDict, sizes: DataSizes) -> dict[str, int]:
     """The sizes that a config leaves open, as `resolve` takes them, where there is no data to decide them."""
     if config.family in FAMILIES:
-        assumed = {"model.label_size": sizes.label_size if config.model.get("label_weight") else 0}
+        assumed = {"model.label_size": sizes.label_size if batch_parts(config).supervision else 0}
     else:
         assumed = {
             "model.action_size": sizes.action_size,
@@ -78,14 +78,14 @@ def random_batch(config: ConfigDict, count: int) -> FramePairs | PolicyBatch:
 
 
 def _random_clips(config: ConfigDict, count: int) -> FramePairs:
-    data, model = config.data, config.model
+    data, needs = config.data, batch_parts(config)
     return fake_frame_pairs(
         count,
         data.instants,
         data.image_size,
-        offset=bool(model.get("tcl_weight")),
-        flow=bool(model.get("flow_weight")),
-        label_size=model.label_size if model.get("label_weight") else None,
+        offset=needs.offset_frames,
+        flow=needs.flow,
+        label_size=config.model.label_size if needs.supervision else None,
     )
 
 

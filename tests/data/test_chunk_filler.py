@@ -159,9 +159,9 @@ def test_all_pictures_of_a_sample_are_changed_alike(arm: Path) -> None:
     data = open_data(arm, cameras=("wrist", "front"), instants=2)
     [part], augmentation = data.parts, Augmentation(3, 0.5)
     batch = read(data, augmentation=augmentation)
-    crop, shift = augmentation.draw(np.random.default_rng(0), 21)
+    crops, shifts = augmentation.draw(np.random.default_rng(0), 21)
     for row in range(21):
-        crop = Crop("crop", *crop[row], *shift[row])
+        crop = Crop("crop", *crops[row], *shifts[row])
         for instant, record in enumerate(moments(part, 2, 1, row)):
             [jpegs] = part.source.read_cameras([record], ("wrist", "front"))
             for slot, jpeg in enumerate(jpegs):
