@@ -47,5 +47,13 @@ class RunError(UsageError):
     """A run directory or checkpoint that cannot be used."""
 
 
+class ModelFileError(RunError):
+    """An exported model that cannot be loaded: a file is missing, damaged, or does not fit the others."""
+
+
+class InputError(UsageError):
+    """Frames, latents, observations or instructions that a model cannot take."""
+
+
 class NonFiniteError(RuntimeError):
-    """A loss term or gradient became NaN or infinite."""
+    """A loss term, a gradient or an action became NaN or infinite."""

@@ -55,9 +55,7 @@ def policy(family: str, model: ConfigDict) -> ConfigDict:
     config.text.max_length = 96
     # Those of public towers come from the config.json beside their weights.
     config.text.update({"activation": "", "relative_buckets": 0, "relative_distance": 0})
-    config.text.prompt = "{}"  # What every instruction is put into before it is read.
     config.text.weights = ""  # .safetensors of clip or t5, with config.json beside it.
-    config.text.tokenizer_file = ""  # tokenizer.json of clip or t5.
 
     config.model = model
     # 0 takes what the data has.

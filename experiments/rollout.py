@@ -31,7 +31,7 @@ from como_jax.evaluation.rollouts.policy_runner import load_policy
 from como_jax.evaluation.rollouts.results import EpisodeResult, RolloutRecorder, RolloutSummary, table_markdown
 from como_jax.evaluation.rollouts.rollout import Recording, RolloutOptions, picture_size, roll_out
 from como_jax.evaluation.rollouts.sampling import FIELDS as SAMPLING_FIELDS
-from como_jax.policies.controller import ControlConfig
+from como_jax.spec.control import ControlConfig
 from como_jax.training import sharding
 
 logger = logging.getLogger("como_jax.rollout")

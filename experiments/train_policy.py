@@ -24,7 +24,9 @@ from como_jax.data.pipeline import training_batches
 from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
+from como_jax.files import write_json
 from como_jax.nn.model_def import ModelDef
+from como_jax.spec.interface import POLICY_FILE
 from como_jax.training import sharding
 from como_jax.training.models import make_model, resolve, unit_of
 from como_jax.training.pretrained import load_policy_parts
@@ -67,10 +69,10 @@ def make_evaluator(
     """What evaluates the run while it trains."""
     evaluation = PolicyEvaluationConfig(**{**config.evaluation, "env_settings": tuple(config.evaluation.env_settings)})
     spec, runner = make_spec(data, config), None
-    if spec.scales:
-        scales = next(iter(spec.scales.values()))
+    if spec.robots:
+        stats = next(iter(spec.robots.values()))
         instructions = _instruction_reader(config, data, workdir)
-        runner = PolicyRunner(model, {}, spec, scales, instructions, hosts.local_mesh(mesh))
+        runner = PolicyRunner(model, {}, spec, stats, instructions, hosts.local_mesh(mesh))
     sets = [item for item in (data, open_policy_data(config, "val")) if item.parts]
     return PolicyEvaluator(model, sets, runner, mesh, evaluation, num_steps=config.train.num_steps)
 
@@ -84,7 +86,7 @@ def _instruction_reader(config: ConfigDict, data: PolicyData, workdir: epath.Pat
 
 def write_inputs(config: ConfigDict, data: PolicyData, workdir: epath.PathLike) -> None:
     """What the policy needs to act, beside its config and its numbers."""
-    make_spec(data, config).save(workdir)
+    write_json(epath.Path(workdir) / POLICY_FILE, make_spec(data, config).to_json())
     if embeddings := data.embeddings():
         write_embeddings(workdir, embeddings)
 

@@ -18,7 +18,7 @@ from como_jax.data.reader import BatchReader
 from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import DatasetError, closest
-from como_jax.policies.spec import PolicySpec, Scales
+from como_jax.spec.interface import NormStats, PolicySpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def make_spec(data: PolicyData, config: ConfigDict) -> PolicySpec:
         state_size=data.filler.state_size,
         control_rate=float(np.median(first.source.control_rate)),
         uses_text=True,
-        scales={part.source.directory.name: Scales(part.action, part.state) for part in data.parts if part.action},
+        robots={part.source.directory.name: NormStats(part.action, part.state) for part in data.parts if part.action},
     )
 
 

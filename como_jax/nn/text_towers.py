@@ -28,7 +28,7 @@ from como_jax.nn.attention import Attention
 from como_jax.nn.layers import Block, LayerNorm, Linear
 from como_jax.nn.primitives import embedding, xavier_uniform
 from como_jax.nn.stack import Stack
-from como_jax.spec.towers import TextConfig
+from como_jax.spec.towers import GATED, TextConfig
 from como_jax.types import Observation
 
 BYTE_VOCABULARY = 257
@@ -46,7 +46,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-GATED = "gated-"
 """Prefix of the activation of a gated linear unit."""
 
 
@@ -164,7 +163,7 @@ class ClipTextTower(nnx.Module):
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         _check_public_sizes(config)
-        positions = config.positions or config.max_length
+        positions = config.num_positions
         if config.max_length > positions:
             raise ConfigError(f"text.max_length {config.max_length} is more than the {positions} positions of CLIP.")
         self.width, self.dtype = config.width, dtype
@@ -266,7 +265,7 @@ class T5Attention(nnx.Module):
     """Multi-head self-attention with a bias on its logits, which are not scaled by the size of a head."""
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        heads = (config.num_heads, config.head_size or config.width // config.num_heads)
+        heads = (config.num_heads, config.head_width)
         kinds = {"use_bias": False, "kernel_init": xavier_uniform, "dtype": dtype, "rngs": rngs}
         self.qkv = nnx.LinearGeneral(config.width, (3, *heads), **kinds)
         self.proj = nnx.LinearGeneral(heads, config.width, axis=(-2, -1), **kinds)

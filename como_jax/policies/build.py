@@ -20,8 +20,6 @@ from como_jax.spec.policies import (
 from como_jax.spec.sections import fields_of
 from como_jax.spec.towers import DecoderConfig, TextConfig
 
-POLICY_FAMILIES = ("diffusion_policy", "autoregressive_policy", "latent_vla")
-
 
 def build_policy(config: ConfigDict) -> ModelDef:
     """The policy that a config with all sizes describes.
@@ -35,7 +33,7 @@ def build_policy(config: ConfigDict) -> ModelDef:
         diffusion = diffusion_policy_config(config)
         return define(DiffusionPolicy, observation, diffusion, **options)
     if config.family == "autoregressive_policy":
-        autoregressive = AutoregressiveConfig(**fields_of(AutoregressiveConfig, config.model), **_window(config))
+        autoregressive = autoregressive_config(config)
         return define(AutoregressivePolicy, observation, autoregressive, **options)
     if config.family == "latent_vla":
         vla = vla_config(config)
@@ -75,10 +73,23 @@ def diffusion_policy_config(config: ConfigDict) -> DiffusionPolicyConfig:
     )
 
 
+def autoregressive_config(config: ConfigDict) -> AutoregressiveConfig:
+    """The autoregressive policy's part of the config."""
+    return AutoregressiveConfig(**fields_of(AutoregressiveConfig, config.model), **_window(config))
+
+
 def vla_config(config: ConfigDict) -> VlaConfig:
     """The vision-language-action model's part of the config."""
     fields = fields_of(VlaConfig, config.model) | _window(config)
     return VlaConfig(**{**fields, "decoder": DecoderConfig(**fields_of(DecoderConfig, config.model))})
+
+
+MODEL_CONFIGS = {
+    "diffusion_policy": diffusion_policy_config,
+    "autoregressive_policy": autoregressive_config,
+    "latent_vla": vla_config,
+}
+POLICY_FAMILIES = tuple(MODEL_CONFIGS)
 
 
 def _window(config: ConfigDict) -> dict[str, int]:

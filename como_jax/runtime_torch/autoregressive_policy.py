@@ -17,7 +17,7 @@ from como_jax.runtime_torch.latent_heads import CodeEmbedding, CodeHead, Diffusi
 from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, run_blocks
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation, ObservationEncoder, ObservationFeatures
-from como_jax.runtime_torch.policy_config import AutoregressiveConfig, DiffusionConfig, ObservationConfig
+from como_jax.spec.policies import AutoregressiveConfig, DiffusionConfig, ObservationConfig
 
 # Latents are normalised, so that larger estimates can only come from nearly pure noise.
 _LARGEST_LATENT = 5.0
@@ -65,7 +65,7 @@ class AutoregressivePolicy(nn.Module):
         features = self.observation(observation)
         motion = self._generate(features, noise) if self.config.generate_latents else None
         actions = self.action_head(self(features, motion).actions[:, -1])
-        return with_gripper(actions, self.config.gripper_dims)
+        return with_gripper(actions, self.config.gripper_dim)
 
     def forward(self, features: ObservationFeatures, motion: KnownLatents | None) -> Outputs:
         """Runs the transformer over the whole sequence; action queries read the latents that are known."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from como_jax.runtime_torch.config import BottleneckConfig
+from como_jax.spec.motion import BottleneckConfig
 
 
 class Identity(nn.Module):

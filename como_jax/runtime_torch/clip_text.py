@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from como_jax.runtime_torch.layers import LayerNorm, Linear, attend, run_blocks
-from como_jax.runtime_torch.policy_config import TextConfig
 from como_jax.runtime_torch.text import TextFeatures
 from como_jax.runtime_torch.text_layers import ACTIVATIONS, split_text
+from como_jax.spec.towers import TextConfig
 
 
 class ClipTextTower(nn.Module):
@@ -24,7 +24,7 @@ class ClipTextTower(nn.Module):
         self.embeddings = nn.ModuleDict(
             {
                 "token_embedding": nn.Embedding(config.vocabulary_size, width),
-                "position_embedding": nn.Embedding(config.positions, width),
+                "position_embedding": nn.Embedding(config.num_positions, width),
             }
         )
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ClipBlock(config) for _ in range(config.depth))})

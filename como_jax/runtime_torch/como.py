@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from como_jax.runtime_torch.bottlenecks import make_bottleneck
-from como_jax.runtime_torch.config import ComoConfig, EncoderConfig
 from como_jax.runtime_torch.layers import (
     Block,
     LayerNorm,
@@ -21,6 +20,8 @@ from como_jax.runtime_torch.layers import (
     unpatchify,
 )
 from como_jax.runtime_torch.vit import Vit
+from como_jax.spec.motion import MotionConfig
+from como_jax.spec.towers import VitConfig
 
 
 class InverseDynamics(nn.Module):
@@ -28,7 +29,7 @@ class InverseDynamics(nn.Module):
 
     in_float32 = ("latent_out",)
 
-    def __init__(self, num_tokens: int, feature_width: int, output_dim: int, config: ComoConfig):
+    def __init__(self, num_tokens: int, feature_width: int, output_dim: int, config: MotionConfig):
         super().__init__()
         width, self.num_queries = config.idm_width, config.num_queries
         self.conditioned = config.motion_input != "future_only"
@@ -61,7 +62,7 @@ class ForwardDynamics(nn.Module):
 
     in_float32 = ("norm", "head")
 
-    def __init__(self, image_size: int, config: ComoConfig):
+    def __init__(self, image_size: int, config: MotionConfig):
         super().__init__()
         width, pixels = config.fdm_width, config.fdm_patch_size**2 * 3
         self.image_size, self.patch_size, self.residual = image_size, config.fdm_patch_size, config.residual
@@ -87,14 +88,14 @@ class Como(nn.Module):
 
     in_float32 = ("bottleneck",)
 
-    def __init__(self, image_size: int, encoder: EncoderConfig, config: ComoConfig):
+    def __init__(self, vit: VitConfig, config: MotionConfig):
         super().__init__()
         self.motion_input = config.motion_input
-        self.encoder = Vit(image_size, encoder)
+        self.encoder = Vit(vit)
         self.bottleneck = make_bottleneck(config.bottleneck, config.latent_dim)
         num_tokens = self.encoder.pos_embed.shape[1]
-        self.idm = InverseDynamics(num_tokens, encoder.width, self.bottleneck.input_dim, config)
-        self.fdm = ForwardDynamics(image_size, config)
+        self.idm = InverseDynamics(num_tokens, vit.width, self.bottleneck.input_dim, config)
+        self.fdm = ForwardDynamics(vit.image_size, config)
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latents `[B, P, Q, L]` and codes `[B, P, Q]`, or None, between frames of uint8 `[B, T, H, W, 3]`."""

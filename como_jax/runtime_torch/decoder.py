@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from como_jax.runtime_torch.layers import Linear
-from como_jax.runtime_torch.policy_config import DecoderConfig
+from como_jax.spec.towers import DecoderConfig
 
 KeyValues = tuple[Tensor, Tensor]
 """Keys and values of the tokens so far, `[B, G, S, K]` each."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from como_jax.runtime_torch.noise import Noise
-from como_jax.runtime_torch.policy_config import DiffusionConfig
+from como_jax.spec.policies import DiffusionConfig
 
 Network = Callable[[Tensor, Tensor], Tensor]
 

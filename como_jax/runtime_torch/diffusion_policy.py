@@ -16,7 +16,7 @@ from como_jax.runtime_torch.diffusion import denoise
 from como_jax.runtime_torch.layers import Attention, CrossAttention, LayerNorm, Linear, Mlp
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation, ObservationEncoder, ObservationFeatures
-from como_jax.runtime_torch.policy_config import DiffusionPolicyConfig, ObservationConfig
+from como_jax.spec.policies import DiffusionPolicyConfig, ObservationConfig
 
 _TIME_FREQUENCIES = 64
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from como_jax.runtime_torch.config import EncoderConfig
 from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, normalize_frames, patchify, run_blocks
+from como_jax.spec.towers import VitConfig
 
 
 class ConvTower(nn.Module):
@@ -37,11 +37,11 @@ class Siglip(nn.Module):
 
     in_float32 = ("norm",)
 
-    def __init__(self, image_size: int, config: EncoderConfig):
+    def __init__(self, config: VitConfig):
         super().__init__()
         self.patch_size, width = config.patch_size, config.width
         self.patch_embed = Linear(config.patch_size**2 * 3, width)
-        self.pos_embed = nn.Parameter(torch.empty((image_size // config.patch_size) ** 2, width))
+        self.pos_embed = nn.Parameter(torch.empty(config.grid**2, width))
         sizes = (width, config.num_heads, config.mlp_width)
         self.blocks = nn.ModuleList(Block(*sizes, tanh_gelu=True) for _ in range(config.depth))
         self.norm = LayerNorm(width)

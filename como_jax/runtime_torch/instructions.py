@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from como_jax.runtime_torch.errors import InputError, ModelFileError
-from como_jax.runtime_torch.policy_config import TextConfig
-
-EMBEDDINGS_NAME = "instructions.safetensors"
-"""Of one tensor, `embedding` `[n, E]`, and in its metadata the `instructions`, a list as JSON."""
+from como_jax.errors import InputError, ModelFileError
+from como_jax.spec.exported import EMBEDDINGS_NAME
+from como_jax.spec.towers import TextConfig
 
 Reader = Callable[[str], np.ndarray]
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from como_jax.runtime_torch.bottlenecks import Codebook
-from como_jax.runtime_torch.config import LaqConfig
 from como_jax.runtime_torch.laq_layers import PositionBias, SpatialBlock, TemporalBlock
 from como_jax.runtime_torch.layers import LayerNorm, Linear, patchify, unpatchify
+from como_jax.spec.motion import LaqConfig
 
 
 class Pool(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from como_jax.runtime_torch.diffusion import denoise
 from como_jax.runtime_torch.layers import LayerNorm, Linear
 from como_jax.runtime_torch.noise import Noise
-from como_jax.runtime_torch.policy_config import DiffusionConfig
+from como_jax.spec.policies import DiffusionConfig
 
 
 class CodeEmbedding(nn.Module):
@@ -107,9 +107,10 @@ class ModulatedMlp(nn.Module):
         return x + self.fc2(F.silu(self.fc1(self.norm(x) * (1.0 + scale) + shift)))
 
 
-def with_gripper(actions: Tensor, gripper_dims: tuple[int, ...]) -> Tensor:
-    """Actions `[..., A]` whose dimensions that only open or close a gripper are -1 or 1, by their signs."""
-    for dim in gripper_dims:
-        actions = actions.clone()
-        actions[..., dim] = torch.where(actions[..., dim] > 0, 1.0, -1.0)
+def with_gripper(actions: Tensor, dim: int) -> Tensor:
+    """Actions `[..., A]` with -1 or 1, by its sign, in the dimension of the gripper; -1 for no such dimension."""
+    if dim < 0:
+        return actions
+    actions = actions.clone()
+    actions[..., dim] = torch.where(actions[..., dim] > 0, 1.0, -1.0)
     return actions

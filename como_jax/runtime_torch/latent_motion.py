@@ -10,20 +10,20 @@ Axes: B batch, T instants, H and W pixels, S side of the model's frames, Q laten
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from como_jax.errors import ConfigError, InputError
 from como_jax.runtime_torch.como import Como
-from como_jax.runtime_torch.config import LaqConfig, MotionModelConfig, parse_motion_model
-from como_jax.runtime_torch.errors import InputError
-from como_jax.runtime_torch.files import CONFIG_NAME, load_module, read_config
+from como_jax.runtime_torch.files import load_module
 from como_jax.runtime_torch.laq import Laq
 from como_jax.runtime_torch.layers import set_compute_dtype
+from como_jax.spec.exported import ExportedMotion, read_description
 from como_jax.spec.images import fit_frames
+from como_jax.spec.motion import LaqConfig
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -43,7 +43,7 @@ class LatentMotion:
       module: `Como` or `Laq`; its `encode` and `predict` take frames of the model's own size, on its device.
     """
 
-    def __init__(self, module: Como | Laq, config: MotionModelConfig):
+    def __init__(self, module: Como | Laq, config: ExportedMotion):
         self.module, self.config = module, config
         self._encode, self._predict = module.encode, module.predict
 
@@ -66,13 +66,12 @@ class LatentMotion:
 
         Raises:
           ModelFileError: a file is missing or damaged, or of an unknown version.
-          InputError: another dtype.
+          ConfigError: another dtype.
         """
         if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype} must be one of {', '.join(map(str, DTYPES))}.")
-        content = read_config(directory)
-        config = parse_motion_model(content, Path(directory) / CONFIG_NAME)
-        module = load_module(lambda: build_module(config), directory, content)
+            raise ConfigError(f"dtype {dtype} must be one of {', '.join(map(str, DTYPES))}.")
+        config, weights = read_description(directory, ExportedMotion)
+        module = load_module(lambda: build_module(config), directory, weights)
         set_compute_dtype(module, dtype)
         model = cls(module.to(device), config)
         if compile:
@@ -127,9 +126,9 @@ class LatentMotion:
         return torch.from_numpy(np.require(fitted, requirements=("C", "W"))).to(self.device)
 
 
-def build_module(config: MotionModelConfig) -> Como | Laq:
+def build_module(config: ExportedMotion) -> Como | Laq:
     """The module that a config describes, with parameters that are not set."""
     if isinstance(config.model, LaqConfig):
         return Laq(config.image_size, config.model)
-    assert config.encoder is not None  # As `parse_motion_model` sees to.
-    return Como(config.image_size, config.encoder, config.model)
+    assert config.encoder is not None  # `ExportedMotion` checks this.
+    return Como(config.encoder, config.model)

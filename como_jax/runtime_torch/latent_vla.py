@@ -18,7 +18,7 @@ from como_jax.runtime_torch.latent_heads import CodeEmbedding, CodeHead, Diffusi
 from como_jax.runtime_torch.layers import Linear
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation, ObservationEncoder
-from como_jax.runtime_torch.policy_config import DiffusionConfig, ObservationConfig, VlaConfig
+from como_jax.spec.policies import DiffusionConfig, ObservationConfig, VlaConfig
 
 
 class Prefix(NamedTuple):
@@ -88,7 +88,7 @@ class LatentVla(nn.Module):
         if self.action.is_coded:
             # The middle of each bin of the range from -1 to 1.
             values = (values.float() + 0.5) * (2 / config.num_bins) - 1
-        return with_gripper(values.reshape(len(values), config.chunk, config.action_size), config.gripper_dims)
+        return with_gripper(values.reshape(len(values), config.chunk, config.action_size), config.gripper_dim)
 
     def write(self, observation: Observation, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
         """The values of the action's tokens, `[B, S]` or `[B, S, L]`.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from como_jax.runtime_torch.errors import InputError
+from como_jax.errors import InputError
 
 
 class Noise(Protocol):

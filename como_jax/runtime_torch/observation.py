@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from como_jax.runtime_torch.clip_text import ClipTextTower
 from como_jax.runtime_torch.image_towers import ConvTower, Siglip
 from como_jax.runtime_torch.layers import Linear, normalize_frames
-from como_jax.runtime_torch.policy_config import ObservationConfig, TextConfig
 from como_jax.runtime_torch.t5 import T5Tower
 from como_jax.runtime_torch.text import ByteTransformer, EmbeddingTower, TextFeatures, TokenTable
 from como_jax.runtime_torch.vit import Vit
+from como_jax.spec.policies import ObservationConfig
+from como_jax.spec.towers import TextConfig
 
 
 class Observation(NamedTuple):
@@ -58,7 +59,7 @@ class ObservationEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.images = _make_image_tower(config)
-        self.image_proj = Linear(config.encoder.width, width)
+        self.image_proj = Linear(config.vit.width, width)
         self.image_pos = nn.Parameter(torch.empty((config.grid // config.pool) ** 2, width))
         self.camera_embed = nn.Parameter(torch.empty(config.cameras, width))
         self.instant_embed = nn.Parameter(torch.empty(config.instants, width))
@@ -111,5 +112,5 @@ _TEXT_TOWERS: dict[str, Callable[[TextConfig], nn.Module]] = {
 
 def _make_image_tower(config: ObservationConfig) -> nn.Module:
     if config.image_tower == "conv":
-        return ConvTower(config.encoder.width)
-    return (Vit if config.image_tower == "vit" else Siglip)(config.image_size, config.encoder)
+        return ConvTower(config.vit.width)
+    return (Vit if config.image_tower == "vit" else Siglip)(config.vit)

@@ -1,14 +1,14 @@
 """A policy as a robot uses it: from what is seen to the action to take.
 
     policy = Policy.from_pretrained("exported")
-    action = policy.act({"images": {"front": picture}, "state": state}, "pick up the red cube")
+    action = policy.act({"images": {"front": image}, "state": state}, "pick up the red cube")
 
-Robots that share the weights have a session each, and so has every episode:
+Several robots, or several episodes at once, share the weights and have a session each:
 
     session = policy.new_session()
     action = session.act(observation, instruction)
 
-Axes: B scenes, H steps of a chunk, A action.
+Axes: B histories, H steps of a chunk, A numbers of an action.
 """
 
 from __future__ import annotations
@@ -21,26 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from como_jax.errors import ConfigError
 from como_jax.runtime_torch.autoregressive_policy import AutoregressivePolicy
-from como_jax.runtime_torch.chunks import ControlConfig
 from como_jax.runtime_torch.diffusion_policy import DiffusionPolicy
-from como_jax.runtime_torch.errors import InputError
-from como_jax.runtime_torch.files import CONFIG_NAME, load_module, read_config
+from como_jax.runtime_torch.files import load_module
 from como_jax.runtime_torch.instructions import Reader, make_reader
 from como_jax.runtime_torch.latent_motion import DTYPES
 from como_jax.runtime_torch.latent_vla import LatentVla
 from como_jax.runtime_torch.layers import set_compute_dtype
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation
-from como_jax.runtime_torch.policy_config import (
-    AutoregressiveConfig,
-    DiffusionPolicyConfig,
-    PolicyConfig,
-    Robot,
-    parse_policy,
-)
-from como_jax.runtime_torch.session import Scene, Session
-from como_jax.spec.images import fit_frames
+from como_jax.runtime_torch.session import Session
+from como_jax.spec.control import ControlConfig
+from como_jax.spec.exported import ExportedPolicy, read_description
+from como_jax.spec.interface import History, observation_arrays
+from como_jax.spec.policies import AutoregressiveConfig, DiffusionPolicyConfig
 
 Module = DiffusionPolicy | AutoregressivePolicy | LatentVla
 
@@ -52,15 +47,16 @@ class Policy:
       config: what the policy is.
       module: the network.
       robot: name of the robot's dataset.
+      spec: what the policy takes and gives, with the sizes of this robot.
     """
 
     def __init__(
-        self, module: Module, config: PolicyConfig, read: Reader, robot: str, control: ControlConfig, seed: int | None
+        self, module: Module, config: ExportedPolicy, read: Reader, robot: str, control: ControlConfig, seed: int | None
     ):
-        """Takes the network, what it is, the reader of its instructions, one of its robots, and how it acts."""
         self.module, self.config, self.robot = module, config, robot
-        self._read, self._scales = read, config.robots[robot]
-        self._control, self._seed = control, seed
+        self._stats = config.interface.robots[robot]
+        self.spec = config.interface.sized_for(self._stats)
+        self._read, self._control, self._seed = read, control.resolve(self.spec.chunk), seed
         self._session = self.new_session()
 
     @classmethod
@@ -81,24 +77,22 @@ class Policy:
         Args:
           directory: of the exported policy.
           device: cpu, cuda or cuda:N.
-          dtype: of compute, float32 or bfloat16; where training kept float32, bfloat16 does too.
-          robot: the dataset whose scales to use, where the policy was trained on several.
-          execute: steps after which the next chunk is asked for; 0 for half a chunk.
-          ensemble: see `chunks.ControlConfig`.
+          dtype: of compute, float32 or bfloat16; with bfloat16, what training keeps in float32 stays in float32.
+          robot: the dataset whose normalisation is used, where the policy was trained on several.
+          execute, ensemble: how chunks are carried out, see `ControlConfig`.
           seed: of the noise that policies sample from; None for another one each time.
-          compile: whether `torch.compile` makes programs of the network, at the first chunks.
+          compile: whether `torch.compile` compiles the network, at the first chunks.
 
         Raises:
           ModelFileError: a file is missing or damaged, or of an unknown version.
-          InputError: a setting that the policy does not have.
+          ConfigError: a setting that the policy does not have.
         """
         if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype} must be one of {', '.join(map(str, DTYPES))}.")
-        content = read_config(directory)
-        config = parse_policy(content, Path(directory) / CONFIG_NAME)
-        name = _choose_robot(config.robots, robot)
-        control = ControlConfig(execute, ensemble).resolve(config.model.chunk)
-        module = load_module(lambda: build_policy_module(config), directory, content)
+            raise ConfigError(f"dtype {dtype} must be one of {', '.join(map(str, DTYPES))}.")
+        config, weights = read_description(directory, ExportedPolicy)
+        name = config.interface.choose_robot(robot)
+        control = ControlConfig(execute, ensemble).resolve(config.interface.chunk)
+        module = load_module(lambda: build_policy_module(config), directory, weights)
         set_compute_dtype(module, dtype)
         if compile:
             compile_module(module)
@@ -111,41 +105,26 @@ class Policy:
         return next(self.module.parameters()).device
 
     @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names of the pictures that an observation must have."""
-        return self.config.interface.cameras
-
-    @property
-    def action_size(self) -> int:
-        """Numbers in an action of this robot."""
-        return self._scales.action.size
-
-    @property
-    def state_size(self) -> int:
-        """Numbers in the state that an observation must have; 0 where none is used."""
-        return self._scales.state.size if self._scales.state and self.config.observation.state_size else 0
-
-    @property
     def metadata(self) -> dict[str, Any]:
         """What a client must know: plain text, numbers, and lists of them."""
-        interface, model = self.config.interface, self.config.model
+        spec = self.spec
         return {
             "family": self.config.family,
             "robot": self.robot,
-            "cameras": list(interface.cameras),
-            "state_size": self.state_size,
-            "uses_text": interface.uses_text,
-            "action_size": self.action_size,
-            "chunk": model.chunk,
+            "cameras": list(spec.cameras),
+            "state_size": spec.state_size,
+            "uses_text": spec.uses_text,
+            "action_size": spec.action_size,
+            "chunk": spec.chunk,
             "execute": self._control.execute,
-            "control_rate": interface.control_rate,
-            "instants": self.config.observation.instants,
-            "stride": interface.stride,
+            "control_rate": spec.control_rate,
+            "instants": spec.instants,
+            "stride": spec.stride,
         }
 
     def new_session(self) -> Session:
-        """An episode of its own, which shares the weights; sessions may be used in turn, and each from one thread."""
-        return Session(self, self._control, self._seed)
+        """A session with its own episode; sessions may be used in turn, each from one thread."""
+        return Session(self.spec, self._control, self.sample, self._seed)
 
     def act(self, observation: Mapping[str, Any], instruction: str = "", noise: Noise | None = None) -> np.ndarray:
         """The action to take now, of the policy's own session; see `Session.act`."""
@@ -156,40 +135,23 @@ class Policy:
         self._session.reset()
 
     @torch.inference_mode()
-    def sample(self, scenes: Sequence[Scene], noise: Noise) -> np.ndarray:
+    def sample(self, histories: Sequence[History], noise: Noise) -> np.ndarray:
         """Action chunks in the robot's units, float32 `[B, H, A]`.
 
         Raises:
           InputError: an instruction that the policy cannot read.
         """
-        actions = self.module.sample_actions(self.observe(scenes), noise).float().cpu().numpy()
-        return self._scales.action.inverse(actions[..., : self.action_size])
+        actions = self.module.sample_actions(self.observe(histories), noise).float().cpu().numpy()
+        return self._stats.action.inverse(actions[..., : self.spec.action_size])
 
-    def observe(self, scenes: Sequence[Scene]) -> Observation:
-        """What the network is given of some scenes, on its device."""
-        config, interface = self.config.observation, self.config.interface
-        images = np.stack(
-            [
-                [
-                    [fit_frames(seen[camera], config.image_size, interface.fit) for camera in interface.cameras]
-                    for seen in scene.images
-                ]
-                for scene in scenes
-            ]
-        )
-        state = has_state = None
-        if config.state_size:
-            state = np.zeros((len(scenes), config.instants, config.state_size), np.float32)
-            if self.state_size and self._scales.state:
-                state[..., : self.state_size] = self._scales.state(np.stack([scene.states for scene in scenes]))
-            has_state = np.full(len(scenes), self.state_size > 0, np.float32)
-        has_camera = np.ones((len(scenes), len(interface.cameras)), np.float32)
-        instruction = np.stack([self._read(scene.instruction) for scene in scenes])
-        arrays = (images, has_camera, instruction, state, has_state)
-        return Observation(*(None if part is None else torch.from_numpy(part).to(self.device) for part in arrays))
+    def observe(self, histories: Sequence[History]) -> Observation:
+        """What the network is given of some histories, on its device."""
+        arrays = observation_arrays(self.config.interface, self._stats, histories)
+        arrays["instruction"] = np.stack([self._read(history.instruction) for history in histories])
+        return Observation(**{name: torch.from_numpy(part).to(self.device) for name, part in arrays.items()})
 
 
-def build_policy_module(config: PolicyConfig) -> Module:
+def build_policy_module(config: ExportedPolicy) -> Module:
     """The module that a config describes, with parameters that are not set."""
     observation, model = config.observation, config.model
     if isinstance(model, DiffusionPolicyConfig):
@@ -200,7 +162,7 @@ def build_policy_module(config: PolicyConfig) -> Module:
 
 
 def compile_module(module: Module) -> None:
-    """Makes programs of the parts that do the work; what repeats them stays as it is, since it would be unrolled."""
+    """Compiles the parts that do the work; the loops around them stay as they are, since they would be unrolled."""
     module.observation.compile()
     if isinstance(module, DiffusionPolicy):
         module.evaluate = torch.compile(module.evaluate)  # type: ignore[method-assign]
@@ -208,12 +170,3 @@ def compile_module(module: Module) -> None:
         module.compile()
     else:
         module.decoder.compile()
-
-
-def _choose_robot(robots: Mapping[str, Robot], name: str) -> str:
-    if not name and len(robots) == 1:
-        return next(iter(robots))
-    if name not in robots:
-        known = ", ".join(robots)
-        raise InputError(f"robot {name!r} must be one of those that the policy was trained on: {known}.")
-    return name

@@ -1,68 +1,53 @@
-"""One episode of one robot: its history and its queue of actions, beside weights that all share.
+"""One episode of one robot: its history and its queue of actions, beside weights that all sessions share.
 
-Axes: T instants, H steps of a chunk, A action, S numbers of a state; of pictures H and W are height and width.
+Axes: H steps of a chunk, A numbers of an action, S numbers of a state; H and W are height and width of images.
 """
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from como_jax.runtime_torch.chunks import ActionQueue, ControlConfig
-from como_jax.runtime_torch.errors import InputError, NonFiniteError
+from como_jax.errors import InputError, NonFiniteError
 from como_jax.runtime_torch.noise import DrawnNoise, Noise
+from como_jax.spec.control import ControlConfig, Controller
 from como_jax.spec.images import fit_frames
+from como_jax.spec.interface import History, PolicySpec
 
-if TYPE_CHECKING:
-    from como_jax.runtime_torch.policy import Policy
-
-
-_Sight = tuple[dict[str, np.ndarray], np.ndarray]
-
-
-class Scene(NamedTuple):
-    """What a policy is asked about.
-
-    Attributes:
-      images: uint8 RGB `[H, W, 3]` by camera, for every instant of the history, the oldest first.
-      states: float32 `[T, S]` in the robot's units; of no size for policies without.
-      instruction: what to do, in words.
-    """
-
-    images: Sequence[Mapping[str, np.ndarray]]
-    states: np.ndarray
-    instruction: str
+Sample = Callable[[Sequence[History], Noise], np.ndarray]
 
 
 class Session:
     """See the module's docstring; `Policy.new_session` makes it."""
 
-    def __init__(self, policy: Policy, control: ControlConfig, seed: int | None):
-        """Takes the policy, how chunks are carried out, and the seed of its noise."""
-        self._policy, self._control = policy, control
+    def __init__(self, spec: PolicySpec, control: ControlConfig, sample: Sample, seed: int | None):
+        """Starts the first episode.
+
+        Args:
+          spec: of the policy, with the sizes of this robot.
+          control: how chunks are carried out.
+          sample: gives action chunks `[B, H, A]` for B histories.
+          seed: of the noise; None for another one each time.
+        """
+        self._spec, self._control, self._sample = spec, control, sample
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
-        config = policy.config
-        self._instants, self._stride = config.observation.instants, config.interface.stride
         self.reset()
 
     def reset(self) -> None:
         """Begins another episode."""
-        length = (self._instants - 1) * self._stride + 1
-        self._history: collections.deque[_Sight] = collections.deque(maxlen=length)
-        self._queue = ActionQueue(self._control)
+        self._controller = Controller(self._spec, self._control)
 
     def act(self, observation: Mapping[str, Any], instruction: str = "", noise: Noise | None = None) -> np.ndarray:
         """The action to take now, float32 `[A]` in the robot's units.
 
-        Call it once for every control step, also for those whose action is in the queue already: history grows by it.
+        Call it at every control step, also at those whose action is in the queue already: the history grows by it.
 
         Args:
           observation: `images`, uint8 RGB `[H, W, 3]` of any size by camera, and `state`, numbers `[S]` in the robot's
@@ -71,78 +56,69 @@ class Session:
           noise: for the chunk, if one is due; None for the session's own.
 
         Raises:
-          InputError: the observation or the instruction is not what the policy needs; nothing has changed then.
+          InputError: the observation or the instruction is not what the policy needs.
           NonFiniteError: the policy gave an action that is not finite.
+          In both cases the session is as it was before the call.
         """
-        seen = self._check(observation, instruction)
-        if self._queue.is_due:
-            self._queue.add(self._sample(seen, instruction, noise))
-        else:
-            self._history.append(seen)
-        return self._queue.next()
+        self._observe(observation, instruction)
+        if self._controller.needs_chunk():
+            self._controller.add_chunk(self._chunk(instruction, noise))
+        return self._controller.next_action()
 
     def plan(self, observation: Mapping[str, Any], instruction: str = "", noise: Noise | None = None) -> np.ndarray:
         """A whole chunk of actions from now on, float32 `[H, A]`, for robots that carry it out themselves.
 
-        The queue of `act` knows nothing of it. Otherwise like `act`: every call is a step of the history.
+        The queue of `act` does not change. Otherwise like `act`: every call is a step of the history.
         """
-        return self._sample(self._check(observation, instruction), instruction, noise)
+        self._observe(observation, instruction)
+        return self._chunk(instruction, noise)
 
-    def _sample(self, seen: _Sight, instruction: str, noise: Noise | None) -> np.ndarray:
-        """Takes note of what is seen and gives a chunk; where that fails, nothing is noted."""
-        before = list(self._history)
-        self._history.append(seen)
+    def _chunk(self, instruction: str, noise: Noise | None) -> np.ndarray:
+        """The policy's answer to the history; where that fails, the last observation is forgotten."""
         try:
-            chunk = self._policy.sample([self._scene(instruction)], noise or DrawnNoise(self._generator))[0]
+            history = self._controller.history(instruction)
+            chunk = self._sample([history], noise or DrawnNoise(self._generator))[0]
             if not np.isfinite(chunk).all():
                 raise NonFiniteError("The policy gave an action that is not finite.")
         except Exception:
-            self._history.clear()
-            self._history.extend(before)
+            self._controller.forget()
             raise
         return chunk
 
-    def _check(self, observation: Mapping[str, Any], instruction: str) -> _Sight:
-        """The pictures as the model sees them, and the state."""
+    def _observe(self, observation: Mapping[str, Any], instruction: str) -> None:
+        """Checks what is seen, and keeps it as the model will see it."""
         if not isinstance(instruction, str):
             raise InputError(f"instruction is {type(instruction).__name__} and must be text.")
-        policy, interface = self._policy, self._policy.config.interface
+        spec = self._spec
         images = observation.get("images") if isinstance(observation, Mapping) else None
         if not isinstance(images, Mapping):
-            raise InputError(f"observation.images must hold the pictures of {', '.join(policy.cameras)} by camera.")
+            raise InputError(f"observation.images must hold an image of {', '.join(spec.cameras)}, by camera.")
         frames = {}
-        for camera in policy.cameras:
+        for camera in spec.cameras:
             if camera not in images:
                 raise InputError(f"observation.images.{camera} is missing; there are {', '.join(images) or 'none'}.")
-            picture = np.asarray(images[camera])
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
+            image = np.asarray(images[camera])
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
                 raise InputError(
-                    f"observation.images.{camera} is {picture.dtype} {list(picture.shape)} and must be uint8 RGB "
-                    "[H, W, 3]."
+                    f"observation.images.{camera} is {image.dtype} {list(image.shape)} and must be uint8 RGB [H, W, 3]."
                 )
-            frames[camera] = fit_frames(picture, policy.config.observation.image_size, interface.fit).copy()
-        return frames, self._check_state(observation.get("state"))
+            # A copy, since drivers of cameras may reuse their memory.
+            frames[camera] = fit_frames(image, spec.image_size, spec.fit).copy()
+        self._controller.observe(frames, self._check_state(observation.get("state")))
 
     def _check_state(self, state: Any) -> np.ndarray:
         """float32 `[S]`, empty where the policy uses none."""
-        size = self._policy.state_size
+        size = self._spec.state_size
         if not size:
             return np.zeros(0, np.float32)
         if state is None:
             raise InputError(f"observation.state is missing; it must be {size} numbers.")
         try:
-            numbers = np.asarray(state, np.float32)
+            numbers = np.array(state, np.float32)
         except (TypeError, ValueError) as error:
             raise InputError(f"observation.state must be {size} numbers: {error}.") from error
         if numbers.shape != (size,):
             raise InputError(f"observation.state is {list(numbers.shape)} and must be [{size}].")
         if not np.isfinite(numbers).all():
             raise InputError("observation.state holds numbers that are not finite.")
-        return numbers.copy()
-
-    def _scene(self, instruction: str) -> Scene:
-        """What the policy is asked about now; the first sight stands for those before the episode."""
-        now = len(self._history) - 1
-        times = [max(0, now - back * self._stride) for back in reversed(range(self._instants))]
-        sights = [self._history[time] for time in times]
-        return Scene([frames for frames, _ in sights], np.stack([state for _, state in sights]), instruction)
+        return numbers

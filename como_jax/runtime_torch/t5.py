@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from como_jax.runtime_torch.layers import Linear, run_blocks
-from como_jax.runtime_torch.policy_config import TextConfig
 from como_jax.runtime_torch.text import TextFeatures, masked_mean
-from como_jax.runtime_torch.text_layers import ACTIVATIONS, GATED, split_text
+from como_jax.runtime_torch.text_layers import ACTIVATIONS, split_text
+from como_jax.spec.towers import GATED, TextConfig
 
 
 class T5Tower(nn.Module):
@@ -71,7 +71,7 @@ class T5Attention(nn.Module):
 
     def __init__(self, config: TextConfig, *, has_positions: bool):
         super().__init__()
-        self.num_heads, inner = config.num_heads, config.num_heads * config.head_size
+        self.num_heads, inner = config.num_heads, config.num_heads * config.head_width
         self.q, self.k, self.v = (Linear(config.width, inner, bias=False) for _ in range(3))
         self.o = Linear(inner, config.width, bias=False)
         if has_positions:

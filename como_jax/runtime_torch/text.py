@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, run_blocks
-from como_jax.runtime_torch.policy_config import TextConfig
+from como_jax.spec.towers import TextConfig
 
 BYTE_VOCABULARY = 257
 """Token 0 ends the text, byte b is token b + 1."""

@@ -16,7 +16,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-GATED = "gated-"
 
 
 def split_text(text: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from como_jax.runtime_torch.config import EncoderConfig
 from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, patchify, run_blocks
+from como_jax.spec.towers import VitConfig
 
 
 class Vit(nn.Module):
@@ -14,13 +14,12 @@ class Vit(nn.Module):
 
     in_float32 = ("norm",)
 
-    def __init__(self, image_size: int, config: EncoderConfig):
+    def __init__(self, config: VitConfig):
         super().__init__()
         self.patch_size, width = config.patch_size, config.width
-        num_patches = (image_size // config.patch_size) ** 2
         self.patch_embed = Linear(config.patch_size**2 * 3, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, width))
         self.blocks = nn.ModuleList(Block(width, config.num_heads, config.mlp_width) for _ in range(config.depth))
         self.norm = LayerNorm(width)
 

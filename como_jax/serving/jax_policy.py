@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from como_jax.envs.base import Observation
 from como_jax.errors import NonFiniteError, UsageError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy
-from como_jax.policies.controller import ControlConfig, Controller
-from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.serving.policy import PolicyInputs, PolicyOptions
+from como_jax.spec.control import ControlConfig, Controller
+from como_jax.spec.interface import History, PolicySpec
 from como_jax.training import sharding
 
 logger = logging.getLogger("como_jax.serve")
@@ -36,7 +35,7 @@ class JaxPolicy:
         self.runner, self._seed, self._sessions = runner, options.seed, itertools.count()
         self._control = None
         if not options.whole_chunks:
-            self._control = ControlConfig(options.execute or 0, options.ensemble).resolve(spec)
+            self._control = ControlConfig(options.execute or 0, options.ensemble).resolve(spec.chunk)
         self.metadata: Mapping[str, Any] = _describe(spec, self._control) | {"step": runner.step}
 
     @classmethod
@@ -85,21 +84,21 @@ class JaxSession:
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str) -> np.ndarray:
         """See `ServedSession`; raises NonFiniteError for actions that are not finite."""
         if self._controller is None:
-            self._controller = Controller(self._runner.spec, self._control or ControlConfig(), prompt)
+            self._controller = Controller(self._runner.spec, self._control or ControlConfig())
         controller = self._controller
-        controller.observe(Observation(images, state))
+        controller.observe(images, state)
         if self._control is None:
-            return self._sample(controller.scene())
+            return self._sample(controller.history(prompt))
         if controller.needs_chunk():
-            controller.add_chunk(self._sample(controller.scene()))
+            controller.add_chunk(self._sample(controller.history(prompt)))
         return controller.next_action()[None]
 
     def reset(self) -> None:
         """Begins another episode."""
         self._controller = None
 
-    def _sample(self, scene: Scene) -> np.ndarray:
-        chunk = self._runner.sample([scene], [(*self._seeds, self._chunks)])[0]
+    def _sample(self, history: History) -> np.ndarray:
+        chunk = self._runner.sample([history], [(*self._seeds, self._chunks)])[0]
         self._chunks += 1
         if not np.isfinite(chunk).all():
             raise NonFiniteError("The policy returned an action that is not finite.")

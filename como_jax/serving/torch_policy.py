@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from como_jax.errors import ConfigError, RunError
-from como_jax.runtime_torch.errors import InputError, ModelFileError
+from como_jax.errors import ConfigError, InputError
 from como_jax.runtime_torch.policy import Policy
 from como_jax.runtime_torch.session import Session
 from como_jax.serving.policy import PolicyInputs, PolicyOptions
@@ -25,10 +24,14 @@ class TorchPolicy:
 
     def __init__(self, policy: Policy, options: PolicyOptions):
         described = policy.metadata
-        self.inputs = PolicyInputs(policy.cameras, policy.state_size, described["uses_text"])
+        self.inputs = PolicyInputs(policy.spec.cameras, policy.spec.state_size, policy.spec.uses_text)
         self._policy, self._whole_chunks = policy, options.whole_chunks
         horizon = described["chunk"] if options.whole_chunks else 1
-        self.metadata: Mapping[str, Any] = {"action_horizon": horizon, "action_dim": policy.action_size, **described}
+        self.metadata: Mapping[str, Any] = {
+            "action_horizon": horizon,
+            "action_dim": policy.spec.action_size,
+            **described,
+        }
 
     @classmethod
     def load(cls, directory: os.PathLike[str], options: PolicyOptions) -> TorchPolicy:
@@ -41,10 +44,7 @@ class TorchPolicy:
             raise ConfigError("sampling is for runs: an exported policy samples as the config of its run says.")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         numbers = {"execute": options.execute or 0, "ensemble": options.ensemble, "seed": options.seed}
-        try:
-            policy = Policy.from_pretrained(directory, device=device, robot=options.dataset, **numbers)
-        except (InputError, ModelFileError) as error:
-            raise RunError(str(error)) from error
+        policy = Policy.from_pretrained(directory, device=device, robot=options.dataset, **numbers)
         logger.info("Computed by PyTorch on %s", device)
         return cls(policy, options)
 

@@ -9,6 +9,10 @@ from como_jax.errors import ConfigError
 TEXT_TOWERS = ("bytes", "clip", "t5", "embedding", "tokens")
 PUBLIC_TOWERS = ("clip", "t5")
 """The text towers whose weights and sizes come from files that the user brings."""
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "quick_gelu")
+"""Activations of public text towers, as the config.json beside their weights names them."""
+GATED = "gated-"
+"""Begins the name of the activation of a gated linear unit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,8 @@ class TextConfig:
         all share the last.
       frozen: whether a public tower or the table of tokens is left as it is; others are always trained.
       embedding_size: of the dataset's embeddings; 0 takes what the data has.
+      prompt: text with {} where the instruction is put before it is read.
+      tokenizer_file: the file that comes with the tower's weights; empty for bytes.
     """
 
     tower: str = "bytes"
@@ -71,12 +77,24 @@ class TextConfig:
     relative_distance: int = 128
     frozen: bool = True
     embedding_size: int = 0
+    prompt: str = "{}"
+    tokenizer_file: str = ""
 
     def __post_init__(self) -> None:
         if self.tower not in TEXT_TOWERS:
             raise ConfigError(f"text.tower {self.tower!r} is unknown; choose one of {', '.join(TEXT_TOWERS)}.")
         if self.pool < 1 or self.max_length % self.pool:
             raise ConfigError(f"text.pool {self.pool} must divide text.max_length {self.max_length}.")
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of CLIP's table of positions."""
+        return self.positions or self.max_length
+
+    @property
+    def head_width(self) -> int:
+        """Numbers in one head of T5."""
+        return self.head_size or self.width // self.num_heads
 
     @property
     def is_frozen(self) -> bool:

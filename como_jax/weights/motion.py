@@ -1,24 +1,21 @@
 """Motion models as `como_jax.runtime_torch` has them: one table for each, used to write them and to read them again.
 
-`describe_motion_model` and `motion_table` are for the export of a run, `read_motion_model` reads what it wrote.
+`describe_motion_model` and `motion_table` are for the export of a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.motion.build import motion_config
 from como_jax.motion.laq import NUM_NULL_TOKENS
 from como_jax.nn.vit import vit_config
+from como_jax.spec.exported import ExportedMotion
 from como_jax.spec.motion import BottleneckConfig, LaqConfig, MotionConfig
 from como_jax.spec.towers import VitConfig
-from como_jax.weights.exported import read_exported
 from como_jax.weights.tables import (
     DeepTable,
     Entry,
@@ -47,59 +44,23 @@ NOT_EXPORTED = {
 }
 """Parameters that training needs and a robot does not, by prefixes of their paths, and what they are."""
 
-_ENCODER_FIELDS = ("patch_size", "width", "depth", "num_heads", "mlp_width")
-_COMO_FIELDS = (
-    "num_queries",
-    "latent_dim",
-    "motion_input",
-    "idm_width",
-    "idm_depth",
-    "idm_heads",
-    "fdm_width",
-    "fdm_depth",
-    "fdm_heads",
-    "fdm_patch_size",
-    "residual",
-)
-_BOTTLENECK_FIELDS = ("kind", "codebook_size", "fsq_levels")
-_LAQ_FIELDS = tuple(field.name for field in dataclasses.fields(LaqConfig) if field.name != "replace_below")
 
-
-def describe_motion_model(config: ConfigDict) -> dict[str, Any]:
-    """What config.json says of the model of a run: its kind, family and sizes, and how it sees pictures."""
+def describe_motion_model(config: ConfigDict) -> ExportedMotion:
+    """The model of a run: its family and settings, and how it sees images."""
     data = config.data
-    described = {
-        "kind": "latent_motion",
-        "family": config.family,
-        "image_size": data.image_size,
-        "fit": data.fit,
-        "gap_seconds": float(data.gap_seconds),
-    }
     if config.family == "laq":
-        return described | {"model": _fields(LaqConfig(**config.model), _LAQ_FIELDS)}
-    vit, motion = vit_config(config), motion_config(config)
-    bottleneck = _fields(motion.bottleneck, _BOTTLENECK_FIELDS)
-    model = _fields(motion, _COMO_FIELDS) | {"bottleneck": bottleneck | {"fsq_levels": list(bottleneck["fsq_levels"])}}
-    return described | {"encoder": _fields(vit, _ENCODER_FIELDS), "model": model}
+        vit, model = None, LaqConfig(**config.model)
+    else:
+        vit, model = vit_config(config), motion_config(config)
+    return ExportedMotion(config.family, data.image_size, data.fit, float(data.gap_seconds), model, vit)
 
 
-def motion_table(described: Mapping[str, Any]) -> DeepTable:
-    """Where the parameters of a model lie, from what `describe_motion_model` says of it."""
-    model = dict(described["model"])
-    if described["family"] == "laq":
-        return laq_table(LaqConfig(**model))
-    bottleneck = BottleneckConfig(**model.pop("bottleneck"))
-    vit = VitConfig(described["image_size"], **described["encoder"])
-    return como_table(vit, MotionConfig(**model, bottleneck=bottleneck))
-
-
-def read_motion_model(directory: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json says of an exported model, and its parameters, nested by module name, without `NOT_EXPORTED`.
-
-    Raises:
-      RunError: a file is missing or damaged, or they do not fit each other.
-    """
-    return read_exported(directory, motion_table, "motion model")
+def motion_table(described: ExportedMotion) -> DeepTable:
+    """Where the parameters of an exported model lie."""
+    if isinstance(described.model, LaqConfig):
+        return laq_table(described.model)
+    assert described.encoder is not None  # `ExportedMotion` checks this.
+    return como_table(described.encoder, described.model)
 
 
 def como_table(vit: VitConfig, config: MotionConfig) -> DeepTable:
@@ -267,7 +228,3 @@ def _named(table: Table, prefix: str) -> Table:
         path: dataclasses.replace(entry, names=tuple(f"{prefix}{name}" for name in entry.names))
         for path, entry in table.items()
     }
-
-
-def _fields(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names}

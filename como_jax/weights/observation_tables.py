@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 from como_jax.nn.text_towers import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS
-from como_jax.spec.policies import CONV_STRIDE
+from como_jax.spec.policies import ObservationConfig
 from como_jax.spec.towers import PUBLIC_TOWERS, TextConfig, VitConfig
 from como_jax.weights.motion import vit_table
 from como_jax.weights.tables import DeepTable, Entry, Table, array, linear, norm, part, single, timm_blocks
 from como_jax.weights.text import T5_TOKENS, clip_table, t5_table
 
 
-def observation_table(described: Mapping[str, Any], width: int) -> DeepTable:
+def observation_table(config: ObservationConfig, width: int) -> DeepTable:
     """The encoder of observations.
 
     Args:
-      described: the section `observation` of config.json.
+      config: its settings.
       width: of the model that reads the tokens.
     """
-    vit = VitConfig(described["image_size"], **described["encoder"])
-    is_conv, text = described["image_tower"] == "conv", described["text"]
-    patch_size = CONV_STRIDE if is_conv else vit.patch_size
-    side = vit.image_size // patch_size // described["pool"]
+    side = config.grid // config.pool
     top = {
-        **linear("observation/image_proj", "observation.image_proj", vit.width, width),
+        **linear("observation/image_proj", "observation.image_proj", config.vit.width, width),
         "observation/image_pos": array("observation.image_pos", side * side, width),
-        "observation/camera_embed": array("observation.camera_embed", described["cameras"], width),
-        "observation/instant_embed": array("observation.instant_embed", described["instants"], width),
+        "observation/camera_embed": array("observation.camera_embed", config.cameras, width),
+        "observation/instant_embed": array("observation.instant_embed", config.instants, width),
     }
-    if text["tower"] != "tokens":
-        top |= linear("observation/text_proj", "observation.text_proj", text["width"], width)
-    if described["state_size"]:
-        top |= linear("observation/state_proj", "observation.state_proj", described["state_size"], width)
+    if config.text.tower != "tokens":
+        top |= linear("observation/text_proj", "observation.text_proj", config.text.width, width)
+    if config.state_size:
+        top |= linear("observation/state_proj", "observation.state_proj", config.state_size, width)
         top |= {"observation/no_state": array("observation.no_state", width)}
     towers = {"conv": _conv_table, "siglip": _siglip_table, "vit": _vit_table}
-    return {**towers[described["image_tower"]](vit), **single(top), **_text_table(text, width)}
+    return {**towers[config.image_tower](config.vit), **single(top), **_text_table(config.text, width)}
 
 
 def _vit_table(config: VitConfig) -> DeepTable:
@@ -79,28 +73,22 @@ def _convolution(name: str, inputs: int, outputs: int) -> Entry:
     )
 
 
-def _public_text_table(described: Mapping[str, Any], path: str) -> DeepTable:
-    """A tower as transformers names its parts."""
-    fields = {field.name for field in dataclasses.fields(TextConfig)}
-    config = TextConfig(**{name: value for name, value in described.items() if name in fields})
-    table = clip_table(config, "") if config.tower == "clip" else t5_table(config, T5_TOKENS[0])
-    return part(path, table, config.depth)
-
-
-def _text_table(config: Mapping[str, Any], model_width: int) -> DeepTable:
-    path, name, width = "observation/text", "observation.text", config["width"]
-    if config["tower"] == "tokens":
-        rows = config["vocabulary_size"] or BYTE_VOCABULARY - 1
+def _text_table(config: TextConfig, model_width: int) -> DeepTable:
+    path, name, width = "observation/text", "observation.text", config.width
+    if config.tower == "tokens":
+        rows = config.vocabulary_size or BYTE_VOCABULARY - 1
         return single({f"{path}/table": array(f"{name}.table", rows, model_width)})
-    if config["tower"] == "embedding":
-        return single(linear(f"{path}/proj", f"{name}.proj", config["embedding_size"], width))
-    if config["tower"] in PUBLIC_TOWERS:
-        return _public_text_table(config, path)
+    if config.tower == "embedding":
+        return single(linear(f"{path}/proj", f"{name}.proj", config.embedding_size, width))
+    if config.tower in PUBLIC_TOWERS:
+        # As transformers names the parts of these towers.
+        table = clip_table(config, "") if config.tower == "clip" else t5_table(config, T5_TOKENS[0])
+        return part(path, table, config.depth)
     top = {
         f"{path}/token_embed": array(f"{name}.token_embed", BYTE_VOCABULARY, width),
         f"{path}/ngram_embed": array(f"{name}.ngram_embed", len(NGRAMS), NGRAM_ROWS, width),
-        f"{path}/pos_embed": array(f"{name}.pos_embed", config["max_length"], width),
+        f"{path}/pos_embed": array(f"{name}.pos_embed", config.max_length, width),
         **norm(f"{path}/norm", f"{name}.norm", width),
     }
-    blocks = timm_blocks(f"{path}/blocks", f"{name}.blocks", config["depth"], width, config["num_heads"], 4 * width)
+    blocks = timm_blocks(f"{path}/blocks", f"{name}.blocks", config.depth, width, config.num_heads, 4 * width)
     return {**single(top), **blocks}

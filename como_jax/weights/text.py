@@ -15,8 +15,7 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import ConfigError, RunError
-from como_jax.nn.text_towers import ACTIVATIONS, GATED
-from como_jax.spec.towers import TextConfig
+from como_jax.spec.towers import ACTIVATIONS, GATED, TextConfig
 from como_jax.weights.importing import Foreign, Options, Skip
 from como_jax.weights.tables import Table, array, clip_blocks, kernel, make_parameter, norm, qkv_kernel, single
 from como_jax.weights.tensors import CONFIG_NAME, Tensors, Weights, read_json, read_setting
@@ -157,7 +156,7 @@ def clip_table(config: TextConfig, prefix: str) -> Table:
     width = config.width
     return {
         "token_embed": array(f"{prefix}embeddings.token_embedding.weight", config.vocabulary_size, width),
-        "pos_embed": array(f"{prefix}embeddings.position_embedding.weight", config.positions, width),
+        "pos_embed": array(f"{prefix}embeddings.position_embedding.weight", config.num_positions, width),
         **clip_blocks(f"{prefix}encoder.layers.", width, config.num_heads, config.mlp_width),
         **norm("norm", f"{prefix}final_layer_norm", width),
     }
@@ -165,7 +164,7 @@ def clip_table(config: TextConfig, prefix: str) -> Table:
 
 def t5_table(config: TextConfig, tokens: str) -> Table:
     """The parameters of `T5Tower` in files of T5 and T5EncoderModel; `tokens` is one of `T5_TOKENS`."""
-    width, hidden, heads = config.width, config.mlp_width, (config.num_heads, config.head_size)
+    width, hidden, heads = config.width, config.mlp_width, (config.num_heads, config.head_width)
     attention, mlp = (f"encoder.block.{{layer}}.layer.{part}." for part in (0, 1))
     inner = f"{mlp}DenseReluDense."
     gated = config.activation.startswith(GATED)

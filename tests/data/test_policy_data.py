@@ -20,7 +20,7 @@ from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
 from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
-from como_jax.policies.spec import PolicySpec
+from como_jax.spec.interface import PolicySpec
 from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.training.models import resolve
 from tests.data.robots import add_labels, make_robot
@@ -105,7 +105,7 @@ def test_latent_only_leaves_out_the_actions(arm: Path, clips: Path) -> None:
     assert batch["action"].shape[-1] == 0 and np.all(batch["has_latent"][:, 0] == 1)
     # What the robot's state is, is no secret.
     assert batch["has_state"].tolist() == (batch["dataset"] == 0).tolist()
-    assert not make_spec(data, config).scales
+    assert not make_spec(data, config).robots
     assert names(open_data(arm, clips, latent_only=True, videos=("clips",))) == ["clips"]
 
 
@@ -218,14 +218,14 @@ def test_the_spec_says_how_to_act(arm: Path, hand: Path, clips: Path) -> None:
     spec = make_spec(data, config)
     assert (spec.cameras, spec.image_size, spec.fit) == (("front",), 8, "stretch")
     assert (spec.instants, spec.stride, spec.chunk, spec.control_rate) == (2, 3, 5, 5.0)
-    assert (spec.action_size, spec.state_size, list(spec.scales)) == (5, 2, ["arm", "hand"])
+    assert (spec.action_size, spec.state_size, list(spec.robots)) == (5, 2, ["arm", "hand"])
     action = data.parts[1].source.action
-    np.testing.assert_array_equal(spec.scales["hand"].action(action), data.parts[1].action(action))
+    np.testing.assert_array_equal(spec.robots["hand"].action(action), data.parts[1].action(action))
     config = make_config(arm, hand, cameras=("wrist", "top"))
     assert make_spec(open_policy_data(config), config).cameras == ("wrist", "top")
     config.data.proprioception = False
     blind = make_spec(open_policy_data(config), config)
-    assert blind.state_size == 0 and blind.scales["arm"].state is None
+    assert blind.state_size == 0 and blind.robots["arm"].state is None
 
 
 def test_a_stream_mixes_by_weight(arm: Path, clips: Path) -> None:
@@ -326,7 +326,7 @@ def test_the_scale_of_held_out_episodes_is_that_of_training(arm: Path, hand: Pat
     make_spec(data, config).save(tmp_path)
     spec = PolicySpec.load(tmp_path)
     for part in data.parts:
-        found = spec.scales_of(part.source.directory.name).action
+        found = spec.robots[part.source.directory.name].action
         np.testing.assert_array_equal(found(part.source.action), part.action(part.source.action))
 
 

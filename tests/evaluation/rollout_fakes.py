@@ -9,7 +9,7 @@ import numpy as np
 
 from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult
 from como_jax.errors import ConfigError
-from como_jax.policies.spec import PolicySpec, Scene
+from como_jax.spec.interface import History, PolicySpec
 
 MAX_STEPS = 6
 LINE_POLICY = PolicySpec(
@@ -23,7 +23,7 @@ LINE_POLICY = PolicySpec(
     state_size=3,
     control_rate=10.0,
     uses_text=True,
-    scales={},
+    robots={},
 )
 TABLETOP_POLICY = dataclasses.replace(LINE_POLICY, cameras=("image",), action_size=4, state_size=4)
 
@@ -82,13 +82,13 @@ class FakeRunner:
     def __init__(self, spec: PolicySpec = LINE_POLICY, scale: float = 1.0):
         self.spec, self.scale, self.batches, self.instructions = spec, scale, [], set()
 
-    def sample(self, scenes: Sequence[Scene], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+    def sample(self, scenes: Sequence[History], seeds: Sequence[Sequence[int]]) -> np.ndarray:
         assert len(scenes) == len(seeds)
         self.batches.append(len(scenes))
         self.instructions |= {scene.instruction for scene in scenes}
         return np.stack([self._chunk(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)])
 
-    def _chunk(self, scene: Scene, seed: Sequence[int]) -> np.ndarray:
+    def _chunk(self, scene: History, seed: Sequence[int]) -> np.ndarray:
         assert len(scene.images) == self.spec.instants and set(scene.images[0]) == set(self.spec.cameras)
         noise = np.random.default_rng(list(seed)).normal(size=(self.spec.chunk, self.spec.action_size))
         seen = scene.states.mean() / 5 + np.mean(scene.images[-1][self.spec.cameras[0]]) / 500

@@ -20,7 +20,7 @@ from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyE
 from como_jax.evaluation.rollouts.results import EpisodeResult
 from como_jax.evaluation.rollouts.rollout import RolloutOptions
 from como_jax.policies.heads import masked_mean
-from como_jax.policies.spec import PolicySpec
+from como_jax.spec.interface import PolicySpec
 from como_jax.training import sharding
 from como_jax.training.writers import NullWriter
 from como_jax.types import LossOutput, Observation, PolicyBatch

@@ -16,7 +16,8 @@ from como_jax.data.policy_data import make_spec, open_policy_data
 from como_jax.data.transforms import decode_jpeg
 from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy
-from como_jax.policies.spec import FILE_NAME, PolicySpec, Scales, Scene
+from como_jax.files import write_json
+from como_jax.spec.interface import POLICY_FILE, History, NormStats, PolicySpec
 from como_jax.spec.normalization import AffineNormalizer
 from como_jax.training import sharding
 from como_jax.training.models import resolve
@@ -54,20 +55,20 @@ SPEC = PolicySpec(
     state_size=3,
     control_rate=10.0,
     uses_text=True,
-    scales={},
+    robots={},
 )
-SMALL = Scales(normalizer([1.0, -2.0], [0.5, 4.0]), normalizer([0.0, 10.0], [1.0, 2.0]))
+SMALL = NormStats(normalizer([1.0, -2.0], [0.5, 4.0]), normalizer([0.0, 10.0], [1.0, 2.0]))
 
 
-def fake_runner(sample: Callable[..., jax.Array], scales: Scales = SMALL, **params: Any) -> PolicyRunner:
+def fake_runner(sample: Callable[..., jax.Array], scales: NormStats = SMALL, **params: Any) -> PolicyRunner:
     reader = InstructionReader("text", lambda text: np.array([len(text)], np.int32))
     return PolicyRunner(FakeModel(sample), params, SPEC, scales, reader, sharding.make_mesh())
 
 
-def fake_scene(number: int = 0, instants: int = 2, states: int = 2) -> Scene:
+def fake_scene(number: int = 0, instants: int = 2, states: int = 2) -> History:
     rng = np.random.default_rng(number)
     images = [{"image": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)} for _ in range(instants)]
-    return Scene(images, rng.normal(size=(instants, states)).astype(np.float32), f"push the red block {number}")
+    return History(images, rng.normal(size=(instants, states)).astype(np.float32), f"push the red block {number}")
 
 
 def test_actions_are_in_the_units_and_of_the_size_of_the_robot() -> None:
@@ -85,11 +86,11 @@ def test_states_are_normalised_and_padded_to_the_largest_of_all_robots() -> None
         assert observation.state.shape == (1, 2, 3)
         return observation.state * observation.has_state[:, None, None]
 
-    scales = Scales(normalizer([0.0] * 3, [1.0] * 3), SMALL.state)
+    scales = NormStats(normalizer([0.0] * 3, [1.0] * 3), SMALL.state)
     scene = fake_scene()
     [seen] = fake_runner(echo, scales).sample([scene], [(0,)])
     np.testing.assert_allclose(seen, np.pad((scene.states - [0, 10]) / [1, 2], ((0, 0), (0, 1))), rtol=1e-5)
-    [blind] = fake_runner(echo, Scales(scales.action, None)).sample([scene], [(0,)])
+    [blind] = fake_runner(echo, NormStats(scales.action, None)).sample([scene], [(0,)])
     np.testing.assert_array_equal(blind, np.zeros((2, 3)))
 
 
@@ -116,15 +117,15 @@ def test_a_policy_sees_in_an_environment_what_it_saw_in_training(family: str, ro
     [(batch, count)] = evaluation_batches(data.reader, num_samples=8, batch_size=8)
     steps = np.linspace(0, len(part.steps) - 1, count).astype(int)
 
-    def scene(step: int) -> Scene:
+    def scene(step: int) -> History:
         episode = part.episode[step]
         back = spec.stride * np.arange(1 - spec.instants, 1)
         records = np.maximum(step + back, part.source.start[episode])
         pictures = [decode_jpeg(jpeg, 64) for jpeg in part.source.read_jpegs(records.tolist())]
         images = [{spec.cameras[0]: picture} for picture in pictures]
-        return Scene(images, part.source.state[records], part.source.instruction[episode])
+        return History(images, part.source.state[records], part.source.instruction[episode])
 
-    scales = Scales(normalizer([0.0], [1.0]), next(iter(spec.scales.values())).state)
+    scales = NormStats(normalizer([0.0], [1.0]), next(iter(spec.robots.values())).state)
     reader = InstructionReader.make(config.text, robot_dataset)
     fields = ("images", "state", "text", "has_camera", "has_state")
     for field in fields:
@@ -149,7 +150,7 @@ def trained(
     return request.param, runner
 
 
-def scenes_of(runner: PolicyRunner, *numbers: int) -> list[Scene]:
+def scenes_of(runner: PolicyRunner, *numbers: int) -> list[History]:
     return [fake_scene(number, runner.spec.instants, runner.spec.state_size) for number in numbers]
 
 
@@ -172,7 +173,7 @@ def test_a_chunk_depends_on_its_own_scene_and_seed_alone(trained: tuple[str, Pol
 @pytest.mark.parametrize("trained", ["diffusion"], indirect=True)
 def test_actions_of_diffusion_keep_to_the_range_of_the_demonstrations(trained: tuple[str, PolicyRunner]) -> None:
     _, runner = trained
-    [scales] = runner.spec.scales.values()
+    [scales] = runner.spec.robots.values()
     actions = runner.sample(scenes_of(runner, *range(8)), [(number,) for number in range(8)])
     assert np.abs(scales.action(actions)).max() <= 1 + 1e-4
 
@@ -186,16 +187,16 @@ def test_a_run_that_is_no_policy_is_refused(
     with pytest.raises(RunError, match="holds no run"):
         load_policy(tmp_path, mesh)
     run = policy_run("diffusion", robot_dataset, **{"train.stop_after": 1})
-    text = (run.workdir / FILE_NAME).read_text()
+    text = (run.workdir / POLICY_FILE).read_text()
     try:
-        for damage, message in ((text[:20], f"{FILE_NAME} is damaged"), (None, f"it has no {FILE_NAME}")):
-            (run.workdir / FILE_NAME).unlink()
+        for damage, message in ((text[:20], f"{POLICY_FILE} is damaged"), (None, f"it has no {POLICY_FILE}")):
+            (run.workdir / POLICY_FILE).unlink()
             if damage:
-                (run.workdir / FILE_NAME).write_text(damage)
+                (run.workdir / POLICY_FILE).write_text(damage)
             with pytest.raises(RunError, match=message):
                 load_policy(run.workdir, mesh)
     finally:
-        (run.workdir / FILE_NAME).write_text(text)
+        (run.workdir / POLICY_FILE).write_text(text)
     with pytest.raises(ConfigError, match=f"--dataset other: the policy was trained on {robot_dataset.name}"):
         load_policy(run.workdir, mesh, "other")
 
@@ -204,10 +205,10 @@ def test_a_spec_comes_back_as_it_was_written(robot_dataset: Path, tmp_path: Path
     config = smoke("autoregressive", robot_dataset)
     data = open_policy_data(config)
     spec = make_spec(data, resolve(config, data.sizes()))
-    spec.save(tmp_path)
+    write_json(tmp_path / POLICY_FILE, spec.to_json())
     found, values = PolicySpec.load(tmp_path), np.linspace(-1, 1, 8).reshape(2, 4)
-    assert dataclasses.replace(found, scales={}) == dataclasses.replace(spec, scales={})
-    assert list(found.scales) == list(spec.scales) == [robot_dataset.name]
-    for name, scales in spec.scales.items():
-        np.testing.assert_array_equal(found.scales[name].action.inverse(values), scales.action.inverse(values))
-        np.testing.assert_array_equal(found.scales[name].state(values), scales.state(values))
+    assert dataclasses.replace(found, robots={}) == dataclasses.replace(spec, robots={})
+    assert list(found.robots) == list(spec.robots) == [robot_dataset.name]
+    for name, scales in spec.robots.items():
+        np.testing.assert_array_equal(found.robots[name].action.inverse(values), scales.action.inverse(values))
+        np.testing.assert_array_equal(found.robots[name].state(values), scales.state(values))

@@ -26,8 +26,8 @@ from como_jax.evaluation.rollouts.rollout import (
     picture_size,
     roll_out,
 )
-from como_jax.policies.controller import ControlConfig
-from como_jax.policies.spec import PolicySpec
+from como_jax.spec.control import ControlConfig
+from como_jax.spec.interface import PolicySpec
 from tests.evaluation.rollout_fakes import LINE_POLICY, MAX_STEPS, TABLETOP_POLICY, FakeRunner, Line, always_exit
 
 IMAGES = EnvironmentOptions(image_size=8)
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_before_any_episode():
         play(["line:far", "line:refuse"], runner=runner)
     assert not runner.batches
     for changes, flag in [({"episodes": 0}, "--episodes"), ({"seed": 5000}, "--seed"), ({"workers": 0}, "--workers"),
-                          ({"control": ControlConfig(4)}, "--execute 4")]:  # fmt: skip
+                          ({"control": ControlConfig(4)}, "execute 4")]:  # fmt: skip
         with pytest.raises(ConfigError, match=flag):
             play(["line:far"], runner=runner, **changes)
         with pytest.raises(ConfigError, match=flag):

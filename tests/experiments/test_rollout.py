@@ -15,7 +15,7 @@ from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts import rollout as rollouts
 from como_jax.evaluation.rollouts.checks import parse_settings
 from como_jax.evaluation.rollouts.rollout import RolloutOptions
-from como_jax.policies.controller import ControlConfig
+from como_jax.spec.control import ControlConfig
 from experiments import rollout as command
 from experiments.rollout import rollout
 from tests.conftest import REPOSITORY

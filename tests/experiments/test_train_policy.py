@@ -23,7 +23,7 @@ from como_jax.errors import ConfigError, DatasetError, RunError, UsageError
 from como_jax.evaluation.rollouts.policy_runner import load_policy
 from como_jax.nn.model_def import Params
 from como_jax.policies.build import build_policy
-from como_jax.policies.spec import PolicySpec, Scene
+from como_jax.spec.interface import History, PolicySpec
 from como_jax.training import sharding
 from como_jax.training.models import resolve
 from como_jax.training.train_state import create_state, evaluation_params
@@ -64,7 +64,7 @@ def test_a_run_leaves_what_is_needed_to_act_and_to_judge_it(
 ) -> None:
     family, run = cotrained
     spec = PolicySpec.load(run.workdir)
-    assert set(spec.scales) == {robot_dataset.name} and (spec.action_size, spec.state_size) == (4, 4)
+    assert set(spec.robots) == {robot_dataset.name} and (spec.action_size, spec.state_size) == (4, 4)
     assert {path.name for path in (run.workdir / "checkpoints").iterdir() if path.is_dir()} == {"2", "4"}
     assert list((run.workdir / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -221,7 +221,7 @@ def test_instructions_embedded_beforehand_go_from_the_dataset_to_the_run(robot_d
 
     runner = load_policy(workdir, sharding.make_mesh())
     picture, known = np.zeros((64, 64, 3), np.uint8), EpisodeSource(dataset, "train").instruction[0]
-    scene = Scene([{"image": picture}], np.zeros((1, 4), np.float32), known)
+    scene = History([{"image": picture}], np.zeros((1, 4), np.float32), known)
     assert np.isfinite(runner.sample([scene], [(0,)])).all()
     with pytest.raises(DatasetError, match=f"{EMBEDDINGS_NAME} has no embedding of 'dance'"):
         runner.sample([scene._replace(instruction="dance")], [(0,)])

@@ -19,7 +19,7 @@ from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts.policy_runner import load_policy
 from como_jax.policies.build import build_policy
-from como_jax.policies.spec import Scene
+from como_jax.spec.interface import History
 from como_jax.training import sharding
 from como_jax.training.models import resolve
 from como_jax.training.train_state import TrainState, create_state, evaluation_params
@@ -73,7 +73,9 @@ def test_a_finetuned_model_acts_within_the_range_of_its_demonstrations(robot_dat
     runner = load_policy(tmp_path, sharding.make_mesh())
     picture = np.zeros((64, 64, 3), np.uint8)
     states = np.zeros((1, runner.spec.state_size), np.float32)
-    scenes = [Scene([{camera: picture for camera in runner.spec.cameras}], states, text) for text in ("push", "reach")]
+    scenes = [
+        History([{camera: picture for camera in runner.spec.cameras}], states, text) for text in ("push", "reach")
+    ]
     chunks = runner.sample(scenes, [[0], [1]])
     actions = EpisodeSource(robot_dataset, "train").action
     assert chunks.shape == (2, runner.spec.chunk, actions.shape[1])

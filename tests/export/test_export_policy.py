@@ -13,8 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from como_jax.errors import ConfigError, ConversionError, OutputError
-from como_jax.policies.spec import PolicySpec
-from como_jax.weights.policies import policy_table
+from como_jax.files import write_json
+from como_jax.spec.exported import ExportedPolicy
+from como_jax.spec.interface import POLICY_FILE, PolicySpec
+from como_jax.weights.policies import describe_policy, policy_table
 from tests.data.tokenizer_files import write_tokenizer
 from tests.runtime_torch.small_policies import make_policy
 
@@ -37,7 +39,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = write_tokenizer(folder / "tokenizer.json", "clip")
     run, spec = make_policy("diffusion", {**CLIP, "text.depth": 1, "text.tokenizer_file": str(tokenizer)})
     (folder / "config.json").write_text(run.config.to_json_best_effort())
-    spec.save(folder)
+    write_json(folder / POLICY_FILE, spec.to_json())
     trained = jax.tree.map(jnp.asarray, run.params)
     frozen = {"observation": {"text": trained["observation"].pop("text")}}
     newest = jax.tree.map(jnp.zeros_like, trained)
@@ -70,7 +72,7 @@ def test_an_export_acts_and_says_where_it_comes_from_and_a_wrong_one_is_refused(
     observation = {"images": dict.fromkeys(spec.cameras, picture), "state": np.zeros(spec.state_size)}
     action = policy.act(observation, "push the cube")
     # The sampler clips what it makes.
-    assert action.shape == (spec.action_size,) and np.abs(spec.scales["arm"].action(action)).max() <= 1 + 1e-4
+    assert action.shape == (spec.action_size,) and np.abs(spec.robots["arm"].action(action)).max() <= 1 + 1e-4
 
     provenance, card = json.loads((out / "provenance.json").read_text()), (out / "README.md").read_text()
     assert provenance["step"] == 7 and provenance["config"]["family"] == "diffusion_policy"
@@ -78,7 +80,7 @@ def test_an_export_acts_and_says_where_it_comes_from_and_a_wrong_one_is_refused(
     assert all(f"{name} | {error:.1e}" in card for name, error in parity.items())
     assert f'"{spec.cameras[0]}": image' in card and f"[{spec.action_size}]" in card
 
-    def reversed_steps(described: dict) -> dict:
+    def reversed_steps(described: ExportedPolicy) -> dict:
         """The steps of a chunk in the wrong order, as in a wrong table of a format."""
         table = policy_table(described)
         entry, depth = table["step_embed"]
@@ -95,6 +97,8 @@ def test_what_cannot_be_exported_is_said_before_anything_is_done(workdir: Path, 
         export_torch(workdir, workdir)
     with pytest.raises(ConfigError, match="formats has 'tflite'; each must be one of pt2, onnx"):
         export_torch(workdir, tmp_path / "exported", ["tflite"])
+    run, spec = make_policy("vla")
+    described = describe_policy(run.config, spec)
     with pytest.raises(ConfigError, match="generates token after token, which is no single program"):
-        check_formats(["pt2"], {"kind": "policy", "family": "latent_vla", "model": {}})
+        check_formats(["pt2"], described)
     assert not list(tmp_path.iterdir())

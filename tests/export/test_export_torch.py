@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from como_jax.errors import ConfigError, ConversionError, OutputError, RunError
+from como_jax.spec.exported import ExportedMotion
 from como_jax.weights.motion import motion_table
 from tests.runtime_torch.small_runs import make_run
 
@@ -60,7 +61,7 @@ def test_an_export_holds_what_robots_need_and_says_where_it_comes_from(workdir: 
 def test_an_export_that_computes_something_else_is_refused_and_leaves_nothing(
     workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swapped(described: dict) -> dict:
+    def swapped(described: ExportedMotion) -> dict:
         """Two norms that take each other's place, as in a wrong table of a format."""
         table = motion_table(described)
         names = [f"encoder/blocks/layers/{norm}/scale" for norm in ("norm1", "norm2")]

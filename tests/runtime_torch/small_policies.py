@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from como_jax.policies.build import build_policy
-from como_jax.policies.spec import PolicySpec, Scales
+from como_jax.spec.interface import NormStats, PolicySpec
 from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.training import sharding
 from como_jax.training.run import Run
@@ -55,5 +55,5 @@ def _spec(config: Any, rng: np.random.Generator) -> PolicySpec:
         state_size=data.state_size,
         control_rate=10.0,
         uses_text=True,
-        scales={"arm": Scales(action, state), "other": Scales(smaller, None)},
+        robots={"arm": NormStats(action, state), "other": NormStats(smaller, None)},
     )

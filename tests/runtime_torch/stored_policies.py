@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from etils import epath
 from como_jax.data.language import write_embeddings
 from como_jax.export.pytorch.contents import flatten_params
 from como_jax.export.pytorch.export import write_policy
-from como_jax.policies.spec import PolicySpec
+from como_jax.spec.exported import ExportedPolicy
+from como_jax.spec.interface import PolicySpec
 from como_jax.training.run import Run
-from como_jax.weights.policies import describe_policy, not_exported, read_policy
+from como_jax.weights.exported import read_exported
+from como_jax.weights.policies import describe_policy, not_exported, policy_table
 from tests.data.tokenizer_files import ENDS, write_tokenizer
 from tests.runtime_torch.small_policies import make_policy
 
@@ -41,9 +42,9 @@ def store(family: str, changes: dict[str, Any], folder: Path) -> tuple[Run, Poli
     write_policy(run, described, epath.Path(folder))
     params = flatten_params(run.params)
     kept = {path: value for path, value in params.items() if path.split("/")[0] not in not_exported(described)}
-    read_description, nested = read_policy(folder)
+    read_description, nested = read_exported(folder, ExportedPolicy, policy_table)
     read = flatten_params(nested)
     assert read.keys() == kept.keys()
     assert all(np.array_equal(read[path], value) for path, value in kept.items())
-    assert read_description.items() >= json.loads(json.dumps(described)).items()
+    assert read_description.to_json() == described.to_json()
     return run, spec

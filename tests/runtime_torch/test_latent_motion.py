@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from como_jax.weights.motion import NOT_EXPORTED, read_motion_model
+from como_jax.spec.exported import ExportedMotion
+from como_jax.weights.exported import read_exported
+from como_jax.weights.motion import NOT_EXPORTED, motion_table
 from tests.runtime_torch.small_runs import make_run
 
 torch = pytest.importorskip("torch")
 
+from como_jax.errors import ConfigError, InputError  # noqa: E402
 from como_jax.export.pytorch.export import write_model  # noqa: E402
 from como_jax.export.pytorch.parity import TOLERANCE, Reference, check_parity, relative_error  # noqa: E402
-from como_jax.runtime_torch.errors import InputError  # noqa: E402
 from como_jax.runtime_torch.latent_motion import LatentMotion  # noqa: E402
 
 RGB = {"model.motion_input": "rgb_difference", "model.bottleneck.kind": "kl", "model.residual": False}
@@ -41,7 +43,7 @@ def test_encode_and_predict_are_those_of_jax_and_the_weights_can_be_read_back(va
     assert max(parity.values()) < TOLERANCE / 5
     params = traverse_util.flatten_dict(jax.tree.map(np.asarray, run.params), sep="/")
     kept = {path: value for path, value in params.items() if not path.startswith(tuple(NOT_EXPORTED))}
-    read = traverse_util.flatten_dict(read_motion_model(tmp_path)[1], sep="/")
+    read = traverse_util.flatten_dict(read_exported(tmp_path, ExportedMotion, motion_table)[1], sep="/")
     assert read.keys() == kept.keys()
     assert all(np.array_equal(read[path], value) for path, value in kept.items())
 
@@ -98,8 +100,9 @@ def test_calls_that_do_not_fit_are_refused(exported: Path) -> None:
         "must be .B, T, H, W, 3.": lambda: model.encode(clips[0]),
         "at least two": lambda: model.encode(clips[:, :1]),
         r"latent is .* must be \[1, 3, 16\]": lambda: model.predict(clips[:, 0], np.zeros((1, 3, 5), np.float32)),
-        "float16 must be": lambda: LatentMotion.from_pretrained(exported, dtype=torch.float16),
     }
     for message, call in calls.items():
         with pytest.raises(InputError, match=message):
             call()
+    with pytest.raises(ConfigError, match="float16 must be"):
+        LatentMotion.from_pretrained(exported, dtype=torch.float16)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 
-from como_jax.runtime_torch.errors import ModelFileError  # noqa: E402
+from como_jax.errors import ModelFileError  # noqa: E402
 from como_jax.runtime_torch.latent_motion import LatentMotion  # noqa: E402
 
 WEIGHTS = "model.safetensors"
@@ -72,13 +72,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off with its own sum": (cut_off, "cannot be read as safetensors"),
     "config cut off": (lambda folder: (folder / "config.json").write_text('{"format": '), "is damaged"),
     "another project": (lambda folder: set_config(folder, format="other"), "describes no model of como_jax"),
-    "a later version": (lambda folder: set_config(folder, format_version=2), "format version 2.*reads version 1"),
-    "a policy": (lambda folder: set_config(folder, kind="policy"), "'policy' is no latent motion model"),
+    "a later version": (lambda folder: set_config(folder, format_version=3), "format version 3.*up to 2"),
+    "a policy": (lambda folder: set_config(folder, kind="policy"), "kind is 'policy' and must be 'latent_motion'"),
     "unknown family": (lambda folder: set_config(folder, family="other"), "must be one of como, laq"),
     "unknown field": (set_section("model", "temperature", 1), "model.temperature is unknown"),
-    "a field of another kind": (set_section("encoder", "depth", "two"), "encoder.depth is 'two'"),
-    "unknown input": (set_section("model", "motion_input", "sound"), "motion_input 'sound' must be one of"),
-    "heads": (set_section("encoder", "num_heads", 5), "encoder has width 24, which 5 heads"),
+    "a field of another kind": (
+        set_section("encoder", "depth", "two"),
+        "encoder.depth is 'two' and must be of type int",
+    ),
+    "unknown input": (set_section("model", "motion_input", "sound"), "motion_input 'sound' .* one of difference"),
+    "heads": (set_section("encoder", "num_heads", 5), "encoder has width 24, .* multiple of its 5 heads"),
     "a smaller model": (set_section("encoder", "depth", 1), "has encoder.blocks.1.*does not know"),
     "a larger model": (set_section("encoder", "depth", 3), "lacks encoder.blocks.2"),
     "another size": (

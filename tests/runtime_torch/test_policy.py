@@ -16,12 +16,13 @@ import scipy.stats
 
 from como_jax.envs.base import Observation
 from como_jax.errors import ConversionError, RunError
-from como_jax.policies.controller import ControlConfig, Controller
+from como_jax.spec.control import ControlConfig, Controller
 from como_jax.weights.policies import describe_policy
 from tests.runtime_torch.small_policies import ACTION_SIZE, STATE_SIZE, make_policy
 
 torch = pytest.importorskip("torch")
 
+from como_jax.errors import ConfigError, InputError, ModelFileError, NonFiniteError  # noqa: E402
 from como_jax.export.pytorch.policy_parity import (  # noqa: E402
     SEEDS,
     PolicyReference,
@@ -31,11 +32,10 @@ from como_jax.export.pytorch.policy_parity import (  # noqa: E402
 )
 from como_jax.runtime_torch import policy as policy_module  # noqa: E402
 from como_jax.runtime_torch.diffusion import denoise  # noqa: E402
-from como_jax.runtime_torch.errors import InputError, ModelFileError, NonFiniteError  # noqa: E402
 from como_jax.runtime_torch.noise import DrawnNoise, GivenNoise  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
-from como_jax.runtime_torch.policy_config import DiffusionConfig  # noqa: E402
-from como_jax.runtime_torch.session import Scene  # noqa: E402
+from como_jax.runtime_torch.session import History  # noqa: E402
+from como_jax.spec.policies import DiffusionConfig  # noqa: E402
 from tests.runtime_torch.stored_policies import EMBEDDINGS, TEXTS, store  # noqa: E402
 
 GUIDED_FLOW = {
@@ -129,16 +129,19 @@ def observations(count: int, seed: int) -> list[Observation]:
 def test_sessions_act_as_the_controllers_of_rollouts_do(guided: Exported, ensemble: float | None) -> None:
     policy = Policy.from_pretrained(guided.folder, robot="arm", execute=2, ensemble=ensemble)
     runner, keys = guided.reference.runner, guided.reference.keys
-    controllers = [Controller(runner.spec, ControlConfig(2, ensemble), text) for text in TEXTS]
+    controllers = [Controller(runner.spec, ControlConfig(2, ensemble)) for _ in TEXTS]
     sessions = [policy.new_session() for _ in TEXTS]
     noise = list(draw_noise(policy.config.model, keys))
     for step, seen in enumerate(zip(observations(7, 0), observations(7, 1), strict=True)):
         for controller, observation in zip(controllers, seen, strict=True):
-            controller.observe(observation)
+            controller.observe(observation.images, observation.state)
         assert all(controller.needs_chunk() == (step % 2 == 0) for controller in controllers)
         if controllers[0].needs_chunk():
             with jax.default_matmul_precision("highest"):
-                chunks = runner.sample([controller.scene() for controller in controllers], [(s,) for s in SEEDS])
+                chunks = runner.sample(
+                    [controller.history(text) for controller, text in zip(controllers, TEXTS, strict=True)],
+                    [(seed,) for seed in SEEDS],
+                )
             for controller, chunk in zip(controllers, chunks, strict=True):
                 controller.add_chunk(chunk)
         for number, (session, observation, text) in enumerate(zip(sessions, seen, TEXTS, strict=True)):
@@ -185,7 +188,7 @@ def test_bfloat16_acts_nearly_as_float32_and_keeps_what_training_keeps(guided: E
 
 def test_the_network_compiles_to_one_graph(guided: Exported) -> None:
     policy = Policy.from_pretrained(guided.folder, robot="arm")
-    scene = Scene([observation()["images"]] * 2, np.zeros((2, STATE_SIZE), np.float32), TEXTS[0])
+    scene = History([observation()["images"]] * 2, np.zeros((2, STATE_SIZE), np.float32), TEXTS[0])
     with torch.inference_mode():
         context = policy.module.read(policy.observe([scene]))
         arguments = torch.zeros(1, 4, ACTION_SIZE), torch.ones(1), context
@@ -225,7 +228,7 @@ def test_denoising_compiles_to_one_graph_that_rounds_alike(kind: str) -> None:
 
 
 BAD: dict[str, tuple[str, Any]] = {
-    "observation.images must hold the pictures of top, wrist": ("images", None),
+    "observation.images must hold an image of top, wrist": ("images", None),
     "observation.images.wrist is missing; there are top": ("images", {"top": np.zeros((9, 9, 3), np.uint8)}),
     r"images.top is float64 \[9, 9, 3\] and must be uint8 RGB": ("images", {"top": np.zeros((9, 9, 3)), "wrist": 0}),
     "observation.state is missing; it must be 4 numbers": ("state", None),
@@ -258,21 +261,23 @@ def test_a_bad_observation_is_named_by_its_field_and_changes_nothing(guided: Exp
 
 def test_settings_and_files_that_do_not_fit_are_refused(guided: Exported, tmp_path: Path) -> None:
     for settings, message in (
-        ({}, "robot '' must be one of .*: arm, other"),
-        ({"robot": "arm", "execute": 5}, "execute 5: the policy predicts chunks of 4"),
-        ({"robot": "arm", "ensemble": np.nan}, "ensemble nan must be finite"),
+        ({}, "several robot datasets; choose one of arm, other"),
+        ({"robot": "arm", "execute": 5}, "execute 5 must lie between 0 and 4"),
+        ({"robot": "arm", "ensemble": np.nan}, "ensemble nan must be a finite"),
         ({"robot": "arm", "dtype": torch.float16}, "float16 must be one of"),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(ConfigError, match=message):
             Policy.from_pretrained(guided.folder, **settings)
     content = json.loads((guided.folder / "config.json").read_text())
     for section, changes, message in (
-        ("", {"kind": "latent_motion"}, "kind 'latent_motion' is no policy"),
+        ("", {"kind": "latent_motion"}, "kind is 'latent_motion' and must be 'policy'"),
         ("", {"family": "other"}, "family 'other' must be one of diffusion_policy"),
-        ("", {"robots": {"arm": {"action": {"offset": [0]}, "state": None}}}, "robots.arm holds no scales"),
-        ("interface", {"cameras": ["top"]}, "interface.cameras must be 2 names"),
-        ("model", {"num_heads": 3}, "model, in heads, 3 does not divide 32"),
-        ("model", {"action_size": 2}, "robots.arm has more numbers in an action"),
+        ("interface", {"robots": {"arm": {"action": {"offset": [0]}, "state": None}}}, "interface .* robots .*'scale'"),
+        ("interface", {"robots": {}}, "interface.robots must hold at least one"),
+        ("interface", {"cameras": ["top"]}, "interface.cameras is 1, which does not fit the network's 2"),
+        ("interface", {"fit": "squeeze"}, "fit 'squeeze' must be one of crop, stretch"),
+        ("model", {"num_heads": 3}, "model has width 32, which must be a multiple of its 3 heads"),
+        ("model", {"action_size": 2}, "interface.action_size is 3, which does not fit the network's 2"),
     ):
         changed = json.loads(json.dumps(content))
         (changed[section] if section else changed).update(changes)
@@ -288,7 +293,7 @@ def test_what_cannot_act_is_refused_before_anything_is_written() -> None:
         describe_policy(run.config, spec)
     run.config.family = "diffusion_policy"
     with pytest.raises(RunError, match="trained on latent motion alone"):
-        describe_policy(run.config, dataclasses.replace(spec, scales={}))
+        describe_policy(run.config, dataclasses.replace(spec, robots={}))
 
 
 def test_drawn_noise_is_of_its_distributions() -> None:

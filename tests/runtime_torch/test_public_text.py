@@ -19,13 +19,14 @@ from tests.data.tokenizer_files import write_tokenizer
 
 torch = pytest.importorskip("torch")
 
+from como_jax.errors import InputError, ModelFileError  # noqa: E402
 from como_jax.export.pytorch.parity import relative_error  # noqa: E402
-from como_jax.runtime_torch.errors import InputError, ModelFileError  # noqa: E402
 from como_jax.runtime_torch.instructions import make_reader  # noqa: E402
 from como_jax.runtime_torch.noise import GivenNoise  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
-from como_jax.runtime_torch.policy_config import TextConfig, parse_policy  # noqa: E402
-from como_jax.runtime_torch.session import Scene  # noqa: E402
+from como_jax.spec.exported import ExportedPolicy, read_description  # noqa: E402
+from como_jax.spec.interface import History  # noqa: E402
+from como_jax.spec.towers import TextConfig  # noqa: E402
 from como_jax.training.run import Run  # noqa: E402
 from tests.runtime_torch.stored_policies import CLIP, T5, store  # noqa: E402
 
@@ -50,8 +51,7 @@ class Stored(NamedTuple):
     @property
     def text(self) -> TextConfig:
         """Of config.json."""
-        path = self.folder / "config.json"
-        return parse_policy(json.loads(path.read_text()), path).observation.text
+        return read_description(self.folder, ExportedPolicy)[0].observation.text
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_a_whole_chunk_compiles_to_one_graph(stored: Callable[[str], Stored], va
     policy = Policy.from_pretrained(stored(variant).folder, robot="arm")
     instants = policy.config.observation.instants
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    states = np.zeros((instants, policy.state_size), np.float32)
-    scene = Scene([dict.fromkeys(policy.cameras, picture)] * instants, states, "the red cube")
+    states = np.zeros((instants, policy.spec.state_size), np.float32)
+    scene = History([dict.fromkeys(policy.spec.cameras, picture)] * instants, states, "the red cube")
     with torch.inference_mode():
         arguments = policy.observe([scene]), GivenNoise(())
         compiled = torch.compile(policy.module.sample_actions, fullgraph=True, backend="eager")(*arguments)
@@ -121,11 +121,11 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 
 def test_towers_and_tokenizers_that_do_not_fit_are_refused(stored: Callable[[str], Stored], tmp_path: Path) -> None:
     for message, (variant, changes) in BAD.items():
-        path = stored(variant).folder / "config.json"
-        content = json.loads(path.read_text())
+        content = json.loads((stored(variant).folder / "config.json").read_text())
         content["observation"]["text"] |= changes
+        (tmp_path / "config.json").write_text(json.dumps(content))
         with pytest.raises(ModelFileError, match=message):
-            parse_policy(content, path)
+            read_description(tmp_path, ExportedPolicy)
     text = stored("clip").text
     with pytest.raises(ModelFileError, match="has a token 7, and the policy knows 7"):
         make_reader(dataclasses.replace(text, vocabulary_size=7), stored("clip").folder)

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from como_jax.envs.base import Observation
 from como_jax.errors import ConfigError, RunError
-from como_jax.policies.controller import ControlConfig, Controller
-from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.serving.client import PolicyClient
 from como_jax.serving.jax_policy import JaxPolicy
 from como_jax.serving.loading import load_policy
 from como_jax.serving.policy import PolicyOptions
 from como_jax.serving.protocol import RequestError
+from como_jax.spec.control import ControlConfig, Controller
+from como_jax.spec.interface import History, PolicySpec
 from tests.policies.smoke_policies import PolicyRun
 from tests.serving.serving_fakes import serving
 from tools.serve.client import play
@@ -33,7 +32,7 @@ SPEC = PolicySpec(
     state_size=1,
     control_rate=10.0,
     uses_text=True,
-    scales={},
+    robots={},
 )
 
 
@@ -45,7 +44,7 @@ class FakeRunner:
     def __init__(self) -> None:
         self.seeds: list[Sequence[int]] = []
 
-    def sample(self, scenes: Sequence[Scene], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+    def sample(self, scenes: Sequence[History], seeds: Sequence[Sequence[int]]) -> np.ndarray:
         [scene], ahead = scenes, np.arange(SPEC.chunk, dtype=np.float32)
         self.seeds += seeds
         if scene.instruction == "nan":
@@ -74,7 +73,7 @@ def test_whole_chunks_follow_from_the_history_of_requests() -> None:
 def test_two_clients_at_once_have_queues_of_their_own(ensemble: float | None) -> None:
     runner = FakeRunner()
     policy = JaxPolicy(runner, PolicyOptions(execute=2, ensemble=ensemble))  # type: ignore[arg-type]
-    controllers = [Controller(SPEC, ControlConfig(2, ensemble), "go") for _ in range(2)]
+    controllers = [Controller(SPEC, ControlConfig(2, ensemble)) for _ in range(2)]
     reference = FakeRunner()
     with serving(policy) as running, PolicyClient(running.url) as first, PolicyClient(running.url) as second:
         assert first.metadata["action_horizon"] == 1
@@ -85,16 +84,16 @@ def test_two_clients_at_once_have_queues_of_their_own(ensemble: float | None) ->
                     continue
                 found = client.infer(see(step + 100 * number))["actions"]
                 controller = controllers[number]
-                controller.observe(Observation({}, np.array([step + 100 * number])))
+                controller.observe({}, np.array([step + 100 * number]))
                 if controller.needs_chunk():
-                    controller.add_chunk(reference.sample([controller.scene()], [()])[0])
+                    controller.add_chunk(reference.sample([controller.history("go")], [()])[0])
                 np.testing.assert_array_equal(found, controller.next_action()[None])
     # A chunk at every other step of each, all with noise of their own.
     assert len(runner.seeds) == 4 + 3 and len(set(runner.seeds)) == 7
 
 
 def test_control_that_does_not_suit_the_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="execute 9: the policy predicts chunks of 4 steps"):
+    with pytest.raises(ConfigError, match="execute 9 must lie between 0 and 4"):
         JaxPolicy(FakeRunner(), PolicyOptions(execute=9))  # type: ignore[arg-type]
 
 
@@ -115,7 +114,7 @@ def test_a_run_gives_a_client_what_it_gives_here(policy_run: Callable[..., Polic
     with serving(policy) as running, PolicyClient(running.url) as client:
         assert client.metadata["step"] == 1
         found = client.infer({f"observation/{camera}": picture, "state": state, "prompt": "reach"})["actions"]
-    scene = Scene([{camera: picture}] * spec.instants, np.stack([state] * spec.instants), "reach")
+    scene = History([{camera: picture}] * spec.instants, np.stack([state] * spec.instants), "reach")
     # The first session warmed it up.
     np.testing.assert_array_equal(found, runner.sample([scene], [(3, 1, 0)])[0])
 
@@ -127,7 +126,7 @@ def test_the_example_client_plays_an_episode() -> None:
         spec = SPEC.__class__(**{**vars(SPEC), "cameras": ("image",), "action_size": 4, "state_size": 4})
         step = 0
 
-        def sample(self, scenes: Sequence[Scene], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+        def sample(self, scenes: Sequence[History], seeds: Sequence[Sequence[int]]) -> np.ndarray:
             asked.append(scenes[0].instruction)
             return np.zeros((1, SPEC.chunk, 4), np.float32)
 

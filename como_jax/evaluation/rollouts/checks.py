@@ -10,7 +10,7 @@ import numpy as np
 from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts.workers import Failed, Start, WorkerPool
-from como_jax.policies.spec import PolicySpec
+from como_jax.spec.interface import PolicySpec
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.evaluation.rollouts.results import summarize
 from como_jax.evaluation.rollouts.rollout import RolloutOptions, check_rollouts, picture_size, roll_out
 from como_jax.nn.model_def import ModelDef, Params
-from como_jax.policies.controller import ControlConfig
+from como_jax.spec.control import ControlConfig
 from como_jax.training import sharding
 from como_jax.training.writers import MetricWriter, NullWriter
 from como_jax.types import PolicyBatch

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-import chex
 import jax
 import numpy as np
 from etils import epath
@@ -18,15 +16,14 @@ from como_jax.errors import RunError
 from como_jax.evaluation.rollouts.sampling import with_sampling
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.policies.build import POLICY_FAMILIES, build_policy
-from como_jax.policies.spec import PolicySpec, Scales, Scene
-from como_jax.spec.images import fitting_part, resize
+from como_jax.spec.interface import History, NormStats, PolicySpec, observation_arrays
 from como_jax.training import sharding
 from como_jax.training.run import open_run
 from como_jax.types import Observation
 
 
 class PolicyRunner:
-    """A policy with its parameters, the scales of one robot and the reader of its instructions.
+    """A policy with its parameters, the normalisation of one robot and the reader of its instructions.
 
     Attributes:
       spec: of the policy, with the sizes of this robot's actions and states.
@@ -38,17 +35,13 @@ class PolicyRunner:
         model: ModelDef,
         params: Params,
         spec: PolicySpec,
-        scales: Scales,
+        stats: NormStats,
         instructions: InstructionReader,
         mesh: Mesh,
         step: int = 0,
     ):
-        """Takes the model, its numbers, what it sees, the scales of its robot and what reads its instructions."""
-        own_state = scales.state.size if scales.state else 0
-        self.spec = dataclasses.replace(spec, action_size=scales.action.size, state_size=own_state)
-        self.step, self._params, self._scales, self._instructions = step, params, scales, instructions
-        # Of the largest state of all robots.
-        self._state_size = spec.state_size
+        self.spec, self._model_spec, self._stats = spec.sized_for(stats), spec, stats
+        self.step, self._params, self._instructions = step, params, instructions
         self._replicated = sharding.replicated(mesh)
 
         self._sample = _sampler(model, self._replicated)
@@ -59,43 +52,22 @@ class PolicyRunner:
         other._params = params
         return other
 
-    def sample(self, scenes: Sequence[Scene], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+    def sample(self, histories: Sequence[History], seeds: Sequence[Sequence[int]]) -> np.ndarray:
         """Action chunks in the robot's units, float32 `[n, H, A]`.
 
         Args:
-          scenes: what the policy sees, n times; every n is compiled once.
+          histories: what the policy is asked about, n times; every n is compiled once.
           seeds: as many whole numbers for each, the same count for all, from which its noise follows.
         """
-        observation = self._observe(scenes)
+        observation = self._observe(histories)
         observation, seeds = jax.device_put((observation, np.asarray(seeds, np.uint32)), self._replicated)
         chunks = np.asarray(self._sample(self._params, observation, seeds))
-        return self._scales.action.inverse(chunks[..., : self.spec.action_size])
+        return self._stats.action.inverse(chunks[..., : self.spec.action_size])
 
-    def _observe(self, scenes: Sequence[Scene]) -> Observation:
-        spec, count = self.spec, len(scenes)
-        images = np.empty((count, spec.instants, len(spec.cameras), spec.image_size, spec.image_size, 3), np.uint8)
-        for row, scene in enumerate(scenes):
-            for instant, pictures in enumerate(scene.images):
-                for slot, camera in enumerate(spec.cameras):
-                    resize(fitting_part(pictures[camera], spec.fit), images[row, instant, slot])
-        return Observation(
-            images=images,
-            has_camera=np.ones((count, len(spec.cameras)), np.float32),
-            **self._states(scenes),
-            **{self._instructions.key: self._instructions([scene.instruction for scene in scenes])},
-        )
-
-    def _states(self, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
-        spec, normalizer = self.spec, self._scales.state
-        if not self._state_size:
-            return {}
-        found = np.zeros((len(scenes), spec.instants, self._state_size), np.float32)
-        if normalizer is not None:
-            states = np.stack([scene.states for scene in scenes])
-            chex.assert_shape(states, (len(scenes), spec.instants, normalizer.size))
-            found[..., : normalizer.size] = normalizer(states)
-        has_state = np.full(len(scenes), normalizer is not None, np.float32)
-        return {"state": found, "has_state": has_state}
+    def _observe(self, histories: Sequence[History]) -> Observation:
+        instructions = self._instructions([history.instruction for history in histories])
+        arrays = observation_arrays(self._model_spec, self._stats, histories)
+        return Observation(**arrays, **{self._instructions.key: instructions})
 
 
 def load_policy(
@@ -106,7 +78,7 @@ def load_policy(
     Args:
       workdir: of `experiments.train_policy`.
       mesh: of devices.
-      dataset: the robot dataset whose scales to use, where there are several.
+      dataset: the robot dataset whose normalisation is used, where there are several.
       sampling: settings that differ from the run's, see `como_jax.evaluation.rollouts.sampling`.
 
     Raises:
@@ -120,14 +92,16 @@ def load_policy(
         lambda config: build_policy(with_sampling(config, sampling or {})),
         "is not a policy",
     )
-    spec = PolicySpec.load(workdir)
-    if not spec.scales:
+    spec = PolicySpec.load(epath.Path(workdir))
+    if not spec.robots:
         raise RunError(
             f"{workdir} was trained on latent motion alone, so it cannot act; finetune it on robot data with "
             f"`python -m experiments.train_policy --config.init_from={workdir}`."
         )
     instructions = InstructionReader.make(run.config.text, workdir)
-    return PolicyRunner(run.model, run.params, spec, spec.scales_of(dataset), instructions, mesh, run.step)
+    return PolicyRunner(
+        run.model, run.params, spec, spec.robots[spec.choose_robot(dataset)], instructions, mesh, run.step
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -24,8 +24,8 @@ from como_jax.evaluation.rollouts.checks import check_compatible, check_tasks
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.evaluation.rollouts.results import EpisodeResult
 from como_jax.evaluation.rollouts.workers import Failed, MakeEnvironment, Reply, Start, Started, Step, WorkerPool
-from como_jax.policies.controller import ControlConfig, Controller
-from como_jax.policies.spec import PolicySpec
+from como_jax.spec.control import ControlConfig, Controller
+from como_jax.spec.interface import History, PolicySpec
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _resolve(
 ) -> tuple[EnvironmentOptions, RolloutOptions]:
     """Both with what they leave to the policy; raises ConfigError for values out of range."""
     options.check()
-    options = dataclasses.replace(options, control=options.control.resolve(policy))
+    options = dataclasses.replace(options, control=options.control.resolve(policy.chunk))
     return dataclasses.replace(environment, cameras=environment.cameras or policy.cameras), options
 
 
@@ -193,7 +193,7 @@ class _Rollouts:
             # A batch of another size would be another program to compile.
             padded = asking + [asking[-1]] * (len(self._pool) - len(asking))
             chunks = self._runner.sample(
-                [episode.controller.scene() for episode in padded], [episode.chunk_seed() for episode in padded]
+                [episode.history() for episode in padded], [episode.chunk_seed() for episode in padded]
             )
             for episode, chunk in zip(asking, chunks, strict=False):
                 episode.controller.add_chunk(chunk)
@@ -218,6 +218,10 @@ class _Episode:
         task = zlib.crc32(self._name.encode()) & 0x7FFFFFFF
         return (self._options.seed, task, self._number, self.controller.steps)
 
+    def history(self) -> History:
+        """What the policy is asked about for the next chunk."""
+        return self.controller.history(self._instruction)
+
     def receive(self, reply: Reply) -> EpisodeResult | None:
         """Takes a worker's answer; gives the result once the episode is over."""
         if isinstance(reply, Failed):
@@ -225,8 +229,8 @@ class _Episode:
         if isinstance(reply, Started):
             check_compatible(self._policy, reply.spec, reply.instruction)
             self._spec, self._instruction = reply.spec, reply.instruction
-            self.controller = Controller(self._policy, self._options.control, reply.instruction)
-        self.controller.observe(reply.observation)
+            self.controller = Controller(self._policy, self._options.control)
+        self.controller.observe(reply.observation.images, reply.observation.state)
         self._frames.append(reply.observation.images[self._spec.cameras[0]])
         if isinstance(reply, StepResult):
             self._success |= bool(reply.success)

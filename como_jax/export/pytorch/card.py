@@ -7,6 +7,9 @@ from typing import Any
 
 from como_jax.export.pytorch.contents import INSTALL, REQUIREMENTS_NAME
 from como_jax.export.pytorch.programs import STEPS
+from como_jax.spec.exported import ExportedMotion, ExportedPolicy
+from como_jax.spec.interface import PolicySpec
+from como_jax.spec.motion import LaqConfig
 from como_jax.weights.motion import NOT_EXPORTED
 from como_jax.weights.policies import not_exported
 
@@ -98,19 +101,16 @@ _ENCODER = {"encoder/": "the ViT alone: `transformers.ViTModel.from_pretrained(.
 _PROGRAMS = {"pt2": "{name}.pt2", "onnx": "{name}.onnx, {name}.onnx.data"}
 
 
-def motion_card(
-    described: Mapping[str, Any], provenance: Mapping[str, Any], latent_shape: tuple[int, int], formats: Sequence[str]
-) -> str:
+def motion_card(described: ExportedMotion, provenance: Mapping[str, Any], formats: Sequence[str]) -> str:
     """The card of a motion model.
 
     Args:
-      described: the content of config.json.
+      described: the model, as config.json says.
       provenance: the content of provenance.json.
-      latent_shape: of the latent of one pair, `[Q, L]`.
       formats: of the programs beside the weights.
     """
-    size, family = described["image_size"], described["family"]
-    is_discrete = family == "laq" or described["model"]["bottleneck"]["kind"] not in ("none", "kl")
+    size, family, latent_shape = described.image_size, described.family, described.latent_shape
+    is_discrete = isinstance(described.model, LaqConfig) or described.model.bottleneck.kind not in ("none", "kl")
     codes = f", motion.codes [B, T - 1, {latent_shape[0]}]" if is_discrete else ""
     files = {"config.json": "sizes, and the checksum of the weights"} | (_ENCODER if family == "como" else {})
     for name in formats:
@@ -122,52 +122,52 @@ def motion_card(
         tags=f"latent-motion, {family}",
         summary="Gives the latent motion between two camera frames, and draws the frame that a latent motion leads to.",
         usage=_MOTION_USAGE.format(tokens=latent_shape[0], numbers=latent_shape[1], codes=codes, size=size),
-        details=_MOTION_DETAILS.format(gap=described["gap_seconds"], fit=described["fit"], size=size),
+        details=_MOTION_DETAILS.format(gap=described.gap_seconds, fit=described.fit, size=size),
         parity_note="Largest difference to JAX, in float32 on a CPU, as a share of the largest value:",
         known=NOT_EXPORTED,
     )
 
 
 def policy_card(
-    described: Mapping[str, Any], provenance: Mapping[str, Any], metadata: Mapping[str, Any], formats: Sequence[str]
+    described: ExportedPolicy, provenance: Mapping[str, Any], spec: PolicySpec, formats: Sequence[str]
 ) -> str:
     """The card of a policy.
 
     Args:
-      described: the content of config.json.
+      described: the policy, as config.json says.
       provenance: the content of provenance.json.
-      metadata: see `Policy.metadata`.
+      spec: of the policy, with the sizes of its first robot.
       formats: of the programs beside the weights.
     """
-    robots, text = list(described["robots"]), described["observation"]["text"]
+    robots, text = described.interface.robots, described.observation.text
     files = {"config.json": "sizes, normalisation of actions and states, and the checksum of the weights"}
-    if text["tower"] == "embedding":
+    if text.tower == "embedding":
         files["instructions.safetensors"] = "the instructions that the policy knows, with their embeddings"
-    if text["tokenizer_file"]:
-        files[text["tokenizer_file"]] = "tokenizer of instructions"
+    if text.tokenizer_file:
+        files[text.tokenizer_file] = "tokenizer of instructions"
     for name in formats:
         files[_PROGRAMS[name].format(name="step")] = (
-            f"one step of the policy, for one robot: {STEPS[described['family']]}, from the fields of "
+            f"one step of the policy, for one robot: {STEPS[described.family]}, from the fields of "
             "`como_jax.runtime_torch.observation.Observation` that the policy uses"
         )
     return _card(
         described,
         provenance,
         files,
-        tags=described["family"],
+        tags=described.family,
         summary="Gives a robot's next action from camera images, the robot's state and an instruction.",
         usage=_POLICY_USAGE.format(
-            robot=f', robot="{robots[0]}"' if len(robots) > 1 else "",
-            images=", ".join(f'"{camera}": image' for camera in metadata["cameras"]),
-            state=', "state": state' if metadata["state_size"] else "",
-            action_size=metadata["action_size"],
+            robot=f', robot="{next(iter(robots))}"' if len(robots) > 1 else "",
+            images=", ".join(f'"{camera}": image' for camera in spec.cameras),
+            state=', "state": state' if spec.state_size else "",
+            action_size=spec.action_size,
         ),
         details=_POLICY_DETAILS.format(
-            fit=described["interface"]["fit"],
-            size=described["observation"]["image_size"],
-            rate=metadata["control_rate"],
-            chunk=metadata["chunk"],
-            robots=", ".join(f"{name} ({_size(described, name)})" for name in robots),
+            fit=spec.fit,
+            size=spec.image_size,
+            rate=spec.control_rate,
+            chunk=spec.chunk,
+            robots=", ".join(f"{name} ({robot.action.size} numbers in an action)" for name, robot in robots.items()),
         ),
         parity_note="Largest difference to JAX, in float32 on a CPU and with the same noise: of the network as a share "
         "of its\nlargest value, of actions as a share of their range.",
@@ -176,7 +176,7 @@ def policy_card(
 
 
 def _card(
-    described: Mapping[str, Any],
+    described: ExportedMotion | ExportedPolicy,
     provenance: Mapping[str, Any],
     files: Mapping[str, str],
     known: Mapping[str, str],
@@ -189,7 +189,7 @@ def _card(
     paths = provenance["left out"]
     left_out = [f"- {name}: {what}" for name, what in known.items() if any(path.startswith(name) for path in paths)]
     return _CARD.format(
-        name=_NAMES[described["family"]],
+        name=_NAMES[described.family],
         install=INSTALL.format(directory="DIRECTORY"),
         files="\n".join(f"- `{name}`: {text}" for name, text in (_FILES | files).items()),
         origin=_table_rows(origin),
@@ -197,11 +197,6 @@ def _card(
         left_out="\n".join(left_out) or "Nothing.",
         **texts,
     )
-
-
-def _size(described: Mapping[str, Any], robot: str) -> str:
-    action = described["robots"][robot]["action"]
-    return f"{len(action.get('edges') or action['offset'])} numbers in an action"
 
 
 def _table_rows(content: Mapping[str, Any]) -> str:

@@ -18,11 +18,10 @@ from safetensors.numpy import save_file
 from como_jax.files import write_json, write_text
 from como_jax.labelling.labelling import hash_params
 from como_jax.nn.model_def import Params
-from como_jax.runtime_torch.config import FORMAT, VERSION
-from como_jax.runtime_torch.files import CONFIG_NAME
+from como_jax.spec.exported import CONFIG_NAME, FORMAT, VERSION, WEIGHTS_NAME, ExportedMotion, ExportedPolicy
+from como_jax.spec.towers import PUBLIC_TOWERS
 from como_jax.training.run import Run
 from como_jax.weights.tables import DeepTable, write_tensors
-from como_jax.weights.tensors import WEIGHTS_NAME
 
 REQUIREMENTS_NAME = "requirements.txt"
 INSTALL = f"pip install --no-deps como_jax && pip install -r {{directory}}/{REQUIREMENTS_NAME}"
@@ -32,7 +31,11 @@ _LIBRARIES = ("como_jax", "jax", "flax", "numpy", "safetensors", "torch")
 
 
 def write_contents(
-    folder: epath.Path, params: Params, table: DeepTable, described: Mapping[str, Any], unneeded: Collection[str]
+    folder: epath.Path,
+    params: Params,
+    table: DeepTable,
+    described: ExportedMotion | ExportedPolicy,
+    unneeded: Collection[str],
 ) -> list[str]:
     """Writes weights, config.json and requirements.txt.
 
@@ -40,7 +43,7 @@ def write_contents(
       folder: that gets the files.
       params: of the run.
       table: of the model.
-      described: what config.json says of the model.
+      described: the model, for config.json.
       unneeded: prefixes of the paths of parameters that only training needs.
 
     Returns:
@@ -57,7 +60,9 @@ def write_contents(
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     weights = {"file": WEIGHTS_NAME, "sha256": digest}
-    write_json(folder / CONFIG_NAME, {"format": FORMAT, "format_version": VERSION, **described, "weights": weights})
+    write_json(
+        folder / CONFIG_NAME, {"format": FORMAT, "format_version": VERSION, **described.to_json(), "weights": weights}
+    )
     write_text(folder / REQUIREMENTS_NAME, _requirements(described))
     return left_out
 
@@ -90,12 +95,14 @@ def describe_origin(run: Run, parity: Mapping[str, float], left_out: Sequence[st
     }
 
 
-def _requirements(described: Mapping[str, Any]) -> str:
+def _requirements(described: ExportedMotion | ExportedPolicy) -> str:
     """requirements.txt of the runtime, with the packages that read this policy's instructions."""
     lines = (resources.files("como_jax.runtime_torch") / REQUIREMENTS_NAME).read_text()
-    text = described.get("observation", {}).get("text", {})
-    if name := text.get("tokenizer_file"):
-        lines += "sentencepiece>=0.2\n" if name.endswith(".model") else "tokenizers>=0.19\n"
-    if text.get("tower") in ("clip", "t5"):
+    if isinstance(described, ExportedMotion):
+        return lines
+    text = described.observation.text
+    if text.tokenizer_file:
+        lines += "sentencepiece>=0.2\n" if text.tokenizer_file.endswith(".model") else "tokenizers>=0.19\n"
+    if text.tower in PUBLIC_TOWERS:
         lines += "transformers>=4.44\n"
     return lines

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,10 +22,10 @@ from como_jax.export.pytorch.policy_parity import PolicyReference, check_normali
 from como_jax.export.pytorch.programs import check_formats, write_encode, write_step
 from como_jax.files import write_atomic, write_json, write_text
 from como_jax.policies.build import POLICY_FAMILIES, build_policy
-from como_jax.policies.spec import PolicySpec
-from como_jax.runtime_torch.instructions import EMBEDDINGS_NAME
 from como_jax.runtime_torch.latent_motion import LatentMotion
 from como_jax.runtime_torch.policy import Policy
+from como_jax.spec.exported import EMBEDDINGS_NAME, ExportedMotion, ExportedPolicy
+from como_jax.spec.interface import PolicySpec
 from como_jax.staging import new_folder
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run, open_run, read_config
@@ -56,26 +55,26 @@ def export_torch(workdir: epath.PathLike, out: epath.PathLike, formats: Sequence
 
 
 def _export_motion_model(workdir: epath.PathLike, out: epath.PathLike, formats: Sequence[str]) -> dict[str, float]:
-    check_formats(formats, {"kind": "latent_motion"})
+    check_formats(formats)
     with new_folder(out) as folder:
         run = load_run(workdir, _cpu_mesh())
         described, left_out = write_model(run, folder)
         logger.info("Comparing PyTorch with JAX")
         reference, model = Reference(run), LatentMotion.from_pretrained(folder)
         parity = check_parity(reference, model)
-        if run.config.family == "como":
-            parity |= write_encoder(run, described, folder / "encoder", model)
+        if described.encoder is not None:
+            parity |= write_encoder(run, described.encoder, folder / "encoder", model)
         for name in formats:
             logger.info("Writing %s", name)
             parity |= write_encode(name, model.module, reference, folder)
         provenance = describe_origin(run, parity, left_out)
         write_json(folder / "provenance.json", provenance)
-        write_text(folder / "README.md", motion_card(described, provenance, model.config.latent_shape, formats))
+        write_text(folder / "README.md", motion_card(described, provenance, formats))
     return parity
 
 
 def _export_policy(workdir: epath.PathLike, out: epath.PathLike, formats: Sequence[str]) -> dict[str, float]:
-    spec = PolicySpec.load(workdir)
+    spec = PolicySpec.load(epath.Path(workdir))
     described = describe_policy(read_config(epath.Path(workdir)), spec)
     check_formats(formats, described)
     with new_folder(out) as folder:
@@ -91,15 +90,15 @@ def _export_policy(workdir: epath.PathLike, out: epath.PathLike, formats: Sequen
             parity |= write_step(name, policy.module, reference, folder)
         provenance = describe_origin(run, parity, left_out)
         write_json(folder / "provenance.json", provenance)
-        write_text(folder / "README.md", policy_card(described, provenance, policy.metadata, formats))
+        write_text(folder / "README.md", policy_card(described, provenance, policy.spec, formats))
     return parity
 
 
-def write_model(run: Run, folder: epath.Path) -> tuple[dict[str, Any], list[str]]:
+def write_model(run: Run, folder: epath.Path) -> tuple[ExportedMotion, list[str]]:
     """Writes weights and config.json of a motion model.
 
     Returns:
-      What config.json says of the model, and the paths of the parameters that were left out.
+      The description that config.json holds, and the paths of the parameters that were left out.
 
     Raises:
       ConversionError: a parameter is neither in the model's table nor known as one that only training needs, or the
@@ -114,7 +113,7 @@ def write_model(run: Run, folder: epath.Path) -> tuple[dict[str, Any], list[str]
     return described, write_contents(folder, run.params, motion_table(described), described, NOT_EXPORTED)
 
 
-def write_policy(run: Run, described: dict[str, Any], folder: epath.Path) -> list[str]:
+def write_policy(run: Run, described: ExportedPolicy, folder: epath.Path) -> list[str]:
     """Writes weights and config.json of a policy, and the file that its instructions are read by.
 
     Returns:

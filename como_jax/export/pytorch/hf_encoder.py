@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from como_jax.weights.tables import write_tensors
 from como_jax.weights.tensors import CONFIG_NAME, WEIGHTS_NAME
 
 
-def write_encoder(run: Run, described: Mapping[str, Any], folder: epath.Path, model: LatentMotion) -> dict[str, float]:
+def write_encoder(run: Run, vit: VitConfig, folder: epath.Path, model: LatentMotion) -> dict[str, float]:
     """Writes the folder and, if transformers is installed, compares its features with those of the runtime.
 
     Returns:
@@ -32,7 +31,6 @@ def write_encoder(run: Run, described: Mapping[str, Any], folder: epath.Path, mo
     Raises:
       ConversionError: the difference is too large.
     """
-    vit = VitConfig(described["image_size"], **described["encoder"])
     params = traverse_util.flatten_dict({"encoder": run.params["encoder"]}, sep="/")
     tensors = write_tensors(hf_vit_table(vit), {path: np.asarray(value) for path, value in params.items()})
     folder.mkdir()

@@ -27,23 +27,17 @@ from como_jax.export.pytorch.parity import TOLERANCE, refuse_large, relative_err
 from como_jax.nn.model_def import Params
 from como_jax.policies import autoregressive as jax_policy
 from como_jax.policies.build import build_policy
-from como_jax.policies.spec import PolicySpec, Scene
 from como_jax.policies.vla import attention_mask
 from como_jax.runtime_torch import autoregressive_policy as torch_policy
-from como_jax.runtime_torch import session
 from como_jax.runtime_torch.autoregressive_policy import AutoregressivePolicy
 from como_jax.runtime_torch.diffusion_policy import DiffusionPolicy
 from como_jax.runtime_torch.latent_vla import LatentVla
 from como_jax.runtime_torch.noise import GivenNoise
 from como_jax.runtime_torch.observation import Observation as TorchObservation
 from como_jax.runtime_torch.policy import Policy
-from como_jax.runtime_torch.policy_config import (
-    AutoregressiveConfig,
-    DiffusionConfig,
-    DiffusionPolicyConfig,
-    ModelConfig,
-    VlaConfig,
-)
+from como_jax.spec.exported import PolicyModel
+from como_jax.spec.interface import History, PolicySpec
+from como_jax.spec.policies import AutoregressiveConfig, DiffusionConfig, DiffusionPolicyConfig, VlaConfig
 from como_jax.training import sharding
 from como_jax.training.run import Run
 from como_jax.types import Observation
@@ -68,24 +62,24 @@ class PolicyReference:
       robot: name of the robot, whose normalisation is used.
       observation: two observations of noise, as the network gets them.
       evaluated: the results of one evaluation of the network for them.
-      scenes: two scenes: images of a camera's size, states in the robot's units, and instructions.
-      runner: samples chunks of two scenes in JAX.
-      chunks: float32 `[2, H, A]`, sampled for the scenes, in the robot's units.
+      histories: two: images of a camera's size, states in the robot's units, and instructions.
+      runner: samples chunks in JAX.
+      chunks: float32 `[2, H, A]`, sampled for the histories, in the robot's units.
       keys: `[2]`, the random keys of all noise.
     """
 
     def __init__(self, run: Run, spec: PolicySpec):
         config, rng = _in_float32(run.config), np.random.default_rng(0)
         reader, texts = InstructionReader.make(config.text, run.workdir), _instructions(config, run)
-        self.robot, scales = next(iter(spec.scales.items()))
+        self.robot, stats = next(iter(spec.robots.items()))
         self.keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(np.asarray(SEEDS, np.uint32))
         self.observation = _noise_observation(spec, reader, texts, rng)
         mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
         with jax.default_matmul_precision("highest"):
             self.evaluated = evaluate_jax(config, run.params, self.observation, self.keys)
-            self.runner = PolicyRunner(build_policy(config), run.params, spec, scales, reader, mesh)
-            self.scenes = [_scene(self.runner.spec, text, rng) for text in texts]
-            self.chunks = self.runner.sample(self.scenes, [(seed,) for seed in SEEDS])
+            self.runner = PolicyRunner(build_policy(config), run.params, spec, stats, reader, mesh)
+            self.histories = [_history(self.runner.spec, text, rng) for text in texts]
+            self.chunks = self.runner.sample(self.histories, [(seed,) for seed in SEEDS])
 
 
 def check_policy(reference: PolicyReference, policy: Policy) -> dict[str, float]:
@@ -97,25 +91,18 @@ def check_policy(reference: PolicyReference, policy: Policy) -> dict[str, float]
     evaluated = evaluate_torch(policy.module, reference.observation, reference.keys)
     found = {name: relative_error(evaluated[name], value) for name, value in reference.evaluated.items()}
     refuse_large(found, TOLERANCE)
-    scenes = [session.Scene(*scene) for scene in reference.scenes]
-    chunks = policy.sample(scenes, GivenNoise(draw_noise(policy.config.model, reference.keys)))
+    chunks = policy.sample(reference.histories, GivenNoise(draw_noise(policy.config.model, reference.keys)))
     sampled = {"sampled action chunk, camera images": _action_error(policy, chunks, reference.chunks)}
     refuse_large(sampled, CHUNK_TOLERANCE)
     return found | sampled
 
 
 def check_normalization(spec: PolicySpec, policy: Policy) -> None:
-    """Raises ConversionError unless the exported normalisation of every robot maps as that of the run does."""
-    for name, scales in spec.scales.items():
-        exported = policy.config.robots[name]
-        for ours, theirs in ((scales.action, exported.action), (scales.state, exported.state)):
-            if ours is None or theirs is None:
-                same = ours is theirs
-            else:
-                scaled = np.linspace(-1.5, 1.5, 61, dtype=np.float32)[:, None] * np.ones(ours.size, np.float32)
-                values = ours.inverse(scaled)
-                same = np.array_equal(theirs.inverse(scaled), values) and np.array_equal(theirs(values), ours(values))
-            if not same:
+    """Raises ConversionError unless the exported normalisation of every robot is that of the run."""
+    for name, stats in spec.robots.items():
+        exported = policy.config.interface.robots[name]
+        for ours, theirs in ((stats.action, exported.action), (stats.state, exported.state)):
+            if (ours and ours.to_json()) != (theirs and theirs.to_json()):
                 raise ConversionError(
                     f"The normalisation of robot {name!r} differs between PyTorch and JAX, so nothing was written."
                 )
@@ -125,7 +112,7 @@ def _action_error(policy: Policy, chunks: np.ndarray, reference: np.ndarray) -> 
     """The largest difference, as a share of the range of each number of the action."""
     if chunks.shape != reference.shape:
         return float("inf")
-    scale, size = policy.config.robots[policy.robot].action, policy.action_size
+    scale, size = policy.config.interface.robots[policy.robot].action, policy.spec.action_size
     largest, smallest = (scale.inverse(np.full(size, end, np.float32)) for end in (1.0, -1.0))
     # A number that never changes has no range.
     span = np.where(largest > smallest, largest - smallest, 1.0)
@@ -161,11 +148,11 @@ def _noise_observation(
     return Observation(rng.integers(0, 256, images, dtype=np.uint8), has_camera, **fields)
 
 
-def _scene(spec: PolicySpec, instruction: str, rng: np.random.Generator) -> Scene:
-    """A scene of noise, with states of this robot."""
+def _history(spec: PolicySpec, instruction: str, rng: np.random.Generator) -> History:
+    """A history of noise, with states of this robot."""
     frames = rng.integers(0, 256, (spec.instants, len(spec.cameras), *_CAMERA, 3), dtype=np.uint8)
     images = [dict(zip(spec.cameras, instant, strict=True)) for instant in frames]
-    return Scene(images, rng.uniform(-1, 1, (spec.instants, spec.state_size)).astype(np.float32), instruction)
+    return History(images, rng.uniform(-1, 1, (spec.instants, spec.state_size)).astype(np.float32), instruction)
 
 
 def evaluate_jax(config: ConfigDict, params: Params, observation: Observation, keys: jax.Array) -> Results:
@@ -321,7 +308,7 @@ _EVALUATE_TORCH: dict[type, Any] = {
 }
 
 
-def draw_noise(config: ModelConfig, keys: jax.Array) -> Iterator[np.ndarray]:
+def draw_noise(config: PolicyModel, keys: jax.Array) -> Iterator[np.ndarray]:
     """Yields the random numbers of sampling, so that PyTorch can be given those of JAX.
 
     A policy draws them from one key per sample; here they are drawn again, in the order in which

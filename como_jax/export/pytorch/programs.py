@@ -9,7 +9,7 @@ policy. Axes: B batch, T instants, S side of frames, Q latent tokens, L size of 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from como_jax.runtime_torch.latent_heads import with_gripper
 from como_jax.runtime_torch.latent_motion import Motion
 from como_jax.runtime_torch.noise import GivenNoise
 from como_jax.runtime_torch.observation import Observation
+from como_jax.spec.exported import ExportedPolicy
 
 FORMATS = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The formats and the packages that each needs besides PyTorch."""
@@ -41,12 +42,12 @@ Run = Callable[[dict[str, Tensor]], list[Tensor]]
 """Runs a written program on inputs by name."""
 
 
-def check_formats(formats: Sequence[str], described: Mapping[str, Any]) -> None:
+def check_formats(formats: Sequence[str], policy: ExportedPolicy | None = None) -> None:
     """Raises ConfigError if a format is unknown, lacks a package, or the model has no program.
 
     Args:
       formats: keys of `FORMATS`.
-      described: the content of config.json.
+      policy: that is exported; None for a motion model, which has a program of every format.
     """
     for name in formats:
         if name not in FORMATS:
@@ -54,8 +55,9 @@ def check_formats(formats: Sequence[str], described: Mapping[str, Any]) -> None:
         missing = [package for package in FORMATS[name] if importlib.util.find_spec(package) is None]
         if missing:
             raise ConfigError(f"The format {name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    is_policy = described["kind"] == "policy"
-    if formats and is_policy and (described["family"] not in STEPS or described["model"].get("generate_latents")):
+    if not formats or policy is None:
+        return
+    if policy.family not in STEPS or getattr(policy.model, "generate_latents", False):
         raise ConfigError(
             f"This policy generates token after token, which is no single program; leave {', '.join(formats)} out of "
             "formats."
@@ -146,7 +148,7 @@ def write_step(name: str, policy: nn.Module, reference: PolicyReference, folder:
     else:
         [found] = _WRITERS[name](AutoregressiveStep(policy), inputs, ["output"], path)(inputs)
         # The policy acts on the last instant.
-        wanted = with_gripper(wanted[:, -1], policy.config.gripper_dims)
+        wanted = with_gripper(wanted[:, -1], policy.config.gripper_dim)
     parity = {path.name: relative_error(found.numpy(), wanted.numpy())}
     refuse_large(parity)
     return parity

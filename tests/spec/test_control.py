@@ -1,14 +1,11 @@
 """History, receding horizon and temporal ensembling."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from como_jax.envs.base import Observation
 from como_jax.errors import ConfigError, NonFiniteError
-from como_jax.policies.controller import ControlConfig, Controller
-from como_jax.policies.spec import PolicySpec
+from como_jax.spec.control import ControlConfig, Controller
+from como_jax.spec.interface import PolicySpec
 
 SPEC = PolicySpec(
     cameras=("front",),
@@ -21,12 +18,12 @@ SPEC = PolicySpec(
     state_size=1,
     control_rate=10.0,
     uses_text=True,
-    scales={},
+    robots={},
 )
 
 
-def observation(time: int) -> Observation:
-    return Observation({"front": np.full((4, 4, 3), time, np.uint8)}, np.array([time], np.float32))
+def observe(controller: Controller, time: int) -> None:
+    controller.observe({"front": np.full((4, 4, 3), time, np.uint8)}, np.array([time], np.float32))
 
 
 def predict(time: int) -> np.ndarray:
@@ -36,9 +33,9 @@ def predict(time: int) -> np.ndarray:
 
 def play(config: ControlConfig, steps: int) -> tuple[np.ndarray, list[int]]:
     """The actions taken, and the steps at which a chunk was asked for."""
-    controller, asked, actions = Controller(SPEC, config, "go"), [], []
+    controller, asked, actions = Controller(SPEC, config), [], []
     for time in range(steps):
-        controller.observe(observation(time))
+        observe(controller, time)
         if controller.needs_chunk():
             asked.append(time)
             controller.add_chunk(predict(time))
@@ -47,19 +44,23 @@ def play(config: ControlConfig, steps: int) -> tuple[np.ndarray, list[int]]:
     return np.stack(actions), asked
 
 
-def test_the_history_strides_back_and_repeats_the_first_sight():
-    controller = Controller(SPEC, ControlConfig(1), "go left")
+def test_the_history_strides_back_and_repeats_the_first_observation():
+    controller = Controller(SPEC, ControlConfig(1))
     seen = []
     for time in range(7):
-        controller.observe(observation(time))
-        scene = controller.scene()
-        assert scene.states.shape == (3, 1) and scene.states.dtype == np.float32
-        assert [image["front"][0, 0, 0] for image in scene.images] == scene.states[:, 0].tolist()
-        seen.append(scene.states[:, 0].tolist())
+        observe(controller, time)
+        history = controller.history("go left")
+        assert history.states.shape == (3, 1) and history.states.dtype == np.float32
+        assert [image["front"][0, 0, 0] for image in history.images] == history.states[:, 0].tolist()
+        seen.append(history.states[:, 0].tolist())
         controller.add_chunk(predict(time))
         controller.next_action()
+        # Also in a full history.
+        observe(controller, 99)
+        controller.forget()
+        assert controller.history("").states[:, 0].tolist() == seen[-1]
     assert seen == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 3], [0, 2, 4], [1, 3, 5], [2, 4, 6]]
-    assert scene.instruction == "go left"
+    assert history.instruction == "go left"
 
 
 @pytest.mark.parametrize("execute", [1, 3, 4])
@@ -88,18 +89,18 @@ def test_ensembling_weighs_all_chunks_that_cover_the_step_the_oldest_most(execut
 
 def test_half_a_chunk_is_executed_by_default():
     assert play(ControlConfig(), 5)[1] == [0, 2, 4]
-    assert ControlConfig().resolve(dataclasses.replace(SPEC, chunk=1)).execute == 1
+    assert ControlConfig().resolve(1).execute == 1
 
 
 def test_what_does_not_suit_the_chunks_is_refused():
-    with pytest.raises(ConfigError, match="--execute 5: the policy predicts chunks of 4 steps"):
-        Controller(SPEC, ControlConfig(5), "go")
-    with pytest.raises(ConfigError, match="--ensemble nan"):
-        Controller(SPEC, ControlConfig(1, float("nan")), "go")
-    controller = Controller(SPEC, ControlConfig(1), "go")
+    with pytest.raises(ConfigError, match="execute 5 must lie between 0 and 4"):
+        Controller(SPEC, ControlConfig(5))
+    with pytest.raises(ConfigError, match="ensemble nan must be a finite number"):
+        Controller(SPEC, ControlConfig(1, float("nan")))
+    controller = Controller(SPEC, ControlConfig(1))
     with pytest.raises(RuntimeError, match="add_chunk"):
         controller.next_action()
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="must be"):
         controller.add_chunk(np.zeros((3, 2), np.float32))
     with pytest.raises(NonFiniteError, match="step 0"):
         controller.add_chunk(np.full((4, 2), np.nan, np.float32))
