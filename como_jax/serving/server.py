@@ -133,7 +133,7 @@ class PolicyServer:
             try:
                 server = await serving
             except (OSError, OverflowError) as error:
-                raise ConfigError(f"host {options.host}, port {options.port} cannot be used: {error}") from error
+                raise ConfigError(f"`host` {options.host}, `port` {options.port} cannot be used: {error}") from error
             async with server:
                 on_listening(next(iter(server.sockets)).getsockname()[1])
                 await stop.wait()

@@ -41,7 +41,7 @@ class TorchPolicy:
           UsageError: the folder holds no policy, is damaged, or the policy cannot be served with these options.
         """
         if options.sampling:
-            raise ConfigError("sampling is for runs: an exported policy samples as the config of its run says.")
+            raise ConfigError("`sampling` is for runs: an exported policy samples as the config of its run says.")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         numbers = {"execute": options.execute or 0, "ensemble": options.ensemble, "seed": options.seed}
         policy = Policy.from_pretrained(directory, device=device, robot=options.dataset, **numbers)

@@ -130,7 +130,7 @@ def check_parameters(config: ConfigDict, params: Flat) -> None:
         if wanted.get(path) != found.get(path):
             raise RunError(
                 f"The imported model does not fit its config: {path} is {found.get(path)} and must be "
-                f"{wanted.get(path)}; are image_size and num_heads right?"
+                f"{wanted.get(path)}; are `image_size` and `num_heads` right?"
             )
 
 

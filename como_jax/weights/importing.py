@@ -184,7 +184,7 @@ def usual_heads(weights: Weights, width: int, wanted: int) -> int:
     heads = wanted or _HEADS.get(width, width // 64)
     if not heads or width % heads:
         raise RunError(
-            f"{weights.path}: {width} numbers cannot be split into {heads} heads; set num_heads or decoder_heads."
+            f"{weights.path}: {width} numbers cannot be split into {heads} heads; set `num_heads` or `decoder_heads`."
         )
     return heads
 
@@ -201,7 +201,7 @@ def grid_of(weights: Weights, name: str, extra: int, axis: int = 1) -> int:
 def new_grid(image_size: int, patch_size: int, old: int) -> int:
     """Side of the grid of another image size, or the old one for image size 0."""
     if image_size % patch_size:
-        raise ConfigError(f"image_size {image_size} must be a multiple of the patch size, {patch_size}.")
+        raise ConfigError(f"`image_size` {image_size} must be a multiple of the patch size, {patch_size}.")
     return image_size // patch_size or old
 
 

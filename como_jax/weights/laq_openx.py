@@ -31,7 +31,7 @@ def laq_openx(weights: Weights, options: Options) -> Foreign:
     patch_size = round((pixels / 3) ** 0.5)
     image_size = options.image_size or 8 * patch_size
     if image_size != 8 * patch_size:
-        raise ConfigError(f"image_size must be {8 * patch_size}: LAQ pools 8 x 8 patches into four latent actions.")
+        raise ConfigError(f"`image_size` must be {8 * patch_size}: LAQ pools 8 x 8 patches into four latent actions.")
     stacks = {"spatial": "enc_spatial_transformer", "temporal": "enc_temporal_transformer"}
     stacks["decoder"] = "dec_spatial_transformer"
     depths = {path: weights.depth(f"{name}.layers.{{layer}}.1.to_q.weight") for path, name in stacks.items()}

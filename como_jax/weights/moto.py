@@ -112,7 +112,7 @@ def _encoder(weights: Weights, options: Options) -> Foreign:
     if f"{names.patch_embed}.weight" in weights.files:
         return encoder_part(weights, options, names)
     if not options.encoder:
-        raise RunError(f"{weights.path} holds no image_encoder; set encoder to a run of MAE ViT-L, which has it.")
+        raise RunError(f"{weights.path} holds no image_encoder; set `encoder` to a run of MAE ViT-L, which has it.")
     reason = "the encoder of another run"
     return Foreign(
         family="encoder",

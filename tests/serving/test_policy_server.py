@@ -216,7 +216,7 @@ def test_a_server_that_is_stopped_answers_what_it_was_asked_and_says_goodbye() -
 def test_a_port_that_is_taken_is_named(server: Running) -> None:
     policy, port = FakePolicy(), int(server.url.rpartition(":")[2])
     second = PolicyServer(policy, ObservationReader(policy.inputs), ServerOptions(port=port))
-    with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
+    with pytest.raises(ConfigError, match=f"`port` {port} cannot be used"):
         asyncio.run(second.run(asyncio.Event()))
 
 

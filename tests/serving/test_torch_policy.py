@@ -55,7 +55,7 @@ def test_whole_chunks_are_given_by_default(folder: Path) -> None:
 
 
 def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sampling is for runs"):
+    with pytest.raises(ConfigError, match="`sampling` is for runs"):
         load_policy(folder, PolicyOptions(dataset="arm", sampling={"temperature": "0.5"}))
     with pytest.raises(ConfigError, match="'leg'; choose one of arm"):
         load_policy(folder, PolicyOptions(dataset="leg"))

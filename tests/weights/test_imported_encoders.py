@@ -168,7 +168,7 @@ def test_positions_of_another_image_size_are_resized_and_the_model_has_that_size
     np.testing.assert_array_equal(params["encoder/pos_embed"][0, 0], tensors["pos_embed"][0, 0])
     assert accounts.resized == {"pos_embed": "grid of 4 x 4 to 7 x 7, bicubic"}
     assert config["data.image_size"] == 35
-    with pytest.raises(ConfigError, match="image_size 33 must be a multiple of the patch size, 5"):
+    with pytest.raises(ConfigError, match="`image_size` 33 must be a multiple of the patch size, 5"):
         convert(mae_facebook, tensors, image_size=33)
 
 
@@ -249,7 +249,7 @@ def test_files_that_are_other_models_are_refused_by_what_they_lack() -> None:
         convert(timm_vit, without_class)
     with pytest.raises(RunError, match="no tensor embeddings.patch_embeddings.projection.weight, from which the sizes"):
         convert(mae_huggingface, tensors)
-    with pytest.raises(RunError, match="24 numbers cannot be split into 0 heads; set num_heads"):
+    with pytest.raises(RunError, match="24 numbers cannot be split into 0 heads; set `num_heads`"):
         convert(mae_facebook, tensors, num_heads=0)
     tensors["decoder_pos_embed"] = tensors["decoder_pos_embed"] + 0.1
     with pytest.raises(RunError, match="decoder_pos_embed is not MAE's sine-cosine table"):

@@ -189,7 +189,7 @@ def test_laq_computes_as_lapa_s_code_does() -> None:
 
 def test_laq_of_another_image_size_or_length_is_refused() -> None:
     tensors = models.random_tensors(laq_shapes())
-    with pytest.raises(ConfigError, match="image_size must be 24: LAQ pools 8 x 8 patches"):
+    with pytest.raises(ConfigError, match="`image_size` must be 24: LAQ pools 8 x 8 patches"):
         convert(laq_openx, tensors, image_size=48)
     # One latent action a pair.
     tensors["vq.cnn_encoder.2.weight"] = torch.zeros(LATENT, LATENT, 4, 4)
@@ -321,7 +321,7 @@ def test_the_encoder_that_a_file_leaves_out_comes_from_another_run() -> None:
     assert params.keys() == whole.keys()
     for path, value in whole.items():
         np.testing.assert_array_equal(params[path], value)
-    with pytest.raises(RunError, match="holds no image_encoder; set encoder to a run of MAE ViT-L"):
+    with pytest.raises(RunError, match="holds no image_encoder; set `encoder` to a run of MAE ViT-L"):
         convert(moto, tensors, **HEADS_OF)
     with pytest.raises(RunError, match=r"reads features of width 24, but the encoder has width 32"):
         convert(moto, tensors, encoder=encoder, encoder_config=fields | {"encoder.width": 32}, **HEADS_OF)
