@@ -17,6 +17,7 @@ from como_jax.policies.build import build_policy
 from como_jax.types import fake_frame_pairs, fake_policy_batch
 from configs import ablation
 from tests.conftest import REPOSITORY
+from tests.everyday import mostly_slow
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("pretrain_*.py"))
 POLICY_RECIPES = sorted(path.stem for path in (REPOSITORY / "configs").glob("policy_*.py"))
@@ -37,13 +38,13 @@ def trace(config: ConfigDict) -> None:
     assert output.total.shape == ()
 
 
-@pytest.mark.parametrize("variant", ["", "base", "tiny", "smoke"])
+@pytest.mark.parametrize("variant", mostly_slow(["", "base", "tiny", "smoke"], "tiny"))
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_makes_a_model(recipe: str, variant: str) -> None:
     trace(load(recipe, variant))
 
 
-@pytest.mark.parametrize("row", ["encoder", *ablation.VARIANTS])
+@pytest.mark.parametrize("row", mostly_slow(["encoder", *ablation.VARIANTS], "encoder"))
 def test_every_row_of_the_ablation_makes_a_model(row: str) -> None:
     trace(ablation.get_config(row))
 
@@ -122,17 +123,24 @@ def trace_policy(config: ConfigDict, *, latents: bool = True, **sizes: Any) -> N
     assert (chunks.shape, chunks.dtype) == ((2, data.chunk, 4), jnp.float32)
 
 
-@pytest.mark.parametrize(("variant", "latents"), [("", True), ("tiny", True), ("smoke", True), ("smoke", False)])
+@pytest.mark.parametrize(
+    ("variant", "latents"),
+    mostly_slow([("", True), ("tiny", True), ("smoke", True), ("smoke", False)], ("smoke", True), ("smoke", False)),
+)
 @pytest.mark.parametrize("recipe", POLICY_RECIPES)
 def test_every_policy_recipe_makes_a_policy_with_and_without_latents(recipe: str, variant: str, latents: bool) -> None:
     trace_policy(load(recipe, variant), latents=latents)
 
 
-@pytest.mark.parametrize("variant", ["latent", "finetune", "paligemma", "paligemma,lora", "finetune,tiny"])
+@pytest.mark.parametrize(
+    "variant",
+    mostly_slow(["latent", "finetune", "paligemma", "paligemma,lora", "finetune,tiny"], "latent", "paligemma,lora"),
+)
 def test_variants_of_the_vision_language_action_model_make_a_policy(variant: str) -> None:
     trace_policy(load("policy_vla", variant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [

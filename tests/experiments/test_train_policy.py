@@ -149,7 +149,8 @@ def test_videos_never_reach_the_action_head(
     assert_equal(gradients(filled), gradients(batch))
 
 
-@pytest.mark.parametrize("family", ["diffusion", pytest.param("autoregressive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_the_same_on_one_device_and_on_eight(family: str, robot_dataset: Path, labelled_videos: Path) -> None:
     config, batch = first_batch(smoke(family, robot_dataset, labelled_videos))
     model, found = build_policy(config), []

@@ -82,6 +82,7 @@ def test_a_finetuned_model_acts_within_the_range_of_its_demonstrations(robot_dat
     assert np.all(chunks >= actions.min(axis=0) - 1e-5) and np.all(chunks <= actions.max(axis=0) + 1e-5)
 
 
+@pytest.mark.slow
 def test_latent_pretraining_is_the_same_on_one_device_and_on_eight(coded_videos: Path) -> None:
     config = recipe("latent", coded_videos)
     data = open_policy_data(config)

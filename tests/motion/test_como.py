@@ -18,6 +18,7 @@ from como_jax.motion.dynamics import InverseDynamics
 from como_jax.nn.layers import normalize_frames
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.spec.motion import BottleneckConfig, MotionConfig
+from tests.everyday import mostly_slow
 
 MakeComo = Callable[..., ModelDef]
 
@@ -94,13 +95,17 @@ def test_the_reversed_pair_starts_from_the_future_and_negates_the_difference(
 
 @pytest.mark.parametrize(
     "changes",
-    [
+    mostly_slow(
+        [
+            {},
+            {"motion_input": "future"},
+            {"motion_input": "future_only"},
+            {"motion_input": "rgb_difference"},
+            {"bottleneck": BottleneckConfig("vq", 8)},
+        ],
         {},
-        {"motion_input": "future"},
-        {"motion_input": "future_only"},
-        {"motion_input": "rgb_difference"},
         {"bottleneck": BottleneckConfig("vq", 8)},
-    ],
+    ),
     ids=str,
 )
 def test_labels_of_embedded_frames_are_the_latents_of_their_pairs(make_como: MakeComo, changes: Any) -> None:
@@ -294,7 +299,7 @@ def latent_of(model: ModelDef, params: Params) -> np.ndarray:
     return np.asarray(latent).reshape(3, 2, -1)
 
 
-@pytest.mark.parametrize("target", ["future", "difference"])
+@pytest.mark.parametrize("target", mostly_slow(["future", "difference"], "difference"))
 def test_the_feature_target_is_what_the_encoder_sees_of_the_next_frame(make_como: MakeComo, target: str) -> None:
     terms, params, model = objective(make_como, "feature", feature_target=target)
     params["feature_head"] = jax.tree.map(jnp.zeros_like, params["feature_head"])

@@ -13,6 +13,7 @@ from como_jax import types
 from como_jax.motion import losses
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.spec.motion import BottleneckConfig
+from tests.everyday import mostly_slow
 
 MakeComo = Callable[..., ModelDef]
 
@@ -53,6 +54,19 @@ TABLE = {
     "mse through kl": ({**MSE, "bottleneck": BottleneckConfig("kl")}, BODY, set()),
     "kl alone": ({**OFF, "bottleneck": BottleneckConfig("kl", kl_weight=1.0)}, {"idm"}, set()),
 }
+EVERYDAY = (
+    "mse",
+    "mse, encoder trained",
+    "tcl",
+    "tcl everywhere, encoder trained",
+    "perceptual, the encoder's",
+    "feature differences",
+    "flow",
+    "labels",
+    "mse through vq",
+    "mse through fsq",
+    "kl alone",
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +93,7 @@ def names_with_gradient(gradients: Params) -> set[str]:
     return {"/".join(key.key for key in path) for path, value in leaves if np.any(value)}
 
 
-@pytest.mark.parametrize("row", TABLE)
+@pytest.mark.parametrize("row", mostly_slow(TABLE, *EVERYDAY))
 def test_a_loss_term_trains_all_of_its_modules_and_no_other(loss_and_gradients: Callable, row: str) -> None:
     options, trained, spared = TABLE[row]
     _, gradients = loss_and_gradients(**options)
@@ -139,6 +153,7 @@ def test_the_gradient_of_tcl_equals_that_of_three_encoded_pairs(
     chex.assert_trees_all_close(gradients, reference(como_params), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rematerialisation_leaves_loss_and_gradients_of_the_model_as_they_are(loss_and_gradients: Callable) -> None:
     options = {**TCL, "freeze_encoder": False, "tcl_gradient_everywhere": True}
     plain, full = loss_and_gradients(**options), loss_and_gradients(**options, remat="full")

@@ -38,9 +38,10 @@ from tiny_autoregressive import (
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.model_def import Params
 from como_jax.training import sharding
+from tests.everyday import mostly_slow
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "regression", "codes"))
 def test_every_variant_gives_a_loss_of_actions_and_of_its_latents(variant: str) -> None:
     total, terms, gradients = loss_of(variant, make_batch())
     expected = {"action_loss", "action_share"}
@@ -50,7 +51,7 @@ def test_every_variant_gives_a_loss_of_actions_and_of_its_latents(variant: str) 
     chex.assert_tree_all_finite(gradients)
 
 
-@pytest.mark.parametrize("variant", WITH_LATENTS)
+@pytest.mark.parametrize("variant", mostly_slow(WITH_LATENTS, "codes"))
 def test_samples_have_the_shapes_of_targets(variant: str) -> None:
     observation = make_batch().observation
     actions = sample(variant, observation, generate_latents=True)
@@ -88,7 +89,7 @@ def test_a_policy_that_knows_of_no_latents_acts_like_one_without_them() -> None:
     assert np.abs(sample("codes", observation, generate_latents=True) - robot).max() > 1e-4
 
 
-@pytest.mark.parametrize("variant", WITH_LATENTS)
+@pytest.mark.parametrize("variant", mostly_slow(WITH_LATENTS, "regression", "codes"))
 def test_samples_train_the_parts_that_their_labels_concern(variant: str) -> None:
     everything = set(init(variant))
     assert trained_modules(loss_of(variant, robot_half(make_batch()))[2]) == everything - LATENT_PARAMS
@@ -117,7 +118,7 @@ def test_a_batch_without_labels_trains_actions_alone() -> None:
     assert not trained_modules(gradients) & LATENT_PARAMS
 
 
-@pytest.mark.parametrize("variant", ["regression", "diffusion"])
+@pytest.mark.parametrize("variant", mostly_slow(["regression", "diffusion"], "regression"))
 def test_unknown_labels_may_be_anything(variant: str) -> None:
     batch = make_batch()
     latent = np.where(batch.has_latent[..., None] > 0, batch.latent, np.nan)
@@ -173,7 +174,7 @@ def test_the_gripper_is_learned_by_its_sign_and_predicted_as_one_of_two_values()
     np.testing.assert_allclose(actions[..., :2], plain[..., :2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", WITH_LATENTS)
+@pytest.mark.parametrize("variant", mostly_slow(WITH_LATENTS, "codes"))
 def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(variant: str) -> None:
     observation, changes = make_batch().observation, {"temperature": 5.0} if variant == "codes" else {}
     others = np.where(np.arange(BATCH) == 2, 2, 0)
@@ -192,7 +193,7 @@ def test_codes_at_a_temperature_depend_on_the_key_and_the_likeliest_do_not() -> 
         assert np.any(first != second) == differ
 
 
-@pytest.mark.parametrize("variant", ["regression", "codes"])
+@pytest.mark.parametrize("variant", mostly_slow(["regression", "codes"], "codes"))
 def test_it_learns_a_batch_by_heart_and_generates_it(variant: str) -> None:
     batch, steps = make_labelled_robot_batch(), 200
     # As in use, latents are known at the last instant alone.
@@ -221,6 +222,7 @@ def test_it_learns_a_batch_by_heart_and_generates_it(variant: str) -> None:
         assert relative_error(latents, batch.latent[:, STRIDE]) < 0.1
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_on_eight_devices_is_that_on_one() -> None:
     batch = make_batch()
     expected, terms, gradients = loss_of("diffusion", batch)

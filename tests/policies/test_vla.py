@@ -20,6 +20,7 @@ from como_jax.policies.vla import LatentVla, attention_mask
 from como_jax.spec.policies import ObservationConfig, VlaConfig
 from como_jax.spec.towers import DecoderConfig, TextConfig, VitConfig
 from como_jax.types import fake_policy_batch
+from tests.everyday import mostly_slow
 
 BATCH, CHUNK, ACTIONS, QUERIES, LATENT, CODES, TEXT = 6, 2, 3, 4, 5, 8, 12
 DECODER = {"width": 24, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "head_size": 8, "mlp_width": 40}
@@ -86,7 +87,7 @@ def trained(gradients: Params) -> set[str]:
     return {name for name, tree in gradients.items() if any(np.any(leaf) for leaf in jax.tree.leaves(tree))}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "codes"))
 def test_every_variant_has_finite_losses_and_samples_of_the_right_shape(variant: str) -> None:
     batch = make_batch(variant)
     total, terms, gradients = loss_of(variant, batch)
@@ -98,7 +99,7 @@ def test_every_variant_has_finite_losses_and_samples_of_the_right_shape(variant:
     assert latents.shape == ((BATCH, QUERIES) if variant == "codes" else (BATCH, QUERIES * LATENT))
 
 
-@pytest.mark.parametrize("variant", ["codes", "vectors"])
+@pytest.mark.parametrize("variant", mostly_slow(["codes", "vectors"], "codes"))
 def test_generation_with_a_cache_equals_the_whole_sequence_at_once(variant: str) -> None:
     """What is generated is fed back as a label; then every head's answer at once must be the same again."""
     batch = make_batch(variant)
@@ -142,7 +143,7 @@ def test_samples_of_each_kind_train_their_own_output_and_the_trunk() -> None:
     assert trained(loss_of("codes", video)[2]) == {"observation", "decoder", "latent"}
 
 
-@pytest.mark.parametrize("variant", ["codes", "vectors"])
+@pytest.mark.parametrize("variant", mostly_slow(["codes", "vectors"], "codes"))
 def test_outputs_do_not_see_each_other(variant: str) -> None:
     batch = make_batch(variant)
     batch = dataclasses.replace(
@@ -154,7 +155,7 @@ def test_outputs_do_not_see_each_other(variant: str) -> None:
     assert abs(after["latent_loss"] - before["latent_loss"]) > 1e-3
 
 
-@pytest.mark.parametrize("variant", ["codes", "vectors"])
+@pytest.mark.parametrize("variant", mostly_slow(["codes", "vectors"], "codes"))
 def test_padding_of_the_instruction_changes_nothing(variant: str) -> None:
     observation = make_batch(variant).observation
     observation.text[:, -2:] = 0
@@ -248,7 +249,7 @@ def drop_low_rank(tree: Params) -> Params:
     return {name: drop_low_rank(value) if isinstance(value, dict) else value for name, value in items.items()}
 
 
-@pytest.mark.parametrize("variant", ["codes", "vectors"])
+@pytest.mark.parametrize("variant", mostly_slow(["codes", "vectors"], "vectors"))
 def test_it_learns_a_batch_by_heart(variant: str) -> None:
     batch, params = make_batch(variant), init(variant)
     optimizer = optax.adam(3e-3)

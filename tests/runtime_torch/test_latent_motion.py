@@ -21,6 +21,7 @@ from como_jax.errors import ConfigError, InputError  # noqa: E402
 from como_jax.export.pytorch.export import write_model  # noqa: E402
 from como_jax.export.pytorch.parity import TOLERANCE, Reference, check_parity, relative_error  # noqa: E402
 from como_jax.runtime_torch.latent_motion import LatentMotion  # noqa: E402
+from tests.everyday import mostly_slow  # noqa: E402
 
 RGB = {"model.motion_input": "rgb_difference", "model.bottleneck.kind": "kl", "model.residual": False}
 GAP = {"model.gap_weight": 1.0, "data.min_gap_fraction": 0.5}
@@ -34,7 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "rgb difference, gaussian, head", "laq"))
 def test_encode_and_predict_are_those_of_jax_and_the_weights_can_be_read_back(variant: str, tmp_path: Path) -> None:
     recipe, changes = VARIANTS[variant]
     run = make_run(recipe, changes)

@@ -36,6 +36,7 @@ from como_jax.runtime_torch.noise import DrawnNoise, GivenNoise  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
 from como_jax.runtime_torch.session import History  # noqa: E402
 from como_jax.spec.policies import DiffusionConfig  # noqa: E402
+from tests.everyday import mostly_slow  # noqa: E402
 from tests.runtime_torch.stored_policies import EMBEDDINGS, TEXTS, store  # noqa: E402
 
 GUIDED_FLOW = {
@@ -106,7 +107,7 @@ def test_actions_are_those_of_jax_and_the_weights_can_be_read_back(variant: str,
     export(*COMPARED[variant], tmp_path)
 
 
-@pytest.mark.parametrize("variant", STORED)
+@pytest.mark.parametrize("variant", mostly_slow(STORED, "denoising", "thinking in codes"))
 def test_weights_of_every_kind_of_head_are_loaded_and_read_back(variant: str, tmp_path: Path) -> None:
     store(*STORED[variant], tmp_path)
     policy = Policy.from_pretrained(tmp_path, robot="arm", execute=1)
@@ -196,7 +197,7 @@ def test_the_network_compiles_to_one_graph(guided: Exported) -> None:
         torch.testing.assert_close(compiled, policy.module.evaluate(*arguments))
 
 
-@pytest.mark.parametrize("variant", ("denoising", "thinking in codes", "flow"))
+@pytest.mark.parametrize("variant", mostly_slow(("denoising", "thinking in codes", "flow"), "denoising"))
 def test_a_compiled_policy_acts_as_it_is(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(*STORED[variant], tmp_path)
     programs: list[Any] = []
@@ -215,7 +216,7 @@ def test_a_compiled_policy_acts_as_it_is(variant: str, tmp_path: Path, monkeypat
     assert len(programs) == 2
 
 
-@pytest.mark.parametrize("kind", ("ddpm", "flow"))
+@pytest.mark.parametrize("kind", mostly_slow(("ddpm", "flow"), "flow"))
 def test_denoising_compiles_to_one_graph_that_rounds_alike(kind: str) -> None:
     config = DiffusionConfig(kind, 100, 3, "epsilon", eta=0.0, clip=1.0)
 

@@ -28,6 +28,7 @@ from como_jax.spec.exported import ExportedPolicy, read_description  # noqa: E40
 from como_jax.spec.interface import History  # noqa: E402
 from como_jax.spec.towers import TextConfig  # noqa: E402
 from como_jax.training.run import Run  # noqa: E402
+from tests.everyday import mostly_slow  # noqa: E402
 from tests.runtime_torch.stored_policies import CLIP, T5, store  # noqa: E402
 
 # Without anything that is drawn.
@@ -66,7 +67,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stored]:
     return write
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "clip", "t5"))
 def test_instructions_are_read_as_in_training(stored: Callable[[str], Stored], variant: str) -> None:
     folder, run = stored(variant)
     read, reader = make_reader(stored(variant).text, folder), InstructionReader.make(run.config.text, folder)
@@ -96,7 +97,7 @@ def test_instructions_are_read_as_in_training(stored: Callable[[str], Stored], v
     assert kept == {name for name in dict(exact.named_parameters()) if "norm" in name or "relative" in name}
 
 
-@pytest.mark.parametrize("variant", ("t5", "gated t5"))
+@pytest.mark.parametrize("variant", mostly_slow(("t5", "gated t5"), "t5"))
 def test_a_whole_chunk_compiles_to_one_graph(stored: Callable[[str], Stored], variant: str) -> None:
     policy = Policy.from_pretrained(stored(variant).folder, robot="arm")
     instants = policy.config.observation.instants
