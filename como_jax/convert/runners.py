@@ -17,22 +17,40 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import cv2
+from etils import epath
 
 from como_jax.convert.report import Progress, SourceOutcome
 from como_jax.convert.shards import ShardNotes
 from como_jax.convert.sources import Shard
 from como_jax.errors import ConversionError
-
-if TYPE_CHECKING:
-    from como_jax.convert.builder import EpisodeBuilder
+from como_jax.staging import Staging
 
 BEAM_RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
 _POLL_SECONDS = 1.0
 
-Runner = Callable[["EpisodeBuilder", Sequence[Shard], Progress], None]
+
+class ShardBuilder(Protocol):
+    """What a runner needs of an `EpisodeBuilder`."""
+
+    staging: Staging
+
+    def write_shard(self, shard: Shard, on_source: Callable[[SourceOutcome], None]) -> None:
+        """Writes one shard in this process."""
+
+    def shard_writer(self) -> Any:
+        """Returns the writer of shards that Beam uses."""
+
+    def shard_examples(self, shard: Shard) -> Any:
+        """Returns the records of a shard."""
+
+    def records_path(self, shard: Shard) -> epath.Path:
+        """Returns the file of a shard's records."""
+
+
+Runner = Callable[[ShardBuilder, Sequence[Shard], Progress], None]
 
 
 def usable_cores() -> int:
@@ -40,13 +58,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_here(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress) -> None:
+def run_here(builder: ShardBuilder, shards: Sequence[Shard], progress: Progress) -> None:
     """Writes one shard after the other, in this process."""
     for shard in shards:
         builder.write_shard(shard, progress.add)
 
 
-def run_in_processes(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress, count: int) -> None:
+def run_in_processes(builder: ShardBuilder, shards: Sequence[Shard], progress: Progress, count: int) -> None:
     """Writes shards in several processes, each of which has its own builder and gets one shard after the other.
 
     The processes end when this one ends, even if it is killed. `concurrent.futures` is not used, because its pool
@@ -75,7 +93,7 @@ def run_in_processes(builder: EpisodeBuilder, shards: Sequence[Shard], progress:
 
 
 def run_on_beam(
-    builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress, runner: str, options: Sequence[str]
+    builder: ShardBuilder, shards: Sequence[Shard], progress: Progress, runner: str, options: Sequence[str]
 ) -> None:
     """Writes shards as a Beam pipeline, on one of `BEAM_RUNNERS`, with options such as `--name=value`.
 
@@ -109,7 +127,7 @@ class _Worker:
     stopped it.
     """
 
-    def __init__(self, builder: EpisodeBuilder):
+    def __init__(self, builder: ShardBuilder):
         context = multiprocessing.get_context("spawn")
         self.connection, self._far_end = context.Pipe()
         self._process: BaseProcess = context.Process(target=_work, args=(builder, self._far_end), daemon=True)
@@ -192,7 +210,7 @@ def _interrupts_held_back() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _work(builder: EpisodeBuilder, connection: Connection) -> None:
+def _work(builder: ShardBuilder, connection: Connection) -> None:
     """The main function of a worker process: writes the shards that it receives."""
     # The processes share the cores, so that each of them uses one thread.
     cv2.setNumThreads(1)
@@ -229,7 +247,7 @@ def _sendable(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _follow(builder: EpisodeBuilder, shards: Sequence[Shard], progress: Progress) -> Iterator[None]:
+def _follow(builder: ShardBuilder, shards: Sequence[Shard], progress: Progress) -> Iterator[None]:
     """Counts shards as they appear in the staging folder, whichever machine has written them."""
     stop = threading.Event()
 
