@@ -22,7 +22,7 @@ def mean_squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def masked_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error where `mask` is 1; 0 where it is nowhere 1. All of one shape."""
+    """Mean squared error where `mask` is 1, and 0 if it is 1 nowhere. All arguments have one shape."""
     chex.assert_equal_shape([prediction, target, mask])
     # Unknown targets may be NaN, which must not reach the gradient.
     error = jnp.square(prediction - jnp.where(mask > 0, target, 0.0)) * mask
@@ -30,11 +30,11 @@ def masked_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax
 
 
 def flow_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean Huber loss of optical flow `[B, h, w, 2]`: estimated flow has outliers that squares would obey.
+    """Mean Huber loss of optical flow `[B, h, w, 2]`, because estimated flow has outliers that would dominate squares.
 
     Args:
       prediction: displacements in cells of the flow map.
-      target: the same in shares of its width.
+      target: displacements as shares of the map's width.
     """
     chex.assert_equal_shape([prediction, target])
     return jnp.mean(optax.losses.huber_loss(prediction, target * target.shape[2], delta=1.0))

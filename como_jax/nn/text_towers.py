@@ -150,7 +150,7 @@ class TokenTable(nnx.Module):
         self.table = nnx.Param(self.width**-0.5 * jax.random.normal(rngs.params(), (rows, self.width)))
 
     def __call__(self, observation: Observation) -> TextFeatures:
-        """Features of `observation.text`, each of its own token alone."""
+        """Features of `observation.text`, each from its own token only."""
         chex.assert_rank(observation.text, 2)
         mask = observation.text > 0
         table = self.table[...].astype(self.dtype)

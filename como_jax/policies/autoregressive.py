@@ -187,7 +187,7 @@ class AutoregressivePolicy(nnx.Module):
         return KnownLatents(jnp.where(is_known, values, unknown.values), known)
 
     def _at_instants(self, steps: jax.Array) -> jax.Array:
-        """Of all steps `[B, W, ...]` those of the instants, `[B, T, ...]`."""
+        """The steps of the history's instants, `[B, T, ...]`, out of all steps `[B, W, ...]`."""
         return jnp.asarray(steps)[:, : (self.instants - 1) * self.config.stride + 1 : self.config.stride]
 
     def _chunks(self, steps: jax.Array) -> jax.Array:

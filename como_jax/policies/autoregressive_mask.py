@@ -1,12 +1,15 @@
-"""Who reads whom in the autoregressive policy: one function for every rule.
+"""Which token reads which in the autoregressive policy: one function for every rule.
 
 Every rule gives the pairs that it allows, bool `[N, N]`, where row i reads column j; the mask is their union. Language
-reads language alone. The tokens of an instant read language, the observations up to their instant, and:
+reads only language. The tokens of an instant read language, the observations up to their instant, and:
 
-- observations nothing else, so that no action query can learn of a latent through them;
-- latent tokens the latents before them, of their own instant and of all earlier ones, as in Moto (arXiv 2412.04445);
-- action queries each other within their instant, and the latents up to it, which in training are dropped for some
-  samples.
+- observations read nothing else, so that no latent can reach an action query through them;
+- latent tokens read the latents before them, of their own instant and of all earlier ones, as in Moto (arXiv
+  2412.04445);
+- action queries read each other within their instant, and the latents up to it, which are hidden from some samples in
+  training.
+
+Axes: B batch, N tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Layout:
     Attributes:
       kind: a `Kind`.
       instant: position in the history; -1 for language.
-      slot: number of the token among those of its kind and instant.
+      slot: index of the token among those of its kind and instant.
     """
 
     kind: np.ndarray
@@ -45,14 +48,14 @@ class Layout:
 
 
 def make_layout(instants: int, *, language: int, observations: int, latents: int, actions: int) -> Layout:
-    """All language tokens, all observations, all latents, all queries, each instant after instant.
+    """First all language tokens, then all observations, all latents and all action queries, each in order of instants.
 
     Args:
       instants: of the history.
-      language: tokens of the instruction.
-      observations: tokens seen at one instant.
-      latents: latent tokens of one instant.
-      actions: action queries of one instant.
+      language: number of tokens of the instruction.
+      observations: number of tokens of the observation at one instant.
+      latents: number of latent tokens of one instant.
+      actions: number of action queries of one instant.
     """
     parts = [(Kind.LANGUAGE, -1, language)]
     for kind, count in ((Kind.OBSERVATION, observations), (Kind.LATENT, latents), (Kind.ACTION, actions)):
@@ -70,19 +73,19 @@ def language_is_read_by_all(layout: Layout) -> np.ndarray:
 
 
 def observations_are_read_from_their_instant_on(layout: Layout) -> np.ndarray:
-    """The tokens of an instant read its observations and all earlier ones, observations of an instant each other."""
+    """The tokens of an instant, observations included, read the observations of this instant and of all earlier ones."""
     return (layout.kind == Kind.OBSERVATION) & (layout.instant[:, None] >= layout.instant)
 
 
 def latents_read_the_latents_before_them(layout: Layout) -> np.ndarray:
-    """Latent tokens read those of earlier instants, and of their own those up to themselves."""
+    """Latent tokens read those of earlier instants, and those of their own instant up to themselves."""
     earlier = layout.instant[:, None] > layout.instant
     before = (layout.instant[:, None] == layout.instant) & (layout.slot[:, None] >= layout.slot)
     return _pairs(layout, Kind.LATENT, Kind.LATENT) & (earlier | before)
 
 
 def actions_read_each_other(layout: Layout) -> np.ndarray:
-    """The action queries of one instant read each other, and nothing else ever reads them."""
+    """The action queries of one instant read each other; no other token reads them."""
     return _pairs(layout, Kind.ACTION, Kind.ACTION) & (layout.instant[:, None] == layout.instant)
 
 
@@ -97,7 +100,7 @@ def attention_mask(layout: Layout, present: jax.Array, use_latents: jax.Array) -
     Args:
       layout: of the sequence.
       present: bool `[B, N]`; a token that is not there (padding of text, a missing camera, an unknown latent) is read
-        by none but itself, which keeps every row of the softmax proper.
+        only by itself, which keeps every row of the softmax finite.
       use_latents: bool `[B]`; where it is False, the sample's action queries do not read the latents.
     """
     chex.assert_shape(present, (len(use_latents), len(layout.kind)))
@@ -112,5 +115,5 @@ def attention_mask(layout: Layout, present: jax.Array, use_latents: jax.Array) -
 
 
 def _pairs(layout: Layout, reader: Kind, read: Kind) -> np.ndarray:
-    """All pairs of a token of one kind that reads one of another."""
+    """All pairs of a token of kind `reader` with a token of kind `read`, bool `[N, N]`."""
     return (layout.kind == reader)[:, None] & (layout.kind == read)
