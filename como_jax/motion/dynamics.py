@@ -1,4 +1,4 @@
-"""The two halves of CoMo (arXiv 2505.17006): the inverse and the forward dynamics model, and the flow head on the second.
+"""The inverse and the forward dynamics model of CoMo (arXiv 2505.17006), and the head that reads flow from the second.
 
 Axes: B batch, H and W pixels, N tokens of one frame, M patches of one frame, D width, Q queries, L numbers of a latent
 token, h and w cells of a flow map.

@@ -94,7 +94,7 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention: `[B, Q, H, K]` over `[B, N, H, K]` to `[B, Q, H, K]`, with a float32 softmax.
 
-    A bool mask is broadcast to `[B, Q, N]`. A query whose row of the mask is False everywhere gives all keys equal weight.
+    A bool mask is broadcast to `[B, Q, N]`. A query whose mask is False everywhere weighs all keys equally.
     """
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
