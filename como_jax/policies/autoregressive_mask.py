@@ -73,7 +73,7 @@ def language_is_read_by_all(layout: Layout) -> np.ndarray:
 
 
 def observations_are_read_from_their_instant_on(layout: Layout) -> np.ndarray:
-    """The tokens of an instant, observations included, read the observations of this instant and of all earlier ones."""
+    """The tokens of an instant, also its observations, read the observations of this instant and of earlier ones."""
     return (layout.kind == Kind.OBSERVATION) & (layout.instant[:, None] >= layout.instant)
 
 
