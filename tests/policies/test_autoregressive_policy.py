@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import chex
@@ -37,6 +38,7 @@ from tiny_autoregressive import (
 
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.model_def import Params
+from como_jax.spec.policies import with_new_names
 from como_jax.training import sharding
 from tests.everyday import mostly_slow
 
@@ -284,3 +286,9 @@ def test_a_policy_without_latents_predicts_none() -> None:
     policy = make_model("robot").bind(init("robot"))
     with pytest.raises(ConfigError, match="trained without latent motion"):
         policy.predict_latents(make_batch().observation, KEYS)
+
+
+def test_configs_of_earlier_versions_are_read_under_the_present_names() -> None:
+    before = '{"family": "autoregressive_policy", "model": {"think": true, "width": 8}}'
+    expected = {"family": "autoregressive_policy", "model": {"generate_latents": True, "width": 8}}
+    assert json.loads(before, object_hook=with_new_names) == expected
