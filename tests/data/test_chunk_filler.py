@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import chex
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -221,8 +222,8 @@ def test_a_batch_of_several_datasets_fits_the_data_contract(arm: Path, hand: Pat
     assert batch.dataset.tolist() == [2, 0, 1, 2] and batch.codes.shape == (4, 5, 2)
     alone = [read(data, number) for number in range(3)]
     for row, (dataset, step) in enumerate(zip(chosen, steps, strict=True)):
-        for name, value in mixed.items():
-            np.testing.assert_array_equal(value[row], alone[dataset][name][step], err_msg=name)
+        expected = {name: value[step] for name, value in alone[dataset].items()}
+        chex.assert_trees_all_equal({name: value[row] for name, value in mixed.items()}, expected)
 
 
 def test_the_number_of_threads_and_a_trip_to_another_process_change_nothing(arm: Path, clips: Path) -> None:
@@ -230,9 +231,7 @@ def test_the_number_of_threads_and_a_trip_to_another_process_change_nothing(arm:
     expected, found = read(alone), read(together)
     other = pickle.loads(pickle.dumps(together))
     for batch in (found, read(other)):
-        assert batch.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_array_equal(batch[name], value, err_msg=name)
+        chex.assert_trees_all_equal(batch, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import grain
 import numpy as np
 import pytest
@@ -80,14 +81,6 @@ def read(reader: BatchReader, clips: Any, seed: int = 0, **augmentation: Any) ->
 
 def take(batches: grain.IterDataset, count: int) -> list[Batch]:
     return list(itertools.islice(batches, count))
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
 def test_a_sample_holds_the_recorded_frames_a_gap_apart(open_reader: Callable, source: EpisodeSource) -> None:
@@ -166,7 +159,7 @@ def test_what_is_not_asked_for_is_not_read(stream: Callable) -> None:
 
 
 def test_a_stream_repeats_by_seed(stream: Callable) -> None:
-    assert_equal(take(stream(seed=3), 3), take(stream(seed=3), 3))
+    chex.assert_trees_all_equal(take(stream(seed=3), 3), take(stream(seed=3), 3))
     assert any(
         np.any(a["frames"] != b["frames"]) for a, b in zip(stream(seed=3), take(stream(seed=4), 3), strict=False)
     )
@@ -192,12 +185,12 @@ def test_two_hosts_read_the_stream_of_one(stream: Callable) -> None:
     joined = [
         {key: np.concatenate([first[key], second[key]]) for key in first} for first, second in zip(*hosts, strict=True)
     ]
-    assert_equal(joined, together)
+    chex.assert_trees_all_equal(joined, together)
 
 
 def test_the_number_of_threads_changes_nothing(stream: Callable) -> None:
     alone, together = (take(stream(batch_size=50, threads=threads, instants=3), 2) for threads in (1, 3))
-    assert_equal(alone, together)
+    chex.assert_trees_all_equal(alone, together)
 
 
 def test_mixture_weights_hold(stream: Callable) -> None:
@@ -218,11 +211,11 @@ def test_a_stream_resumes_where_its_checkpoint_was_taken(stream: Callable) -> No
     state, expected = batches.get_state(), [next(batches) for _ in range(3)]
     resumed = iter(stream())
     resumed.set_state(state)
-    assert_equal([next(resumed) for _ in range(3)], expected)
+    chex.assert_trees_all_equal([next(resumed) for _ in range(3)], expected)
 
 
 def test_worker_processes_read_the_same_batches(stream: Callable) -> None:
-    assert_equal(take(stream(workers=2), 3), take(stream(), 3))
+    chex.assert_trees_all_equal(take(stream(workers=2), 3), take(stream(), 3))
 
 
 def test_evaluation_covers_a_dataset_evenly_and_fills_up_the_last_batch(open_reader: Callable) -> None:
@@ -244,7 +237,7 @@ def test_hosts_share_the_batches_of_an_evaluation(open_reader: Callable) -> None
 
     hosts = [batches(slice(2)), batches(slice(2, 4))]
     joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*hosts, strict=True)]
-    assert_equal(joined, batches())
+    chex.assert_trees_all_equal(joined, batches())
 
 
 def test_a_source_opens_its_files_anew_in_another_process(source: EpisodeSource) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -49,14 +50,6 @@ def stream(config: ConfigDict, rows: slice = slice(None)) -> Iterator[Batch]:
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
     return list(itertools.islice(batches, count))
-
-
-def assert_equal(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 def test_robots_and_videos_learn_what_they_have(arm: Path, hand: Path, clips: Path) -> None:
@@ -238,7 +231,7 @@ def test_hosts_read_the_stream_of_one(arm: Path, clips: Path) -> None:
     together, half = take(stream(config), 3), config.data.batch_size // 2
     hosts = [take(stream(config, rows), 3) for rows in (slice(half), slice(half, None))]
     joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*hosts, strict=True)]
-    assert_equal(joined, together)
+    chex.assert_trees_all_equal(joined, together)
 
 
 def test_a_stream_resumes_where_its_checkpoint_was_taken(arm: Path, clips: Path) -> None:
@@ -248,20 +241,23 @@ def test_a_stream_resumes_where_its_checkpoint_was_taken(arm: Path, clips: Path)
     state, expected = batches.get_state(), take(batches, 3)
     resumed = stream(config)
     resumed.set_state(state)
-    assert_equal(take(resumed, 3), expected)
+    chex.assert_trees_all_equal(take(resumed, 3), expected)
 
 
-def test_worker_processes_and_threads_read_the_same_batches(arm: Path, clips: Path) -> None:
+# Processes that read are tried every day on clips, and the trip of a reader to another process in test_chunk_filler.py.
+@pytest.mark.parametrize(
+    "changes", [{"num_threads": 3}, pytest.param({"num_workers": 2, "num_threads": 2}, marks=pytest.mark.slow)]
+)
+def test_worker_processes_and_threads_read_the_same_batches(arm: Path, clips: Path, changes: dict[str, int]) -> None:
     expected = take(stream(make_config(arm, clips, batch_size=40, num_threads=1)), 2)
-    for changes in ({"num_threads": 3}, {"num_workers": 2, "num_threads": 2}):
-        assert_equal(take(stream(make_config(arm, clips, batch_size=40, **changes)), 2), expected)
+    chex.assert_trees_all_equal(take(stream(make_config(arm, clips, batch_size=40, **changes)), 2), expected)
 
 
 def test_a_stream_depends_on_its_seed(arm: Path) -> None:
     config = make_config(arm)
     first, second = take(stream(config), 1)[0], take(stream(config), 1)[0]
     config.seed = 1
-    assert_equal([first], [second])
+    chex.assert_trees_all_equal([first], [second])
     assert np.any(first["action"] != take(stream(config), 1)[0]["action"])
 
 
@@ -280,7 +276,7 @@ def test_evaluation_covers_a_dataset_evenly_whoever_shares_it(arm: Path, clips: 
     assert all(np.all(batch["dataset"] == 1) for batch, _ in found)
     hosts = [[batch for batch, _ in batches(rows)] for rows in (slice(2), slice(2, 4))]
     joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*hosts, strict=True)]
-    assert_equal(joined, [batch for batch, _ in found])
+    chex.assert_trees_all_equal(joined, [batch for batch, _ in found])
 
 
 def test_all_steps_are_evaluated_where_they_are_few(arm: Path) -> None:
