@@ -4,7 +4,7 @@
     python -m experiments.rollout --workdir RUN --env metaworld:reach-v3,push-v3 --workers 8 --execute 4 --ensemble 0.01
 
 Writes to RUN/rollouts/ENV-stepN: table.md and table.csv, success of every task with its 95 % Wilson interval and the
-mean length of episodes; episodes.csv; summary.json; videos/TASK-EPISODE-OUTCOME.mp4; and grid.png, pictures of some
+mean length of episodes; episodes.csv; summary.json; videos/TASK-EPISODE-OUTCOME.mp4; and grid.png, images of some
 episodes. Episodes are the same for equal --seed, whatever the number of workers; the simulator is reset with seeds
 from 900,000,000 on, which demonstrations do not use. Episodes whose simulator crashes or hangs are counted apart. The
 exit status is 1 if all did.
@@ -12,12 +12,10 @@ exit status is 1 if all did.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 from etils import epath
@@ -25,18 +23,20 @@ from etils import epath
 from como_jax import cli
 from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.registry import environment_names
-from como_jax.errors import RunError
-from como_jax.evaluation.rollouts.checks import parse_settings
-from como_jax.evaluation.rollouts.policy_runner import load_policy
-from como_jax.evaluation.rollouts.results import EpisodeResult, RolloutRecorder, RolloutSummary, table_markdown
-from como_jax.evaluation.rollouts.rollout import Recording, RolloutOptions, picture_size, roll_out
-from como_jax.evaluation.rollouts.sampling import FIELDS as SAMPLING_FIELDS
+from como_jax.evaluation.rollouts.policy_runner import SAMPLING_FIELDS, load_policy
+from como_jax.evaluation.rollouts.results import (
+    EpisodeResult,
+    Recording,
+    RolloutRecorder,
+    RolloutSummary,
+    new_directory,
+    table_markdown,
+)
+from como_jax.evaluation.rollouts.rollout import RolloutOptions, parse_settings, rendered_size, roll_out
 from como_jax.spec.control import ControlConfig
 from como_jax.training import sharding
 
 logger = logging.getLogger("como_jax.rollout")
-
-_MAX_NAME = 80
 
 
 def rollout(
@@ -52,7 +52,7 @@ def rollout(
     sampling: Mapping[str, str] | None = None,
     videos: int | None = None,
 ) -> RolloutSummary:
-    """Rolls the newest checkpoint of a run out, and writes what the module says.
+    """Rolls the newest checkpoint of a run out, and writes the files that the module names.
 
     Args:
       workdir: of the run.
@@ -66,8 +66,8 @@ def rollout(
     """
     names = environment_names(env)
     runner = load_policy(workdir, sharding.make_mesh(), dataset, sampling)
-    options = dataclasses.replace(options, control=options.control.resolve(runner.spec))
-    size = image_size or picture_size(runner.spec)
+    options = dataclasses.replace(options, control=options.control.resolve(runner.spec.chunk))
+    size = image_size or rendered_size(runner.spec)
     environment = EnvironmentOptions(image_size=size, max_steps=max_steps, settings=dict(settings or {}))
     with new_directory(out, epath.Path(workdir) / "rollouts", f"{env}-step{runner.step}") as directory:
         recorder = RolloutRecorder(directory, len(names), videos)
@@ -93,57 +93,25 @@ def rollout(
     return summary
 
 
-@contextlib.contextmanager
-def new_directory(out: epath.PathLike | None, parent: epath.Path, name: str) -> Iterator[epath.Path]:
-    """`out`, which must not hold anything yet, or else a directory in `parent` named after `name`.
-
-    It is removed if nothing was written to it.
-
-    Raises:
-      RunError: it cannot be made, or `out` holds files, which those of these rollouts would mix with.
-    """
-    path = epath.Path(out) if out is not None else _unused(parent, name)
-    try:
-        path.mkdir(parents=True, exist_ok=out is not None)
-    except OSError as error:
-        raise RunError(f"--out {path} cannot be made: {error}") from error
-    if any(path.iterdir()):
-        raise RunError(f"--out {path} holds files already; choose another or empty it.")
-    try:
-        yield path
-    finally:
-        if not any(path.iterdir()):
-            path.rmdir()
-
-
-def _unused(parent: epath.Path, name: str) -> epath.Path:
-    stem, number = re.sub(r"[^\w.-]+", "-", name), 1
-    if len(stem) > _MAX_NAME:
-        stem = f"{stem[: _MAX_NAME // 2]}...{stem[-_MAX_NAME // 2 :]}"
-    while (path := parent / (stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return path
-
-
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Directory of a policy's run.", required=True)
     flags.DEFINE_string("env", None, "FAMILY:TASK,TASK or FAMILY:all, as in tabletop:reach.", required=True)
-    flags.DEFINE_integer("episodes", 20, "Of every task.")
-    flags.DEFINE_integer("workers", 2, "Simulators at once, each in a process.")
-    flags.DEFINE_integer("seed", 0, "Another one gives other episodes.")
+    flags.DEFINE_integer("episodes", 20, "Episodes of every task.")
+    flags.DEFINE_integer("workers", 2, "Simulators at the same time, each in a process.")
+    flags.DEFINE_integer("seed", 0, "Another seed gives other episodes.")
     flags.DEFINE_integer("execute", 0, "Steps of each chunk before the next is asked for; 0 for half of them.")
     flags.DEFINE_float(
         "ensemble", None, "Averages all chunks that cover a step, weighted by exp(-ENSEMBLE * steps since the oldest)."
     )
     flags.DEFINE_float("step_timeout", 120.0, "Seconds after which a simulator that does not answer counts as crashed.")
-    flags.DEFINE_integer("max_steps", 0, "Of an episode; 0 for the environment's own limit.")
-    flags.DEFINE_integer("image_size", 0, "Side of the rendered pictures; 0 for that of the policy, but at least 64.")
+    flags.DEFINE_integer("max_steps", 0, "Steps of an episode; 0 for the environment's own limit.")
+    flags.DEFINE_integer("image_size", 0, "Side of the rendered images; 0 for that of the policy, but at least 64.")
     flags.DEFINE_multi_string("env_setting", [], "NAME=VALUE of the environment, as in look=hard; may be repeated.")
     flags.DEFINE_multi_string(
         "sampling", [], f"NAME=VALUE instead of the run's, as in temperature=0.5; of {', '.join(SAMPLING_FIELDS)}."
     )
-    flags.DEFINE_string("dataset", "", "Whose scales of actions and states to use, for policies of several robots.")
+    flags.DEFINE_string("dataset", "", "Robot dataset whose normalisation is used, for policies of several robots.")
     flags.DEFINE_integer("videos", None, "Episodes of every task to write videos of; all by default.", lower_bound=0)
     flags.DEFINE_string("out", None, "Gets the files; RUN/rollouts/ENV-stepN by default.")
 
@@ -162,7 +130,7 @@ def main(arguments: Sequence[str]) -> None:
             **{name: values[name] for name in names},
             options=options,
             settings=parse_settings(values["env_setting"]),
-            sampling=parse_settings(values["sampling"], "--sampling"),
+            sampling=parse_settings(values["sampling"]),
         )
     except KeyboardInterrupt:
         logger.info("Stopped; episodes.csv lists the episodes that ended.")

@@ -17,7 +17,7 @@ class PolicyOptions:
       execute, ensemble: how action chunks are carried out; see `ControlConfig`. Where both are None, the server sends
         whole chunks and the client carries them out.
       dataset: the dataset whose normalisation of actions and states is used; needed by policies of several robots.
-      sampling: sampling settings that replace those of the run; see `como_jax.evaluation.rollouts.sampling`.
+      sampling: sampling settings that replace those of the run; see `with_sampling` of the policy runner.
       seed: of the sampling noise.
     """
 

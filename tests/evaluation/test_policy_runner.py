@@ -1,6 +1,7 @@
 """The policy as rollouts ask it: units, sizes and pictures of its robot, and what a chunk depends on."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from como_jax.data.instructions import InstructionReader
 from como_jax.data.pipeline import evaluation_batches
 from como_jax.data.policy_data import make_spec, open_policy_data
 from como_jax.data.transforms import decode_jpeg
 from como_jax.errors import ConfigError, RunError
-from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy
+from como_jax.evaluation.rollouts.policy_runner import PolicyRunner, load_policy, with_sampling
 from como_jax.files import write_json
 from como_jax.spec.interface import POLICY_FILE, History, NormStats, PolicySpec
 from como_jax.spec.normalization import AffineNormalizer
@@ -212,3 +214,38 @@ def test_a_spec_comes_back_as_it_was_written(robot_dataset: Path, tmp_path: Path
     for name, scales in spec.robots.items():
         np.testing.assert_array_equal(found.robots[name].action.inverse(values), scales.action.inverse(values))
         np.testing.assert_array_equal(found.robots[name].state(values), scales.state(values))
+
+
+def recipe(family: str) -> ConfigDict:
+    return importlib.import_module(f"configs.policy_{family}").get_config("smoke")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("diffusion", {"diffusion.sample_steps": "5", "guidance": "2"}, {"guidance": 2.0}),
+        (
+            "autoregressive",
+            {"generate_latents": "true", "temperature": "0.5"},
+            {"generate_latents": True, "temperature": 0.5},
+        ),
+        ("vla", {"flow_steps": "3"}, {"flow_steps": 3}),
+    ],
+)
+def test_settings_replace_those_of_the_run(family: str, settings: dict[str, str], expected: dict[str, object]) -> None:
+    before = recipe(family)
+    after = with_sampling(before, settings)
+    assert {name: after.model[name] for name in expected} == expected
+    if family == "diffusion":
+        assert (after.model.diffusion.sample_steps, before.model.diffusion.sample_steps) == (5, 2)
+
+
+def test_what_the_policy_does_not_have_is_refused_by_name() -> None:
+    with pytest.raises(
+        ConfigError, match="`sampling` temprature: this policy has temperature, flow_steps; did you mean"
+    ):
+        with_sampling(recipe("vla"), {"temprature": "1"})
+    with pytest.raises(ConfigError, match="`sampling` temperature=hot: the value must be like 0.0"):
+        with_sampling(recipe("vla"), {"temperature": "hot"})
+    with pytest.raises(ConfigError, match="`sampling` width"):
+        with_sampling(recipe("vla"), {"width": "8"})

@@ -17,13 +17,13 @@ import pytest
 
 from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec
 from como_jax.errors import ConfigError, NonFiniteError
-from como_jax.evaluation.rollouts.checks import check_compatible
 from como_jax.evaluation.rollouts.results import summarize
 from como_jax.evaluation.rollouts.rollout import (
     RolloutOptions,
+    check_compatible,
     check_rollouts,
     environment_seed,
-    picture_size,
+    rendered_size,
     roll_out,
 )
 from como_jax.spec.control import ControlConfig
@@ -114,8 +114,8 @@ def test_what_does_not_fit_is_refused_before_any_episode():
     with pytest.raises(ConfigError, match="pip install simulator"):
         play(["line:far", "line:refuse"], runner=runner)
     assert not runner.batches
-    for changes, flag in [({"episodes": 0}, "--episodes"), ({"seed": 5000}, "--seed"), ({"workers": 0}, "--workers"),
-                          ({"control": ControlConfig(4)}, "execute 4")]:  # fmt: skip
+    for changes, flag in [({"episodes": 0}, "`episodes` 0"), ({"seed": 5000}, "`seed` 5000"),
+                          ({"workers": 0}, "`workers`"), ({"control": ControlConfig(4)}, "execute 4")]:  # fmt: skip
         with pytest.raises(ConfigError, match=flag):
             play(["line:far"], runner=runner, **changes)
         with pytest.raises(ConfigError, match=flag):
@@ -185,7 +185,7 @@ def test_interrupting_ends_the_workers():
 
 def test_the_tabletop_rolls_out_from_end_to_end():
     names = ["tabletop:reach", "tabletop:push"]
-    environment = EnvironmentOptions(image_size=picture_size(TABLETOP_POLICY), max_steps=5)
+    environment = EnvironmentOptions(image_size=rendered_size(TABLETOP_POLICY), max_steps=5)
     recordings = {}
     results = roll_out(
         FakeRunner(TABLETOP_POLICY),

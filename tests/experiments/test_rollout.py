@@ -13,8 +13,7 @@ import pytest
 
 from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts import rollout as rollouts
-from como_jax.evaluation.rollouts.checks import parse_settings
-from como_jax.evaluation.rollouts.rollout import RolloutOptions
+from como_jax.evaluation.rollouts.rollout import RolloutOptions, parse_settings
 from como_jax.spec.control import ControlConfig
 from experiments import rollout as command
 from experiments.rollout import rollout
@@ -92,9 +91,9 @@ def test_what_does_not_fit_is_refused_by_name_and_leaves_nothing(tmp_path: Path,
     assert not any(path.is_file() for path in tmp_path.rglob("*")) and not list((tmp_path / "rollouts").iterdir())
 
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="--out .* holds files already"):
+    with pytest.raises(RunError, match="`out` .* holds files already"):
         rollout(tmp_path, "tabletop:reach", OPTIONS, out=tmp_path)
-    with pytest.raises(RunError, match="--out .* cannot be made"):
+    with pytest.raises(RunError, match="`out` .* cannot be made"):
         rollout(tmp_path, "tabletop:reach", OPTIONS, out=tmp_path / "notes.txt" / "out")
     for text in ("look", "=hard"):
         with pytest.raises(ConfigError, match="must be NAME=VALUE"):

@@ -22,10 +22,15 @@ from como_jax.envs.registry import environment_names
 from como_jax.errors import ConfigError
 from como_jax.evaluation.latents.in_loop import with_means
 from como_jax.evaluation.latents.transitions import fit_batch
-from como_jax.evaluation.rollouts.checks import parse_settings
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.evaluation.rollouts.results import summarize
-from como_jax.evaluation.rollouts.rollout import RolloutOptions, check_rollouts, picture_size, roll_out
+from como_jax.evaluation.rollouts.rollout import (
+    RolloutOptions,
+    check_rollouts,
+    parse_settings,
+    rendered_size,
+    roll_out,
+)
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.spec.control import ControlConfig
 from como_jax.training import sharding
@@ -149,7 +154,7 @@ class PolicyEvaluator:
         """Options of the environments; raises ConfigError, before training, if the policy cannot act in them."""
         if self._runner is None:
             raise ConfigError("evaluation.env needs a policy with actions; this one learns latent motion alone.")
-        size, settings = picture_size(self._runner.spec), parse_settings(self._config.env_settings)
+        size, settings = rendered_size(self._runner.spec), parse_settings(self._config.env_settings)
         environment = EnvironmentOptions(image_size=size, settings=settings)
         check_rollouts(self._runner.spec, self._names, environment, self._rollout_options())
         return environment

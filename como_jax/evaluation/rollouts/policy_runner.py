@@ -1,25 +1,36 @@
-"""Asks a trained policy for actions, in the units of its robot."""
+"""Asks a trained policy for actions, in the units of its robot; and how it samples them."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from como_jax.data.instructions import InstructionReader
-from como_jax.errors import RunError
-from como_jax.evaluation.rollouts.sampling import with_sampling
+from como_jax.errors import ConfigError, RunError, closest
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.policies.build import POLICY_FAMILIES, build_policy
 from como_jax.spec.interface import History, NormStats, PolicySpec, observation_arrays
 from como_jax.training import sharding
 from como_jax.training.run import open_run
 from como_jax.types import Observation
+
+SAMPLING_FIELDS = (
+    "temperature",
+    "generate_latents",
+    "guidance",
+    "flow_steps",
+    "diffusion.sample_steps",
+    "diffusion.eta",
+)
+"""Fields of `config.model` that change how actions are sampled, but no parameter; each family has some of them."""
 
 
 class PolicyRunner:
@@ -57,7 +68,7 @@ class PolicyRunner:
 
         Args:
           histories: what the policy is asked about, n times; every n is compiled once.
-          seeds: as many whole numbers for each, the same count for all, from which its noise follows.
+          seeds: integers for each, equally many for all, from which its noise follows.
         """
         observation = self._observe(histories)
         observation, seeds = jax.device_put((observation, np.asarray(seeds, np.uint32)), self._replicated)
@@ -79,11 +90,11 @@ def load_policy(
       workdir: of `experiments.train_policy`.
       mesh: of devices.
       dataset: the robot dataset whose normalisation is used, where there are several.
-      sampling: settings that differ from the run's, see `como_jax.evaluation.rollouts.sampling`.
+      sampling: settings that differ from those of the run, see `with_sampling`.
 
     Raises:
       RunError: no policy there, or one that was trained on latent motion alone.
-      ConfigError: the dataset is not one of the policy's, or a setting none of its own.
+      ConfigError: the policy was not trained on this dataset, or has no such setting.
     """
     run = open_run(
         workdir,
@@ -104,6 +115,37 @@ def load_policy(
     )
 
 
+def with_sampling(config: ConfigDict, settings: Mapping[str, str]) -> ConfigDict:
+    """The config of a policy with other settings of sampling.
+
+    Args:
+      config: of the run.
+      settings: values as text, by names of `SAMPLING_FIELDS`.
+
+    Raises:
+      ConfigError: a name that this policy does not have, or a value of another type.
+    """
+    config = config.copy_and_resolve_references()
+    nested = {f"diffusion.{name}": value for name, value in config.model.get("diffusion", {}).items()}
+    fields = {**config.model, **nested}
+    known = [name for name in SAMPLING_FIELDS if name in fields]
+    for name, text in settings.items():
+        if name not in known:
+            raise ConfigError(f"`sampling` {name}: this policy has {', '.join(known)}{closest(name, known)}")
+        config.update_from_flattened_dict({f"model.{name}": _parse(name, text, fields[name])})
+    return config
+
+
+def _parse(name: str, text: str, like: Any) -> Any:
+    """The value of the text, of the type of `like`."""
+    try:
+        if isinstance(like, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(like)(text)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"`sampling` {name}={text}: the value must be like {like!r}.") from error
+
+
 @functools.lru_cache(maxsize=32)
 def _sampler(model: ModelDef, replicated: jax.sharding.Sharding) -> jax.stages.Wrapped:
     """From parameters, an observation and seeds `[n, k]` to n chunks of actions; made once for a model."""
@@ -115,7 +157,7 @@ def _sampler(model: ModelDef, replicated: jax.sharding.Sharding) -> jax.stages.W
 
 
 def _fold(seeds: jax.Array) -> jax.Array:
-    """One key from whole numbers `[n]`."""
+    """One key from integers `[n]`."""
     key = jax.random.key(0)
     for number in range(len(seeds)):
         key = jax.random.fold_in(key, seeds[number])

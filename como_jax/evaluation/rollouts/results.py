@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -16,12 +18,14 @@ from etils import epath
 from matplotlib.figure import Figure
 from scipy import stats
 
+from como_jax.errors import RunError
 from como_jax.evaluation.tables import csv_text, markdown_table
 from como_jax.files import write_atomic, write_json, write_text
 
 CONFIDENCE = 0.95
 GRID_EPISODES = 12
 _GRID_COLUMNS = 3
+_MAX_NAME = 80
 _COLOURS = {True: "tab:green", False: "tab:red"}
 # With a larger denominator the clock of MP4, which has 32 bits, would overflow.
 _MAX_DENOMINATOR = 10_000
@@ -166,6 +170,29 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+@contextlib.contextmanager
+def new_directory(out: epath.PathLike | None, parent: epath.Path, name: str) -> Iterator[epath.Path]:
+    """Makes the directory of some rollouts: `out`, or by default a new one in `parent` that is named after `name`.
+
+    It is removed if nothing was written to it.
+
+    Raises:
+      RunError: it cannot be made, or `out` holds files already.
+    """
+    path = epath.Path(out) if out is not None else _unused(parent, name)
+    try:
+        path.mkdir(parents=True, exist_ok=out is not None)
+    except OSError as error:
+        raise RunError(f"`out` {path} cannot be made: {error}") from error
+    if any(path.iterdir()):
+        raise RunError(f"`out` {path} holds files already; choose another or empty it.")
+    try:
+        yield path
+    finally:
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
 class RolloutRecorder:
     """Writes episodes.csv and videos whenever an episode ends, and the rest when all have ended."""
 
@@ -290,3 +317,13 @@ def table_markdown(summary: RolloutSummary) -> str:
 
 def _identity(result: EpisodeResult) -> tuple[str, int]:
     return result.task, result.episode
+
+
+def _unused(parent: epath.Path, name: str) -> epath.Path:
+    """A path in `parent` that does not exist yet, named after `name`."""
+    stem, number = re.sub(r"[^\w.-]+", "-", name), 1
+    if len(stem) > _MAX_NAME:
+        stem = f"{stem[: _MAX_NAME // 2]}...{stem[-_MAX_NAME // 2 :]}"
+    while (path := parent / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return path

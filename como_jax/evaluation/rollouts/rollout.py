@@ -1,8 +1,8 @@
 """Episodes of a policy in simulators, several at once, judged by success.
 
-Every episode follows from the seed, the task's name and the episode's number, and so does what the policy draws at
-each of its steps: neither other tasks nor the number of workers change it, beyond the rounding of batches of another
-size on an accelerator.
+Every episode follows from the seed, the name of the task and the number of the episode, and so does what the policy
+draws at each step. Neither other tasks nor the number of workers change it, apart from the rounding of batches of
+another size on an accelerator.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from como_jax.envs.base import FIRST_ROLLOUT_SEED, SEED_STRIDE, EnvironmentOptions, EnvironmentSpec, StepResult
 from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
-from como_jax.evaluation.rollouts.checks import check_compatible, check_tasks
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
-from como_jax.evaluation.rollouts.results import EpisodeResult
+from como_jax.evaluation.rollouts.results import EpisodeResult, Recording
 from como_jax.evaluation.rollouts.workers import Failed, MakeEnvironment, Reply, Start, Started, Step, WorkerPool
 from como_jax.spec.control import ControlConfig, Controller
 from como_jax.spec.interface import History, PolicySpec
@@ -31,21 +30,21 @@ logger = logging.getLogger(__name__)
 
 # Simulators take seeds of 32 bits, some of them signed.
 MAX_SEED = 1000
-# None of the simulators draws anything of use below it.
+# Below this size no simulator draws anything of use.
 _MIN_IMAGE_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions:
-    """How many episodes, and how.
+    """How many episodes, and how they are rolled out.
 
     Attributes:
-      episodes: of every task.
-      workers: environments at once, each in a process.
-      seed: another one gives other episodes.
-      control: how chunks are carried out.
-      step_timeout, start_timeout: seconds after which a worker that does not answer is given up, in a step and at the
-        beginning of an episode, which may have to load the simulator.
+      episodes: episodes of every task.
+      workers: environments at the same time, each in a process.
+      seed: another seed gives other episodes.
+      control: how action chunks are carried out.
+      step_timeout: seconds after which a worker that does not answer a step is given up.
+      start_timeout: the same for the beginning of an episode, which may have to load the simulator.
     """
 
     episodes: int = 20
@@ -58,32 +57,39 @@ class RolloutOptions:
     def check(self) -> None:
         """Raises ConfigError for numbers out of range."""
         if not 1 <= self.episodes <= SEED_STRIDE:
-            raise ConfigError(f"--episodes {self.episodes}: must lie between 1 and {SEED_STRIDE}.")
+            raise ConfigError(f"`episodes` {self.episodes} must lie between 1 and {SEED_STRIDE}.")
         if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"--seed {self.seed}: must lie between 0 and {MAX_SEED}.")
+            raise ConfigError(f"`seed` {self.seed} must lie between 0 and {MAX_SEED}.")
         if self.workers < 1 or min(self.step_timeout, self.start_timeout) <= 0:
-            raise ConfigError("--workers and --step_timeout must be positive.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What an episode looked like.
-
-    Attributes:
-      frames: uint8 `[H, W, 3]` of the environment's first camera, at the beginning and after every step.
-      rate: frames a second.
-    """
-
-    frames: Sequence[np.ndarray]
-    rate: float
+            raise ConfigError("`workers`, `step_timeout` and `start_timeout` must be positive.")
 
 
 OnEpisode = Callable[[EpisodeResult, Recording], None]
 
 
 def environment_seed(seed: int, episode: int) -> int:
-    """The seed that an environment is reset with, beyond those of demonstrations."""
+    """The seed that an environment is reset with; demonstrations have none of these seeds."""
     return FIRST_ROLLOUT_SEED + seed * SEED_STRIDE + episode
+
+
+def rendered_size(spec: PolicySpec) -> int:
+    """The side of the images to render for a policy, which resizes them to the size of its model."""
+    return max(spec.image_size, _MIN_IMAGE_SIZE)
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """Settings by name, from texts NAME=VALUE.
+
+    Raises:
+      ConfigError: a text of another form.
+    """
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"setting {text!r} must be NAME=VALUE.")
+        settings[name] = value
+    return settings
 
 
 def roll_out(
@@ -96,27 +102,27 @@ def roll_out(
 ) -> list[EpisodeResult]:
     """Rolls a policy out.
 
-    An episode whose environment raises, dies or does not answer has crashed; its worker is replaced.
+    An episode whose environment raises an error, dies or does not answer has crashed; its worker is replaced.
 
     Args:
       runner: of the policy.
-      names: of the environments, as `como_jax.envs.registry.environment_names` gives them.
-      environment: options of all of them; the policy's cameras are rendered where none are named.
+      names: of the environments, as `como_jax.envs.registry.environment_names` returns them.
+      environment: options of all environments; if it names no cameras, those of the policy are rendered.
       options: of the rollouts.
       on_episode: called with every episode as it ends, in no particular order.
-      make: makes an environment; a function of a module.
+      make: makes an environment; a function at the top of a module.
 
     Returns:
       All episodes, by task and number.
 
     Raises:
-      ConfigError: an environment does not suit the policy, or options that make no sense.
-      NonFiniteError: the policy gave actions that are not finite.
+      ConfigError: an environment does not suit the policy, or options are out of range.
+      NonFiniteError: the policy returned actions that are not finite.
     """
     environment, options = _resolve(runner.spec, environment, options)
     count = min(options.workers, len(names) * options.episodes)
     with WorkerPool(count, make, options.start_timeout, options.step_timeout) as pool:
-        check_tasks(runner.spec, names, environment, environment_seed(options.seed, 0), pool)
+        _check_tasks(runner.spec, names, environment, environment_seed(options.seed, 0), pool)
         return _Rollouts(runner, environment, options, pool).run(names, on_episode)
 
 
@@ -127,32 +133,77 @@ def check_rollouts(
     options: RolloutOptions,
     make: MakeEnvironment = make_environment,
 ) -> None:
-    """Does what `roll_out` does before the first episode, for those who roll out much later.
+    """Does the checks of `roll_out`, for a policy that will be rolled out much later.
 
     Raises:
-      ConfigError: an environment does not suit the policy, or options that make no sense.
+      ConfigError: an environment does not suit the policy, or options are out of range.
     """
     environment, options = _resolve(policy, environment, options)
     with WorkerPool(min(options.workers, len(names)), make, options.start_timeout, options.step_timeout) as pool:
-        check_tasks(policy, names, environment, environment_seed(options.seed, 0), pool)
+        _check_tasks(policy, names, environment, environment_seed(options.seed, 0), pool)
+
+
+def check_compatible(policy: PolicySpec, environment: EnvironmentSpec, instruction: str) -> list[str]:
+    """Warnings of what may harm a policy in an environment.
+
+    Raises:
+      ConfigError: the policy cannot act there.
+    """
+    name = environment.name
+    if environment.action_size != policy.action_size:
+        raise ConfigError(
+            f"{name} takes actions of {environment.action_size} numbers, the policy's have {policy.action_size}."
+        )
+    if policy.state_size and environment.state_size != policy.state_size:
+        raise ConfigError(
+            f"{name} has a state of {environment.state_size} numbers, the policy was trained on {policy.state_size}."
+        )
+    if set(environment.cameras) != set(policy.cameras):
+        raise ConfigError(
+            f"{name} has the cameras {', '.join(environment.cameras)}, the policy was trained on "
+            f"{', '.join(policy.cameras)}: they must be the same."
+        )
+    if policy.uses_text and not instruction.strip():
+        raise ConfigError(f"{name} gives no instruction, and the policy needs one to act.")
+    if not np.isclose(environment.control_rate, policy.control_rate, rtol=0.01):
+        rates = f"{environment.control_rate:g} actions a second, and the policy was trained on {policy.control_rate:g}"
+        return [f"The environment takes {rates}."]
+    return []
 
 
 def _resolve(
     policy: PolicySpec, environment: EnvironmentOptions, options: RolloutOptions
 ) -> tuple[EnvironmentOptions, RolloutOptions]:
-    """Both with what they leave to the policy; raises ConfigError for values out of range."""
+    """Both, with the policy's values where they leave them open; raises ConfigError for values out of range."""
     options.check()
     options = dataclasses.replace(options, control=options.control.resolve(policy.chunk))
     return dataclasses.replace(environment, cameras=environment.cameras or policy.cameras), options
 
 
-def picture_size(spec: PolicySpec) -> int:
-    """The side of the pictures to render for a policy, which resizes them to what it sees."""
-    return max(spec.image_size, _MIN_IMAGE_SIZE)
+def _check_tasks(
+    policy: PolicySpec, names: Sequence[str], environment: EnvironmentOptions, seed: int, pool: WorkerPool
+) -> None:
+    """Begins an episode of every task; a simulator that crashes is only warned of, since it may not crash again.
+
+    Raises:
+      ConfigError: the policy cannot act in one of them, or one cannot be made.
+    """
+    warnings: dict[str, None] = {}
+    for first in range(0, len(names), len(pool)):
+        batch = names[first : first + len(pool)]
+        for slot, name in enumerate(batch):
+            pool.request(slot, Start(name, environment, seed))
+        for slot, reply in pool.gather().items():
+            if isinstance(reply, Failed):
+                warnings[f"{batch[slot]} could not be checked: {reply.reason}"] = None
+            else:
+                warnings |= dict.fromkeys(check_compatible(policy, reply.spec, reply.instruction))
+    for warning in warnings:
+        logger.warning(warning)
 
 
 class _Rollouts:
-    """All workers in lock step, and the policy asked for all of them at once."""
+    """All workers step by step together; the policy is asked for all of them at once."""
 
     def __init__(
         self, runner: PolicyRunner, environment: EnvironmentOptions, options: RolloutOptions, pool: WorkerPool
@@ -187,7 +238,7 @@ class _Rollouts:
         return _Episode(self._runner.spec, self._options, name, episode)
 
     def _act(self, playing: dict[int, _Episode]) -> None:
-        """Asks every worker that plays for its next step."""
+        """Asks every worker with an episode for its next step."""
         asking = [episode for episode in playing.values() if episode.controller.needs_chunk()]
         if asking:
             # A batch of another size would be another program to compile.
@@ -213,8 +264,8 @@ class _Episode:
         self._instruction = ""
 
     def chunk_seed(self) -> tuple[int, ...]:
-        """What the policy's draws for the next chunk follow from."""
-        # Of the name, since a task's number would depend on what else is rolled out; 31 bits, as of signed integers.
+        """The numbers from which the policy's draws for the next chunk follow."""
+        # From the name: the number of a task depends on the other tasks. 31 bits, since some integers are signed.
         task = zlib.crc32(self._name.encode()) & 0x7FFFFFFF
         return (self._options.seed, task, self._number, self.controller.steps)
 
@@ -223,7 +274,7 @@ class _Episode:
         return self.controller.history(self._instruction)
 
     def receive(self, reply: Reply) -> EpisodeResult | None:
-        """Takes a worker's answer; gives the result once the episode is over."""
+        """Processes a worker's answer; returns the result if the episode is over."""
         if isinstance(reply, Failed):
             return self._result(reason=reply.reason)
         if isinstance(reply, Started):
@@ -239,7 +290,7 @@ class _Episode:
         return None
 
     def recording(self) -> Recording:
-        """What has been seen."""
+        """The frames so far."""
         return Recording(self._frames, self._spec.control_rate if self._spec else self._policy.control_rate)
 
     def _result(self, reason: str = "") -> EpisodeResult:
