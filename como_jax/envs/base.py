@@ -114,7 +114,7 @@ class EnvironmentOptions:
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.max_steps < 0:
             raise ConfigError(
-                f"image_size must be 1 or more and max_steps 0 or more, got {self.image_size} and {self.max_steps}."
+                f"`image_size` must be 1 or more and `max_steps` 0 or more, got {self.image_size} and {self.max_steps}."
             )
 
     def take(self, *known: str) -> dict[str, str]:

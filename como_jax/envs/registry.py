@@ -42,9 +42,7 @@ def environment_names(text: str) -> tuple[str, ...]:
     known = _family(family).tasks(family)
     asked = [task.strip() for task in wanted.split(",") if task.strip()]
     if not asked:
-        raise ConfigError(
-            f"environment {text!r}: name a task, as in {family}:{known[0]}, or all of them by {family}:all."
-        )
+        raise ConfigError(f"`env` {text!r}: name a task, as in {family}:{known[0]}, or all of them by {family}:all.")
     tasks: list[str] = []
     for name in asked:
         found = [task for task in known if name in ("all", task, task.rpartition("/")[0])]
@@ -52,9 +50,7 @@ def environment_names(text: str) -> tuple[str, ...]:
             listed = ", ".join(known[:_MAX_LISTED])
             if len(known) > _MAX_LISTED:
                 listed += f" and {len(known) - _MAX_LISTED} more"
-            raise ConfigError(
-                f"environment {text!r}: {family} has no task {name!r}, only {listed}{closest(name, known)}"
-            )
+            raise ConfigError(f"`env` {text!r}: {family} has no task {name!r}, only {listed}{closest(name, known)}")
         tasks += found
     return tuple(f"{family}:{task}" for task in dict.fromkeys(tasks))
 
@@ -67,12 +63,12 @@ def make_environment(name: str, options: EnvironmentOptions) -> Environment:
     """
     names = environment_names(name)
     if len(names) != 1:
-        raise ConfigError(f"environment {name!r}: name one task, not {len(names)}.")
+        raise ConfigError(f"`env` {name!r}: name one task, not {len(names)}.")
     family, _, task = names[0].partition(":")
     return _family(family).make(family, task, options)
 
 
 def _family(name: str) -> Family:
     if name not in FAMILIES:
-        raise ConfigError(f"environment family {name!r}: there are {', '.join(FAMILIES)}{closest(name, FAMILIES)}")
+        raise ConfigError(f"`env` {name!r}: there are {', '.join(FAMILIES)}{closest(name, FAMILIES)}")
     return importlib.import_module(FAMILIES[name])

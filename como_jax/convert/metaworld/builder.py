@@ -13,6 +13,7 @@ from como_jax.convert.settings import number, setting, some_of
 from como_jax.convert.sources import Source
 from como_jax.envs import metaworld
 from como_jax.envs.base import Environment, EnvironmentOptions
+from como_jax.envs.metaworld.simulator import IMAGE_SIZES
 from como_jax.errors import ConfigError, ConversionError
 
 # Each takes 90 MB and 0.4 seconds to make, about as long as a demonstration.
@@ -23,7 +24,7 @@ _KEPT_ENVIRONMENTS = 8
 class MetaWorldSettings(DemonstrationSettings):
     """Settings of `MetaWorldDemonstrations`."""
 
-    image_size: int = setting("side of the square images, as rendered", 64, number(*metaworld.IMAGE_SIZES))
+    image_size: int = setting("side of the square images, as rendered", 64, number(*IMAGE_SIZES))
     camera: tuple[str, ...] = setting(
         "names of cameras, the main camera first", metaworld.CAMERAS[:1], some_of(metaworld.CAMERAS, may_be_empty=False)
     )
