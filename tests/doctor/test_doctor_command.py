@@ -24,7 +24,7 @@ def clips(tmp_path, write_clip):
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.doctor", *map(str, arguments)]
+    command = [sys.executable, *map(str, arguments)]
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "", "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -42,7 +42,7 @@ class References(HTMLParser):
 
 
 def test_it_prints_and_writes_the_same(clips, tmp_path):
-    result = run(clips, "--json", tmp_path / "found.json", cwd=tmp_path)
+    result = run("-m", "tools.doctor", clips, "--json", tmp_path / "found.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "clips"
@@ -61,23 +61,40 @@ def test_it_prints_and_writes_the_same(clips, tmp_path):
 
 
 def test_strict_makes_faults_an_error(clips, tmp_path):
-    result = run(clips, "--strict", "--out", tmp_path, cwd=clips)
+    result = run("-m", "tools.doctor", clips, "--strict", "--out", tmp_path, cwd=clips)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == f"error: {clips} has errors or warnings, see above."
     assert (tmp_path / "clips_doctor.html").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "Expected the folder of one dataset"),
-        (("gone",), "gone is not a folder"),
-        (("clips", "--out", "clips/report.html"), "lies in the dataset, which is left as it is"),
-        (("clips", "--control_rate", "-1"), "control_rate must be a positive number"),
-    ],
-)
-def test_a_mistake_is_one_line_and_status_2(clips, tmp_path, arguments, message):
-    result = run(*arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
+# One process for all mistakes, since the imports take longer than finding them.
+RUN_ALL = """
+import contextlib, io, json, sys
+from absl.testing import flagsaver
+from como_jax import cli
+from tools import doctor
+doctor.define_flags()
+found = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, errors = ["doctor", *arguments], io.StringIO()
+    with flagsaver.flagsaver(), contextlib.redirect_stderr(errors):
+        try:
+            cli.run(doctor.main)
+        except SystemExit as exit:
+            found.append((exit.code, errors.getvalue()))
+print(json.dumps(found))
+"""
+
+
+def test_a_mistake_is_one_line_and_status_2(clips, tmp_path):
+    cases = {
+        "Expected the folder of one dataset": [],
+        "gone is not a folder": ["gone"],
+        "lies in the dataset, which is left as it is": ["clips", "--out", "clips/report.html"],
+        "control_rate must be a positive number": ["clips", "--control_rate", "-1"],
+    }
+    result = run("-c", RUN_ALL, json.dumps(list(cases.values())), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for message, (status, errors) in zip(cases, json.loads(result.stdout), strict=True):
+        assert status == 2 and errors.startswith("error: ") and message in errors and errors.count("\n") == 1
     assert not list(tmp_path.glob("*.html"))
