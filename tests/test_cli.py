@@ -27,6 +27,11 @@ def test_a_folder_for_compiled_programs_is_taken_where_one_is_given(cache: str, 
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
+def test_fields_in_messages_become_the_flags_of_the_command() -> None:
+    message = "`compilation_cache` and `latent_dim` are too large"
+    assert cli.name_flags(message) == "--compilation_cache and `latent_dim` are too large"
+
+
 CONFIG = ConfigDict(
     {"seed": 0, "optim": {"learning_rate": 1.0}, "model": {"latent_dim": 3, "bottleneck": {"kind": ""}}}
 )

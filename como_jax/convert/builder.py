@@ -77,10 +77,6 @@ def dataset_name(out: epath.PathLike) -> str:
     return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
 
 
-def _ignore(outcome: SourceOutcome) -> None:
-    """Tells nobody about a source."""
-
-
 class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Converts sources to a dataset directory; see the module for what a subclass has to add.
 
@@ -191,7 +187,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Returns a writer of shards into the staging folder."""
         return ShardWriter(self.info.features, self.staging)
 
-    def shard_examples(self, shard: Shard, on_source: OnSource = _ignore) -> ShardExamples:
+    def shard_examples(self, shard: Shard, on_source: OnSource | None = None) -> ShardExamples:
         """Returns the records of a shard; `on_source` is called when a source is done."""
         return ShardExamples(shard, self._usable_episodes, on_source)
 

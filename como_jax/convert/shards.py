@@ -84,7 +84,7 @@ class ShardExamples:
       outcomes: what became of each source so far.
     """
 
-    def __init__(self, shard: Shard, episodes: EpisodesOf, on_source: OnSource):
+    def __init__(self, shard: Shard, episodes: EpisodesOf, on_source: OnSource | None):
         """Prepares a pass; `episodes` yields the usable episodes of a source, and notes in its outcome the others."""
         self.shard = shard
         self.rows: list[dict[str, Any]] = []
@@ -104,7 +104,8 @@ class ShardExamples:
                 self.rows.append(schema.episode_row(episode))
                 outcome.episodes += 1
             self.outcomes.append(outcome)
-            self._on_source(outcome)
+            if self._on_source is not None:
+                self._on_source(outcome)
 
 
 class ShardWriter(writer.ShardWriter):

@@ -54,11 +54,6 @@ class Feature:
     shape: tuple[int, ...] | None
     is_depth: bool = False
 
-    @property
-    def is_camera(self) -> bool:
-        """Whether it is a camera, stored as video or as images in the table."""
-        return self.dtype in ("video", "image")
-
 
 @dataclasses.dataclass(frozen=True)
 class VideoPart:
