@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from como_jax.data.language import InstructionEmbeddings, make_tokenizer, read_embeddings
+from como_jax.data.language import InstructionEmbeddings, read_embeddings
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
+from como_jax.spec.tokenizers import make_tokenizer
 
 MISSING = ("refuse", "empty")
 """What happens to episodes without an instruction: the dataset is refused, or the policy reads an empty text."""
@@ -51,7 +52,8 @@ class InstructionReader:
         prompt = text.get("prompt", _GAP)
         if prompt.count(_GAP) != 1:
             raise ConfigError(f"text.prompt {prompt!r} must contain {_GAP} once, in the place of the instruction.")
-        tokenizer = make_tokenizer(text.tower, text.max_length, text.tokenizer_file)
+        file = epath.Path(text.tokenizer_file) if text.tokenizer_file else ""
+        tokenizer = make_tokenizer(text.tower, text.max_length, file)
         return cls("text", lambda instruction: tokenizer([prompt.replace(_GAP, instruction)])[0])
 
     @classmethod

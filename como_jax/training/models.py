@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from etils import epath
 from ml_collections import ConfigDict
 
-from como_jax.data.language import make_tokenizer
 from como_jax.errors import ConfigError
 from como_jax.motion.build import FAMILIES, build_model, pairs_of_clip
 from como_jax.nn.model_def import ModelDef
 from como_jax.policies.build import build_policy, text_config
+from como_jax.spec.tokenizers import make_tokenizer
 from como_jax.spec.towers import PUBLIC_TOWERS
 from como_jax.weights.paligemma import paligemma_sizes
 from como_jax.weights.text import text_config_of
@@ -77,5 +78,7 @@ def _fill_public_sizes(config: ConfigDict) -> None:
     if text.tower in PUBLIC_TOWERS:
         text.update(dataclasses.asdict(text_config_of(text.weights, text_config(config))))
     if text.tower == "tokens":
-        tokenizer = make_tokenizer("tokens", text.max_length, text.tokenizer_file)
+        tokenizer = make_tokenizer(
+            "tokens", text.max_length, epath.Path(text.tokenizer_file) if text.tokenizer_file else ""
+        )
         text.vocabulary_size = max(text.vocabulary_size, tokenizer.vocabulary_size)

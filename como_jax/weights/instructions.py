@@ -13,9 +13,10 @@ from etils import epath
 from flax import nnx
 
 from como_jax.data import schema
-from como_jax.data.language import FileTokenizer, write_embeddings
+from como_jax.data.language import write_embeddings
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.text_towers import make_text_tower
+from como_jax.spec.tokenizers import FileTokenizer
 from como_jax.spec.towers import TextConfig
 from como_jax.weights.text import load_text_tower, text_config_of
 
@@ -55,7 +56,7 @@ def embed_instructions(
     instructions = read_instructions(dataset)
     config = text_config_of(weights, TextConfig(tower=tower))
     config = dataclasses.replace(config, max_length=max_length or config.positions or _T5_LENGTH)
-    tokenize = FileTokenizer(tokenizer, config.max_length, tower)
+    tokenize = FileTokenizer(epath.Path(tokenizer), config.max_length, tower)
     if tokenize.vocabulary_size > config.vocabulary_size:
         raise ConfigError(
             f"{tokenizer} has {tokenize.vocabulary_size} tokens and {weights} only {config.vocabulary_size}: they do "

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from como_jax.data.language import ByteTokenizer
 from como_jax.errors import ConfigError
 from como_jax.nn.text_towers import TextFeatures, make_text_tower
+from como_jax.spec.tokenizers import ByteTokenizer
 from como_jax.spec.towers import TextConfig
 from como_jax.types import Observation
 
