@@ -38,11 +38,11 @@ class ControlConfig:
         """
         if not 0 <= self.execute <= chunk:
             raise ConfigError(
-                f"execute {self.execute} must lie between 0 and {chunk}, since the policy predicts chunks of {chunk} "
+                f"`execute` {self.execute} must lie between 0 and {chunk}, since the policy predicts chunks of {chunk} "
                 "steps."
             )
         if self.ensemble is not None and not math.isfinite(self.ensemble):
-            raise ConfigError(f"ensemble {self.ensemble} must be a finite number, such as 0.01.")
+            raise ConfigError(f"`ensemble` {self.ensemble} must be a finite number, such as 0.01.")
         return dataclasses.replace(self, execute=self.execute or max(1, chunk // 2))
 
 

@@ -111,7 +111,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     try:
         return ConfigDict(json.loads((workdir / "config.json").read_text(), object_hook=with_new_names))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"--workdir {workdir} holds no run: it has no config.json.") from error
+        raise RunError(f"`workdir` {workdir} holds no run: it has no config.json.") from error
     except (ValueError, TypeError) as error:
         raise RunError(f"{workdir}/config.json is damaged: {error}") from error
 

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_before_any_episode():
         play(["line:far", "line:refuse"], runner=runner)
     assert not runner.batches
     for changes, flag in [({"episodes": 0}, "`episodes` 0"), ({"seed": 5000}, "`seed` 5000"),
-                          ({"workers": 0}, "`workers`"), ({"control": ControlConfig(4)}, "execute 4")]:  # fmt: skip
+                          ({"workers": 0}, "`workers`"), ({"control": ControlConfig(4)}, "`execute` 4")]:  # fmt: skip
         with pytest.raises(ConfigError, match=flag):
             play(["line:far"], runner=runner, **changes)
         with pytest.raises(ConfigError, match=flag):

@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(run: Path, tmp_path: P
 
 
 def test_what_is_not_there_is_refused(run: Path, tabletop_dataset: Path, tmp_path: Path):
-    with pytest.raises(RunError, match="--workdir .*nothing holds no run"):
+    with pytest.raises(RunError, match="`workdir` .*nothing holds no run"):
         evaluate(tmp_path / "nothing", **SIZES)
     with pytest.raises(DatasetError, match="/nowhere is not a dataset directory"):
         evaluate(run, "/nowhere", tmp_path / "out", **SIZES)

@@ -293,7 +293,7 @@ def test_data_that_teaches_nothing_to_do_is_refused(robot_dataset: Path, labelle
     ("changes", "message"),
     [
         ({"evaluation.env": "tabletop:reech"}, "did you mean reach"),
-        ({"evaluation.env": "tabletop:reach", "evaluation.execute": 5}, "--execute 5: .* chunks of 4 steps"),
+        ({"evaluation.env": "tabletop:reach", "evaluation.execute": 5}, "`execute` 5 must lie between 0 and 4"),
         ({"evaluation.env": "tabletop:reach", "evaluation.env_settings": ("colour=red",)}, "setting colour"),
     ],
 )

@@ -263,8 +263,8 @@ def test_a_bad_observation_is_named_by_its_field_and_changes_nothing(guided: Exp
 def test_settings_and_files_that_do_not_fit_are_refused(guided: Exported, tmp_path: Path) -> None:
     for settings, message in (
         ({}, "several robot datasets; choose one of arm, other"),
-        ({"robot": "arm", "execute": 5}, "execute 5 must lie between 0 and 4"),
-        ({"robot": "arm", "ensemble": np.nan}, "ensemble nan must be a finite"),
+        ({"robot": "arm", "execute": 5}, "`execute` 5 must lie between 0 and 4"),
+        ({"robot": "arm", "ensemble": np.nan}, "`ensemble` nan must be a finite"),
         ({"robot": "arm", "dtype": torch.float16}, "float16 must be one of"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -93,7 +93,7 @@ def test_two_clients_at_once_have_queues_of_their_own(ensemble: float | None) ->
 
 
 def test_control_that_does_not_suit_the_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="execute 9 must lie between 0 and 4"):
+    with pytest.raises(ConfigError, match="`execute` 9 must lie between 0 and 4"):
         JaxPolicy(FakeRunner(), PolicyOptions(execute=9))  # type: ignore[arg-type]
 
 

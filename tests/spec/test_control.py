@@ -93,9 +93,9 @@ def test_half_a_chunk_is_executed_by_default():
 
 
 def test_what_does_not_suit_the_chunks_is_refused():
-    with pytest.raises(ConfigError, match="execute 5 must lie between 0 and 4"):
+    with pytest.raises(ConfigError, match="`execute` 5 must lie between 0 and 4"):
         Controller(SPEC, ControlConfig(5))
-    with pytest.raises(ConfigError, match="ensemble nan must be a finite number"):
+    with pytest.raises(ConfigError, match="`ensemble` nan must be a finite number"):
         Controller(SPEC, ControlConfig(1, float("nan")))
     controller = Controller(SPEC, ControlConfig(1))
     with pytest.raises(RuntimeError, match="add_chunk"):
