@@ -342,6 +342,7 @@ def test_folders_that_are_no_dataset(tmp_path):
         convert(tmp_path / "data", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_sample_of_a_simulated_robot(tmp_path, sample_data, check_dataset):
     report = convert(sample_data / "lerobot_gr1_sim", tmp_path / "out", image_size=32)
     table = check_dataset(tmp_path / "out")["train"]
@@ -355,6 +356,7 @@ def test_sample_of_a_simulated_robot(tmp_path, sample_data, check_dataset):
     assert (source.action.std(0) < 1e-6).sum() == 25
 
 
+@pytest.mark.slow
 def test_sample_of_a_real_robot(tmp_path, sample_data, check_dataset):
     report = convert(sample_data / "lerobot_g1_real", tmp_path / "out", image_size=32)
     table = check_dataset(tmp_path / "out")["train"]

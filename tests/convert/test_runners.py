@@ -34,7 +34,13 @@ def test_processes_write_the_same_bytes(tmp_path, expected):
 
 
 @needs_beam
-@pytest.mark.parametrize("options", [[], ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        pytest.param(["--direct_running_mode=multi_processing", "--direct_num_workers=2"], marks=pytest.mark.slow),
+    ],
+)
 def test_beam_writes_the_same_bytes(tmp_path, expected, options, monkeypatch):
     # Beam's own worker processes find the builder's module by this.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

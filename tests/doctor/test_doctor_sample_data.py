@@ -42,6 +42,7 @@ def test_frame_rates_of_real_time_videos_are_not_suspected(find):
     assert "suspicious-frame-rate" not in find("bridge_videos")
 
 
+@pytest.mark.slow
 def test_gr1(find):
     found = find("lerobot_gr1_sim")
     assert "observation.images.egoview" in found["camera-without-files"][0].message
@@ -50,6 +51,7 @@ def test_gr1(find):
     assert found["constant-action"][0].message.startswith("25 of 44 action dimensions are constant")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("libdav1d" not in av.codecs_available, reason="this build of PyAV cannot decode AV1")
 def test_g1(find):
     found = find("lerobot_g1_real")
