@@ -54,7 +54,7 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What an action led to: the new observation, whether the task is solved, and whether the episode is over."""
+    """The result of an action: the new observation, whether the task is solved, and whether the episode is over."""
 
     observation: Observation
     success: bool
@@ -85,7 +85,7 @@ class Environment(Protocol):
         """
 
     def expert_action(self) -> np.ndarray:
-        """What the environment's expert would do now, float32 `[A]`.
+        """The action that the environment's expert takes now, float32 `[A]`.
 
         Raises:
           NotImplementedError: it has no expert.

@@ -1,1 +1,1 @@
-"""Metrics of latent motion that need no policy."""
+"""Metrics of latent motion, success of policies in simulators, sweeps over settings, and the report."""

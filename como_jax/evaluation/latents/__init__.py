@@ -1,1 +1,1 @@
-"""What latent motion holds: probes, similarity, drift and transfer."""
+"""Metrics of latent motion that need no policy: probes, similarity, drift and transfer."""

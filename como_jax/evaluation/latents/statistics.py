@@ -184,7 +184,7 @@ class LatentSums:
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Of all folds together."""
+        """Moments of all folds together."""
         return Moments.combine(self.folds)
 
     @property

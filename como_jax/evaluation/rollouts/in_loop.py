@@ -90,7 +90,19 @@ class PolicyEvaluator:
         *,
         num_steps: int,
     ):
-        """Takes opened data of both splits, what asks the policy in an environment, and the run's length."""
+        """Prepares the evaluation.
+
+        Args:
+          model: of the policy.
+          sets: the opened data of both splits.
+          runner: acts in environments; None for a policy that cannot act.
+          mesh: of devices.
+          config: sizes.
+          num_steps: steps of the whole run.
+
+        Raises:
+          ConfigError: the policy cannot act in an environment of the config.
+        """
         self._sets, self._runner, self._mesh, self._config = sets, runner, mesh, config
         self._batch_size, self._num_steps = fit_batch(config.batch_size, mesh), num_steps
         self._rows = sharding.batch_rows(mesh, self._batch_size)

@@ -1,1 +1,1 @@
-"""Many runs of one question: cells and the table of them."""
+"""Many runs for one question: the cells of a sweep, their tables, and the policy bench."""
