@@ -1,65 +1,26 @@
-"""Compiles the train step of a recipe for a TPU slice, without one, and says whether it fits and how fast it can be.
+"""Compiles the train step of a recipe for a TPU slice, without having one: does it fit, and how fast can it be?
 
     python -m tools.compile_for_tpu --config configs/pretrain_como.py --config.mesh.fsdp=8 --topology v5e:4x8
 
-It needs `pip install 'como_jax[tpu]'`, no TPU and no data. Compiling takes minutes of one processor.
+It needs `pip install 'como_jax[tpu]'`, but no TPU and no data. Compiling takes minutes of one processor.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from como_jax import cli
 from como_jax.errors import UsageError
-from como_jax.files import write_json, write_text
-from como_jax.tpu.compiling import DoesNotFitError, compile_step, largest, with_batch_per_chip
-from como_jax.tpu.report import Report, format_report, make_report
-from como_jax.tpu.topology import Topology, open_topology
+from como_jax.files import write_json
+from como_jax.tpu.compiling import DoesNotFitError
+from como_jax.tpu.report import analyze, format_report, search
+from como_jax.tpu.topology import open_topology
 from como_jax.training.batches import DataSizes
-
-logger = logging.getLogger("como_jax.compile_for_tpu")
-
-
-def analyze(config: ConfigDict, topology: Topology, sizes: DataSizes, hlo: str | None = None) -> Report:
-    """Compiles the step with the config's batch; the compiled module's text goes to the file `hlo`."""
-    step = compile_step(config, topology, sizes)
-    if hlo:
-        write_text(hlo, step.compiled.as_text())
-    return make_report(step, topology)
-
-
-def search(config: ConfigDict, topology: Topology, sizes: DataSizes) -> Report:
-    """The report of the largest batch that fits, from the config's on.
-
-    Raises:
-      DoesNotFitError: not even one sample a chip does.
-    """
-    chips, reports = len(topology.devices), {}
-
-    def fits(per_chip: int) -> bool:
-        try:
-            reports[per_chip] = analyze(with_batch_per_chip(config, per_chip, chips), topology, sizes)
-        except DoesNotFitError as error:
-            logger.info("%d samples a chip: %s", per_chip, error)
-            return False
-        logger.info("%d samples a chip fit in %.0f s", per_chip, reports[per_chip].compile_seconds)
-        return True
-
-    accumulation = config.train.accumulation
-    found = largest(lambda per_pass: fits(per_pass * accumulation), config.data.batch_size // chips // accumulation)
-    if not found:
-        raise DoesNotFitError(
-            "not even one sample a chip fits; try --config.mesh.fsdp=-1 or --config.train.remat=full."
-        )
-    best = found * accumulation
-    return dataclasses.replace(reports[best], largest_batch_per_chip=best)
 
 
 def define_flags() -> None:
@@ -67,9 +28,9 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
     flags.DEFINE_string("topology", None, "GENERATION:AxB[xC], such as v5e:4x8, v5p:4x4x4 or v6e:16x16.")
     flags.DEFINE_integer("num_slices", 1, "Slices, connected by the data centre's network; mesh.data spans them.")
-    flags.DEFINE_bool("search_batch", False, "Seek the largest batch a chip that fits; compiles several times.")
+    flags.DEFINE_bool("search_batch", False, "Search for the largest batch a chip that fits; compiles several times.")
     flags.DEFINE_string("json", None, "File that gets the figures.")
-    flags.DEFINE_string("hlo", None, "File that gets the compiled module's text, where no batch is sought.")
+    flags.DEFINE_string("hlo", None, "File that gets the compiled module's text, unless --search_batch.")
     defaults = DataSizes()
     flags.DEFINE_integer("action_size", defaults.action_size, "Numbers in an action, which data would decide.")
     flags.DEFINE_integer("state_size", defaults.state_size, "Numbers in a state, which data would decide.")
@@ -81,7 +42,7 @@ def define_flags() -> None:
 
 
 def data_sizes(given: flags.FlagValues) -> DataSizes:
-    """What the flags say of data."""
+    """The sizes that a dataset would decide, from the flags."""
     parts = given.latent_shape.split("x")
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
         raise UsageError(f"--latent_shape {given.latent_shape!r} must be TOKENSxSIZE, such as 8x16.")

@@ -1,4 +1,4 @@
-"""From a config and a slice to the compiled train step: the very one that a run on that slice would compile."""
+"""From a config and a slice to the compiled train step: the same one that a run on that slice would compile."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class CompiledStep:
     """A train step for devices that need not exist.
 
     Attributes:
-      config: whose open sizes are filled in.
-      mesh: of the slice's devices.
+      config: with all sizes.
+      mesh: of the devices of the slice.
       state: shapes and shardings of the train state.
-      compiled: by XLA.
-      seconds: that compiling took.
+      compiled: the program.
+      seconds: time that compiling took.
     """
 
     config: ConfigDict
@@ -45,12 +45,12 @@ def compile_step(config: ConfigDict, topology: Topology, sizes: DataSizes) -> Co
     """Compiles the train step of a pretraining or policy recipe, with the mesh that the config asks for.
 
     Args:
-      config: of `configs`.
-      topology: what to compile for.
+      config: of a recipe.
+      topology: the slice to compile for.
       sizes: what a dataset would decide.
 
     Raises:
-      UsageError: config and slice do not fit together.
+      UsageError: the config does not fit the slice.
       DoesNotFitError: the step needs more memory than there is.
     """
     config = resolve(config, assumed_sizes(config, sizes))
@@ -69,19 +69,19 @@ def compile_step(config: ConfigDict, topology: Topology, sizes: DataSizes) -> Co
 
 
 def with_batch_per_chip(config: ConfigDict, per_chip: int, num_chips: int) -> ConfigDict:
-    """The config with another batch."""
+    """Returns the config with another batch size."""
     config = config.copy_and_resolve_references()
     config.data.batch_size = per_chip * num_chips
     return config
 
 
 def largest(fits: Callable[[int], bool], first: int, precision: int = 8) -> int:
-    """The largest number that fits, within one part in `precision` of it; 0 where not even 1 does.
+    """Finds the largest number that fits, up to an error of one part in `precision`; 0 if not even 1 fits.
 
     Args:
-      fits: true up to some number and false beyond.
-      first: to try; from there the search doubles or halves, and then bisects.
-      precision: the search ends where a better number would be less than this share better.
+      fits: true up to some number and false for all larger ones.
+      first: the number to try first; from there the search doubles or halves, and then bisects.
+      precision: the search ends when no number can be better by more than 1 / `precision`.
     """
     low, high = 0, max(1, first)
     while fits(high):

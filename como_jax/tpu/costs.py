@@ -41,15 +41,15 @@ _MOVES_NOTHING_EITHER = re.compile(r'custom_call_target="(AllocateBuffer|ConcatB
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of exchange of one step.
+    """One exchange between devices in a step.
 
     Attributes:
-      kind: as XLA calls it.
-      bytes: of the larger of what a device puts in and what it gets out, in one run.
-      group: devices that exchange, by their place in the mesh; the first group stands for all.
-      times: runs in a step.
-      shapes: what a device gets out.
-      source: the JAX operation that it was made for.
+      kind: name of the operation in XLA.
+      bytes: what one device gives or receives in one run, whichever is more.
+      group: devices that exchange, by their place in the mesh; the first group stands for all groups.
+      times: how often it runs in a step.
+      shapes: what one device receives.
+      source: the JAX operation that it comes from.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Collective:
 
 
 def matmul_flops(module: Module) -> float:
-    """Multiplications and additions of all matrix products and convolutions of one device and step."""
+    """Multiplications and additions of all matrix products and convolutions, for one device and step."""
     return sum(
         times * _flops(instruction, surroundings)
         for instruction, surroundings, times in module.operations()
@@ -88,7 +88,7 @@ def _flops(instruction: Instruction, surroundings: Computation) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """One axis of a convolution; TPUs run batched matrix products as convolutions over holes."""
+    """One spatial axis of a convolution; TPUs run batched matrix products as dilated convolutions."""
 
     size: int
     stride: int = 1
@@ -97,14 +97,14 @@ class Window:
     rhs_dilate: int = 1
 
     def products(self, inputs: int, outputs: int) -> int:
-        """Pairs of an output and a tap of the kernel that meet a number rather than padding or a hole."""
+        """Number of pairs of an output and a kernel element that read an input, not padding or a dilation's hole."""
         place = self.stride * np.arange(outputs)[:, None] + self.rhs_dilate * np.arange(self.size) - self.pad
         inside = (place >= 0) & (place <= (inputs - 1) * self.lhs_dilate)
         return int(np.count_nonzero(inside & (place % self.lhs_dilate == 0)))
 
 
 def _windows(attributes: str) -> list[Window]:
-    """One for every spatial axis; none for a plain matrix product."""
+    """The windows of all spatial axes; none for a plain matrix product."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     if not found:
         return []
@@ -142,7 +142,7 @@ def _traffic(module: Module, instruction: Instruction, surroundings: Computation
         return 2 * _in_hbm(surroundings[instruction.operands[1]].shapes)
     operands = [shape for name in instruction.operands for shape in surroundings[name].shapes]
     if instruction.opcode in ("copy-start", "slice-start"):
-        # Its result is source and target; of the source, a slice reads only what it gives.
+        # The result names source and target. A slice reads only that part of the source which it gives.
         target = instruction.shapes[1 if instruction.opcode == "slice-start" else 0]
         return target.bytes * (target.in_hbm + any(shape.in_hbm for shape in operands))
     if instruction.opcode.endswith("-start"):
@@ -151,7 +151,7 @@ def _traffic(module: Module, instruction: Instruction, surroundings: Computation
 
 
 def _fusion_traffic(fused: Computation, call: Instruction, surroundings: Computation) -> float:
-    """What a fusion reads of its operands, which may be a slice of each, and what it writes."""
+    """Bytes that a fusion reads of its operands, of which it may need slices only, and bytes that it writes."""
     operands = [surroundings[name].shapes for name in call.operands]
     total, parameters = 0.0, {}
     for instruction in fused.values():
@@ -167,12 +167,12 @@ def _fusion_traffic(fused: Computation, call: Instruction, surroundings: Computa
 
 
 def _read(user: Instruction, name: str, fused: Computation) -> float:
-    """Bytes of `name` that an operation within a fusion looks at."""
+    """Bytes of `name` that an operation within a fusion reads."""
     if user.opcode in ("dynamic-slice", "slice", "gather"):
         return sum(shape.bytes for shape in user.shapes)
     if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
         return 0.0
-    # An exchange that goes on while the fusion computes hands its buffers through.
+    # An exchange that runs while the fusion computes only passes its buffers through.
     if user.opcode in ("tuple", "custom-call", *COLLECTIVES):
         return 0.0
     return sum(shape.bytes for shape in fused[name].shapes)
@@ -191,7 +191,7 @@ def _in_hbm(shapes: Iterable[Shape]) -> float:
 
 
 def collectives(module: Module) -> list[Collective]:
-    """All exchanges of a step."""
+    """All exchanges between devices in a step."""
     found = []
     for computation, times in module.executed():
         seen = set()
@@ -200,7 +200,7 @@ def collectives(module: Module) -> list[Collective]:
                 kind = operation.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                # One that overlaps with fusions is written into each of them again, under one number.
+                # An exchange that overlaps with several fusions is written into each of them, under one channel number.
                 channel = re.search(r"channel_id=(\d+)", operation.attributes)
                 number = channel[1] if channel else operation.name
                 if number not in seen:
@@ -212,7 +212,7 @@ def collectives(module: Module) -> list[Collective]:
 def _collective(kind: str, operation: Instruction, surroundings: Computation, times: float) -> Collective:
     source = re.search(r'op_name="([^"]*)"', operation.attributes)
     given = [shape for name in operation.operands for shape in surroundings[name].shapes]
-    # An asynchronous one gives its operands too, and a permutation two counters.
+    # The result of an asynchronous exchange also holds its operands, and that of a permutation two counters.
     gives = operation.shapes
     if operation.opcode.endswith("-start") and kind != "all-reduce":
         gives = gives[len(given) : 2 * len(given)]
@@ -221,7 +221,7 @@ def _collective(kind: str, operation: Instruction, surroundings: Computation, ti
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-    """The first group of devices that exchange, in any of the ways in which XLA writes groups."""
+    """The first group of devices that exchange; XLA writes groups in several ways."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return tuple(int(x) for x in listed[1].split(","))
@@ -242,7 +242,7 @@ def _group(attributes: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Numbers in the order of `[8,4]T(1,0)`: counted in that shape, which is then transposed."""
+    """The numbers that `[8,4]T(1,0)` stands for: counted up in that shape, which is then transposed."""
     found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     dims = [int(x) for x in found[1].split(",")]
     order = [int(x) for x in found[2].split(",")] if found[2] else range(len(dims))

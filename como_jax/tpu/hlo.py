@@ -1,7 +1,7 @@
-"""Reads the text of a compiled XLA module: its computations, their instructions, and how often each is run.
+"""Reads the text of a compiled XLA module: its computations, their instructions, and how often each of them runs.
 
-The compiler's own cost analysis counts the body of a loop once, whatever the number of rounds, and says nothing of
-collectives; so both are counted from the text.
+The compiler's own cost analysis counts the body of a loop once, however often it runs, and does not count exchanges
+between devices; so both are counted from the text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 BYTES_OF = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
-"""Of types whose name does not end in their number of bits."""
+"""Bytes of the types whose names do not end in their number of bits."""
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        """Without the padding of tiles."""
+        """Size without the padding of tiles."""
         bits = re.match(r"[a-z]+(\d+)", self.dtype)
         width = BYTES_OF.get(self.dtype, int(bits[1]) / 8 if bits else 0)
         return self.size * width
@@ -49,10 +49,10 @@ class Instruction:
 
     Attributes:
       name, opcode: as in the text.
-      shapes: of its result, several where it is a tuple.
+      shapes: of the result, several if it is a tuple.
       operands: names of instructions of the same computation.
-      attributes: the line from the opcode on.
-      is_root: whether it is the result of its computation.
+      attributes: the text of the line from the opcode on.
+      is_root: whether the computation returns it.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Instruction:
     is_root: bool
 
     def called(self, attribute: str) -> str | None:
-        """The computation that `attribute` names, such as `calls` or `body`."""
+        """The name of the computation in `attribute`, which is `calls` or `body`, for example."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
 
 Computation = Mapping[str, Instruction]
-"""Instructions by name, in order."""
+"""Instructions by name, in the order of the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Module:
 
     @classmethod
     def parse(cls, text: str) -> Module:
-        """Of what `jax.stages.Compiled.as_text` gives.
+        """Parses what `jax.stages.Compiled.as_text` gives.
 
         Raises:
           ValueError: there is no entry computation.
@@ -102,7 +102,7 @@ class Module:
         return cls(entry, computations)
 
     def executed(self) -> Iterator[tuple[Computation, float]]:
-        """Computations that run as sequences of instructions, and how often: not those within fusions."""
+        """Computations that run as sequences of instructions, which those of fusions do not, and how often they run."""
         yield from self._executed(self.entry, 1)
 
     def _executed(self, name: str, times: float) -> Iterator[tuple[Computation, float]]:
@@ -115,12 +115,12 @@ class Module:
             elif instruction.opcode == "call":
                 yield from self._executed(instruction.called("to_apply"), times)
             elif instruction.opcode == "conditional":
-                # All branches, as if each were taken: none of them costs much here.
+                # All branches count as if each were taken; none of them costs much here.
                 for branch in _branches(instruction):
                     yield from self._executed(branch, times)
 
     def rounds(self, loop: Instruction, surroundings: Computation) -> int:
-        """How often the body of a `while` runs: from its counter's start, step and bound; 1 where they are not seen."""
+        """How often the body of a `while` runs, from start, step and bound of its counter; 1 if these are unknown."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
@@ -138,7 +138,7 @@ class Module:
         return math.ceil((end - begin) / next((step for step in steps if step), 1))
 
     def within(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """The instruction's own operations: those of the computation that a fusion or an async call runs, or itself."""
+        """The operations of the computation that a fusion or an asynchronous call runs, and those within them."""
         name = instruction.called("calls") if instruction.opcode in ("fusion", "async-start") else None
         if name is None:
             return
@@ -148,7 +148,7 @@ class Module:
             yield from self.within(inner)
 
     def operations(self) -> Iterator[tuple[Instruction, Computation, float]]:
-        """Every operation, within fusions too, with the computation it stands in and how often it runs."""
+        """Every operation, also within fusions, with the computation that holds it and how often it runs."""
         for computation, times in self.executed():
             for instruction in computation.values():
                 yield instruction, computation, times
@@ -157,7 +157,7 @@ class Module:
 
     @functools.cached_property
     def parameters(self) -> dict[str, Shape]:
-        """Shapes, on one device, of the arguments of the program, by the name that JAX gives them."""
+        """Shapes of the program's arguments on one device, by the names that JAX gives them."""
         found = {}
         for instruction in self.computations[self.entry].values():
             name = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -170,7 +170,7 @@ def _parse_instruction(line: str) -> Instruction | None:
     found = _INSTRUCTION.match(_COMMENT.sub("", line.strip()))
     if not found:
         return None
-    # Shapes hold no space before a parenthesis, so that the first word with one is the opcode.
+    # In shapes, no parenthesis follows a word; so the first word before a parenthesis is the opcode.
     text = f" {found[3]}"
     opcode = _OPCODE.search(text)
     if not opcode:
@@ -193,7 +193,7 @@ def _shapes(text: str) -> Iterator[Shape]:
 
 
 def _operands(call: str) -> tuple[str, ...]:
-    """Names between the first parenthesis and the one that closes it."""
+    """The names between the first parenthesis and the one that closes it."""
     depth = 0
     for end, character in enumerate(call):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -207,7 +207,7 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _follow(computation: Computation, name: str) -> Instruction:
-    """The instruction of that name, or what it copies."""
+    """The instruction of that name, or, if it is a copy, the original."""
     instruction = computation[name]
     while instruction.opcode in ("copy", "bitcast"):
         instruction = computation[instruction.operands[0]]
@@ -215,7 +215,7 @@ def _follow(computation: Computation, name: str) -> Instruction:
 
 
 def _constant(instruction: Instruction) -> int | None:
-    """The value of a whole number."""
+    """The value of an integer constant, or None for anything else."""
     value = re.match(r"constant\((-?\d+)\)", instruction.attributes)
     return int(value[1]) if value else None
 

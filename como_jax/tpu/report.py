@@ -1,23 +1,28 @@
-"""What is said of a compiled step: as text to read, and as JSON."""
+"""The report on a compiled step, as text and as JSON."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from como_jax.tpu.chips import GIB
-from como_jax.tpu.compiling import CompiledStep
+from como_jax.files import write_text
+from como_jax.tpu.compiling import CompiledStep, DoesNotFitError, compile_step, largest, with_batch_per_chip
 from como_jax.tpu.costs import Collective, collectives, hbm_bytes, matmul_flops
 from como_jax.tpu.hlo import Module
 from como_jax.tpu.roofline import StepTime, step_time
-from como_jax.tpu.topology import Topology
+from como_jax.tpu.topology import GIB, Topology
+from como_jax.training.batches import DataSizes
 from como_jax.training.sharding import path_name
 from como_jax.training.train_state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +30,12 @@ class Memory:
     """Bytes of HBM on one chip.
 
     Attributes:
-      arguments: state and batch.
-      output: state and metrics.
-      alias: of the output, what takes the place of an argument.
-      temporaries: activations and gradients at their most.
+      arguments: of state and batch.
+      output: of the new state and the metrics.
+      alias: of the part of the output that takes the place of an argument.
+      temporaries: of activations and gradients, when they are most.
       code: of the program.
-      chip: that there are, or None where the chip's figures are not known.
+      chip: that the chip has, or None where its figures are not known.
     """
 
     arguments: int
@@ -42,13 +47,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """In use at once, at most: a step that the compiler accepts fits, also where this is more than there is."""
+        """The most that is in use at once. A step that the compiler accepts fits, even if this exceeds the chip's."""
         return self.arguments + self.output - self.alias + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """All exchanges of one kind in a step: their number, and bytes on one chip."""
+    """The exchanges of one kind in a step: how many there are, and the bytes that one chip moves."""
 
     kind: str
     count: float
@@ -57,21 +62,21 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A compiled step in figures; of one chip and one step where nothing else is said.
+    """The figures of a compiled step. Figures are for one chip and one step.
 
     Attributes:
-      topology, device: what it was compiled for.
-      mesh: sizes of its axes.
+      topology, device: what the step was compiled for.
+      mesh: sizes of the axes.
       batch_per_chip: samples.
-      compile_seconds: that compiling took.
-      memory: of HBM.
-      whole: bytes of the parts of the state that every chip holds whole, by path; the most first.
+      compile_seconds: time that compiling took.
+      memory: use of HBM.
+      whole: bytes of the parts of the state that every chip holds whole, by path, the largest first.
       flops: of matrix products and convolutions.
-      hbm_bytes: read and written.
+      hbm_bytes: bytes read and written.
       exchanges: by kind.
-      largest_exchanges: the few that move most, as text.
-      time: at best, or None where the chip's rates are not known.
-      largest_batch_per_chip: that fits, or None where it was not sought.
+      largest_exchanges: the few that move most bytes, as text.
+      time: the shortest possible time, or None where the chip's rates are not known.
+      largest_batch_per_chip: the largest batch that fits, or None where it was not searched for.
     """
 
     topology: str
@@ -89,12 +94,54 @@ class Report:
     largest_batch_per_chip: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, with what follows from them."""
+        """Returns plain numbers, including those that follow from others."""
         found = dataclasses.asdict(self)
         found["memory"]["total"] = self.memory.total
         if self.time is not None:
             found["time"] |= {name: getattr(self.time, name) for name in ("predicted", "without_overlap", "bound")}
         return found
+
+
+def analyze(config: ConfigDict, topology: Topology, sizes: DataSizes, hlo: str | None = None) -> Report:
+    """Compiles the train step of a config for a slice, and reports on it.
+
+    Args:
+      config: of a recipe.
+      topology: the slice.
+      sizes: what a dataset would decide.
+      hlo: file that gets the text of the compiled module, if any.
+
+    Raises:
+      DoesNotFitError: the step needs more memory than there is.
+    """
+    step = compile_step(config, topology, sizes)
+    if hlo:
+        write_text(hlo, step.compiled.as_text())
+    return make_report(step, topology)
+
+
+def search(config: ConfigDict, topology: Topology, sizes: DataSizes) -> Report:
+    """Reports on the largest batch that fits; the search begins with the batch of the config.
+
+    Raises:
+      DoesNotFitError: not even one sample a chip fits.
+    """
+    chips, accumulation, reports = len(topology.devices), config.train.accumulation, {}
+
+    def fits(per_pass: int) -> bool:
+        per_chip = per_pass * accumulation
+        try:
+            reports[per_pass] = analyze(with_batch_per_chip(config, per_chip, chips), topology, sizes)
+        except DoesNotFitError as error:
+            logger.info("%d samples a chip: %s", per_chip, error)
+            return False
+        logger.info("%d samples a chip fit, compiled in %.0f s", per_chip, reports[per_pass].compile_seconds)
+        return True
+
+    best = largest(fits, config.data.batch_size // chips // accumulation)
+    if not best:
+        raise DoesNotFitError("not even one sample a chip fits; try mesh.fsdp=-1 or train.remat=full.")
+    return dataclasses.replace(reports[best], largest_batch_per_chip=best * accumulation)
 
 
 def make_report(step: CompiledStep, topology: Topology) -> Report:
@@ -127,7 +174,7 @@ def make_report(step: CompiledStep, topology: Topology) -> Report:
 
 
 def format_report(report: Report) -> str:
-    """Some lines for a terminal."""
+    """The report as lines for a terminal."""
     memory, chips = report.memory, math.prod(report.mesh.values())
     mesh = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items())
     of_chip = f" of {memory.chip / GIB:.0f} GiB ({memory.total / memory.chip:.0%})" if memory.chip else ""
@@ -152,7 +199,7 @@ def format_report(report: Report) -> str:
 
 
 def kept_whole(state: TrainState) -> dict[str, int]:
-    """Bytes of what every chip holds whole, by path; the most first."""
+    """Bytes of the parts of the state that every chip holds whole, by path, the largest first."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     found = {
         path_name(path): leaf.size * leaf.dtype.itemsize for path, leaf in leaves if leaf.sharding.is_fully_replicated
@@ -161,13 +208,13 @@ def kept_whole(state: TrainState) -> dict[str, int]:
 
 
 def describe_whole(whole: Mapping[str, int], mesh: Mapping[str, int]) -> list[str]:
-    """A line where the mesh splits parameters, and leaves much of them whole."""
+    """One line if the mesh splits parameters but leaves many of them whole, else none."""
     total, most = sum(whole.values()), next(iter(whole), "")
     if mesh["fsdp"] * mesh["tensor"] == 1 or total < GIB / 4:
         return []
     return [
         f"Not split: {total / GIB:.2f} GiB of the state, whose sizes are no multiples of fsdp={mesh['fsdp']} or "
-        f"tensor={mesh['tensor']}, most of it {most}; a smaller --config.mesh.fsdp may need less memory"
+        f"tensor={mesh['tensor']}, most of it {most}; a smaller mesh.fsdp may need less memory"
     ]
 
 

@@ -1,4 +1,4 @@
-"""How long a step takes at best: each of compute, memory and network at its full rate."""
+"""The shortest time that a step can take: compute, memory and network each at its full rate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class StepTime:
     """Seconds that a step needs of each resource of a chip.
 
     Attributes:
-      compute: matrix products at the peak of bfloat16.
-      hbm: reads and writes of memory.
-      ici: exchanges within a slice.
-      dcn: exchanges between slices; None where the network's rate is not known.
+      compute: for matrix products at the peak rate of bfloat16.
+      hbm: for reading and writing memory.
+      ici: for exchanges within a slice.
+      dcn: for exchanges between slices; None where the rate of the network is not known.
     """
 
     compute: float
@@ -30,17 +30,17 @@ class StepTime:
 
     @property
     def predicted(self) -> float:
-        """All at once, so that the slowest decides."""
+        """The time if all work at once, so that the slowest decides."""
         return max(self._known.values())
 
     @property
     def without_overlap(self) -> float:
-        """One after the other."""
+        """The time if one works after the other."""
         return sum(self._known.values())
 
     @property
     def bound(self) -> str:
-        """The slowest."""
+        """The name of the slowest resource."""
         return max(self._known, key=self._known.__getitem__)
 
     @property
@@ -51,7 +51,7 @@ class StepTime:
 def step_time(
     topology: Topology, devices: Sequence[jax.Device], flops: float, hbm_bytes: float, collectives: Sequence[Collective]
 ) -> StepTime | None:
-    """Of one device's share of a step; None where the chip's rates are not known.
+    """The time for one device's share of a step; None where the rates of the chip are not known.
 
     Args:
       topology: of the slice.
@@ -71,9 +71,9 @@ def step_time(
             continue
         connected = reach(topology, group)
         if collective.kind == "collective-permute":
-            # Those that go on to the next device and those that go back have links of their own.
-            goes_on = collective.group[1] == collective.group[0] + 1
-            permuted[goes_on] += collective.times * _ici_bytes(collective, connected)
+            # Sending to the next device and sending to the one before use different directions of the links.
+            is_forward = collective.group[1] == collective.group[0] + 1
+            permuted[is_forward] += collective.times * _ici_bytes(collective, connected)
         else:
             ici += collective.times * _ici_bytes(collective, connected)
         dcn += collective.times * _dcn_bytes(collective, connected)
@@ -83,7 +83,7 @@ def step_time(
 
 
 def _ici_bytes(collective: Collective, connected: Reach) -> float:
-    """Bytes over the busiest link: rings along all axes share the work, and a joined ring runs both ways."""
+    """Bytes over the busiest link: rings along all axes share the work, and a closed ring runs in both directions."""
     count, links = connected.in_slice, connected.links
     if count == 1 or not links:
         return 0.0
@@ -93,13 +93,13 @@ def _ici_bytes(collective: Collective, connected: Reach) -> float:
     if collective.kind == "all-reduce":
         return 2 * share
     if collective.kind == "all-to-all":
-        # On average a quarter of a ring away.
+        # A chip is, on average, a quarter of a ring away from another.
         return share * max(1.0, connected.longest / 4)
     return share
 
 
 def _dcn_bytes(collective: Collective, connected: Reach) -> float:
-    """Bytes that leave a slice for each chip, after the chips of a slice have shared the work."""
+    """Bytes that leave a slice, for each of its chips, which share the work."""
     if connected.slices == 1:
         return 0.0
     share = collective.bytes * (connected.slices - 1) / connected.slices / connected.in_slice

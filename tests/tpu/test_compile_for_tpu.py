@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from como_jax.errors import MeshError
+from como_jax.tpu import report as report_module
 from como_jax.tpu.compiling import CompiledStep, DoesNotFitError, compile_step
 from como_jax.tpu.costs import collectives
 from como_jax.tpu.hlo import Module
@@ -21,7 +22,6 @@ from como_jax.tpu.topology import Topology, TopologyError, open_topology
 from como_jax.training import sharding
 from como_jax.training.batches import DataSizes
 from como_jax.training.flops import train_flops
-from tools import compile_for_tpu as command
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed: [tpu]"
@@ -157,7 +157,7 @@ def test_a_chip_of_two_cores_is_one_device() -> None:
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5e-8", "abacus:2x2"])
 def test_an_unknown_slice_is_refused(name: str) -> None:
-    with pytest.raises(TopologyError, match=f"--topology {name}: .*"):
+    with pytest.raises(TopologyError, match=f"`topology` {name}: .*"):
         open_topology(name)
 
 
@@ -195,10 +195,10 @@ def test_the_search_ends_with_the_report_of_the_largest_batch(monkeypatch: pytes
             raise DoesNotFitError("too large")
         return fake_report(per_chip)
 
-    monkeypatch.setattr(command, "analyze", analyze)
+    monkeypatch.setattr(report_module, "analyze", analyze)
     topology = Topology("v5e:2x2", (None,) * 4, None)
     config = recipe("pretrain_como", "smoke", train__accumulation=2, data__batch_size=32)
-    report = command.search(config, topology, DataSizes())
+    report = report_module.search(config, topology, DataSizes())
     assert report == dataclasses.replace(fake_report(26), largest_batch_per_chip=26)
 
 
@@ -206,6 +206,6 @@ def test_what_never_fits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def analyze(*_: Any) -> Report:
         raise DoesNotFitError("too large")
 
-    monkeypatch.setattr(command, "analyze", analyze)
-    with pytest.raises(DoesNotFitError, match="not even one sample a chip fits; try --config.mesh.fsdp=-1"):
-        command.search(recipe("pretrain_como", "smoke"), Topology("v5e:2x2", (None,) * 4, None), DataSizes())
+    monkeypatch.setattr(report_module, "analyze", analyze)
+    with pytest.raises(DoesNotFitError, match="not even one sample a chip fits; try mesh.fsdp=-1"):
+        report_module.search(recipe("pretrain_como", "smoke"), Topology("v5e:2x2", (None,) * 4, None), DataSizes())

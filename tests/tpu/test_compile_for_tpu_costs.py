@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from como_jax.tpu.chips import CHIPS
 from como_jax.tpu.compiling import largest
 from como_jax.tpu.costs import Collective, Window, collectives, hbm_bytes, matmul_flops
 from como_jax.tpu.hlo import Module, Shape
 from como_jax.tpu.roofline import step_time
-from como_jax.tpu.topology import Topology, reach
+from como_jax.tpu.topology import CHIPS, Topology, reach
 
 TEXT = """\
 HloModule jit_step_fn, is_scheduled=true, num_partitions=8
