@@ -1,7 +1,4 @@
-"""Motion models as `como_jax.runtime_torch` has them: one table for each, used to write them and to read them again.
-
-`describe_motion_model` and `motion_table` are for the export of a run.
-"""
+"""Motion models as `como_jax.runtime_torch` has them: what is exported of a run, and where its parameters lie."""
 
 from __future__ import annotations
 
@@ -37,16 +34,16 @@ NOT_EXPORTED = {
     "flow_head": "head of a loss term",
     "gap_head": "head of a loss term",
     "label_head": "head of a loss term",
-    "bottleneck/usage": "upkeep of the codebook",
-    "bottleneck/share": "upkeep of the codebook",
-    "bottleneck/code_count": "upkeep of the codebook",
-    "bottleneck/code_sum": "upkeep of the codebook",
+    "bottleneck/usage": "statistics of the codebook",
+    "bottleneck/share": "statistics of the codebook",
+    "bottleneck/code_count": "statistics of the codebook",
+    "bottleneck/code_sum": "statistics of the codebook",
 }
-"""Parameters that training needs and a robot does not, by prefixes of their paths, and what they are."""
+"""Prefixes of the paths of parameters that only training needs, and what these are."""
 
 
 def describe_motion_model(config: ConfigDict) -> ExportedMotion:
-    """The model of a run: its family and settings, and how it sees images."""
+    """The motion model of a run: its family, its settings, and the images that it takes."""
     data = config.data
     if config.family == "laq":
         vit, model = None, LaqConfig(**config.model)
@@ -56,7 +53,7 @@ def describe_motion_model(config: ConfigDict) -> ExportedMotion:
 
 
 def motion_table(described: ExportedMotion) -> DeepTable:
-    """Where the parameters of an exported model lie."""
+    """The table of an exported motion model."""
     if isinstance(described.model, LaqConfig):
         return laq_table(described.model)
     assert described.encoder is not None  # `ExportedMotion` checks this.
@@ -85,7 +82,7 @@ def como_table(vit: VitConfig, config: MotionConfig) -> DeepTable:
 
 
 def vit_table(config: VitConfig, path: str = "encoder") -> DeepTable:
-    """A ViT with names like those of timm; its patches, though, are a linear layer."""
+    """A ViT under the names of timm, except that the patch embedding is a linear layer."""
     name, width = path.replace("/", "."), config.width
     top = {
         **linear(f"{path}/patch_embed", f"{name}.patch_embed", config.patch_size**2 * 3, width),
@@ -96,7 +93,7 @@ def vit_table(config: VitConfig, path: str = "encoder") -> DeepTable:
 
 
 def hf_vit_table(config: VitConfig, path: str = "encoder") -> DeepTable:
-    """A ViT as `ViTModel` of transformers has it, without a pooler."""
+    """A ViT as `ViTModel` of transformers, without a pooler."""
     top = {
         **patch_table(f"{path}/patch_embed", "embeddings.patch_embeddings.projection", config.width, config.patch_size),
         **_tokens(path, "embeddings.cls_token", "embeddings.position_embeddings", config),
@@ -106,7 +103,7 @@ def hf_vit_table(config: VitConfig, path: str = "encoder") -> DeepTable:
 
 
 def _sizes(config: VitConfig) -> tuple[int, int, int, int]:
-    """Depth, width, heads and hidden size of the blocks."""
+    """Depth, width, number of heads and MLP width of the blocks."""
     return config.depth, config.width, config.num_heads, config.mlp_width or 4 * config.width
 
 
@@ -200,13 +197,13 @@ def _cosine(path: str, name: str, config: LaqConfig, num_null: int = 0) -> Table
 
 
 def _null_tokens(name: str, count: int, heads: tuple[int, int]) -> Entry:
-    """`[2, n, H, K]` of keys and values whose heads the file has in one row."""
+    """Null keys and values `[2, n, H, K]`, of which the file keeps all heads in one row."""
     shape = (2, count, heads[0] * heads[1])
     return Entry((name,), shape, lambda rows: rows.reshape(2, count, *heads), lambda value: [value.reshape(shape)])
 
 
 def _depthwise(name: str, width: int) -> Entry:
-    """`[3, 3, 3, D]` of a depthwise convolution, which PyTorch keeps as `[D, 1, 3, 3, 3]`."""
+    """The kernel `[3, 3, 3, D]` of a depthwise convolution, which PyTorch keeps as `[D, 1, 3, 3, 3]`."""
 
     def make(weight: np.ndarray) -> np.ndarray:
         return np.moveaxis(weight[:, 0], 0, -1)
@@ -215,7 +212,7 @@ def _depthwise(name: str, width: int) -> Entry:
 
 
 def _pool(path: str, width: int) -> Table:
-    """A convolution `[3, 3, L, L]` that the runtime has as a linear layer over what it covers."""
+    """A convolution `[3, 3, L, L]`, which the runtime computes as a linear layer over the patch that it covers."""
     return {
         f"{path}/kernel": kernel(f"{path}.linear.weight", (3, 3, width), (width,)),
         f"{path}/bias": array(f"{path}.linear.bias", width),
@@ -223,7 +220,7 @@ def _pool(path: str, width: int) -> Table:
 
 
 def _named(table: Table, prefix: str) -> Table:
-    """A table whose tensors' names all start with something more."""
+    """A table with a prefix before the names of all tensors."""
     return {
         path: dataclasses.replace(entry, names=tuple(f"{prefix}{name}" for name in entry.names))
         for path, entry in table.items()

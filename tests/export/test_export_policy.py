@@ -95,7 +95,7 @@ def test_an_export_acts_and_says_where_it_comes_from_and_a_wrong_one_is_refused(
 def test_what_cannot_be_exported_is_said_before_anything_is_done(workdir: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists already"):
         export_torch(workdir, workdir)
-    with pytest.raises(ConfigError, match="formats has 'tflite'; each must be one of pt2, onnx"):
+    with pytest.raises(ConfigError, match="`formats` has 'tflite'; each must be one of pt2, onnx"):
         export_torch(workdir, tmp_path / "exported", ["tflite"])
     run, spec = make_policy("vla")
     described = describe_policy(run.config, spec)

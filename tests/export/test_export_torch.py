@@ -87,7 +87,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_done(
         export_torch(workdir, workdir)
     with pytest.raises(RunError, match="holds no run"):
         export_torch(tmp_path, tmp_path / "exported")
-    with pytest.raises(ConfigError, match="formats has 'tflite'; each must be one of pt2, onnx"):
+    with pytest.raises(ConfigError, match="`formats` has 'tflite'; each must be one of pt2, onnx"):
         export_torch(workdir, tmp_path / "exported", ["tflite"])
     monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install onnx onnxscript onnxruntime"):

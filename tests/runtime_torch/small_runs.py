@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import numpy as np
 from etils import epath
 
 from como_jax.motion.build import build_model
+from como_jax.spec.exported import WEIGHTS_NAME, Exported, read_description
 from como_jax.training import sharding
 from como_jax.training.run import Run
+from como_jax.weights.importing import Flat
+from como_jax.weights.tables import DeepTable, make_parameters
+from como_jax.weights.tensors import Tensors
 
 
 def make_run(recipe: str, changes: dict[str, Any] | None = None, workdir: Path = Path("run")) -> Run:
@@ -29,3 +34,12 @@ def make_run(recipe: str, changes: dict[str, Any] | None = None, workdir: Path =
     params = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
     params = jax.device_put(params, sharding.replicated(host))
     return Run(epath.Path(workdir), config, model, params, 7)
+
+
+def read_exported(folder: Path, kind: type[Exported], make_table: Callable[[Exported], DeepTable]) -> tuple[Any, Flat]:
+    """What config.json says of an exported model, and the parameters in its file, all of which the table knows."""
+    described, _ = read_description(folder, kind)
+    tensors = Tensors(epath.Path(folder) / WEIGHTS_NAME)
+    params = make_parameters(make_table(described), tensors)
+    tensors.check_unread()
+    return described, params

@@ -14,10 +14,10 @@ from como_jax.export.pytorch.export import write_policy
 from como_jax.spec.exported import ExportedPolicy
 from como_jax.spec.interface import PolicySpec
 from como_jax.training.run import Run
-from como_jax.weights.exported import read_exported
 from como_jax.weights.policies import describe_policy, not_exported, policy_table
 from tests.data.tokenizer_files import ENDS, write_tokenizer
 from tests.runtime_torch.small_policies import make_policy
+from tests.runtime_torch.small_runs import read_exported
 
 TEXTS = ("push", "go up")
 EMBEDDINGS = {"text.tower": "embedding", "text.embedding_size": 5}
@@ -42,8 +42,7 @@ def store(family: str, changes: dict[str, Any], folder: Path) -> tuple[Run, Poli
     write_policy(run, described, epath.Path(folder))
     params = flatten_params(run.params)
     kept = {path: value for path, value in params.items() if path.split("/")[0] not in not_exported(described)}
-    read_description, nested = read_exported(folder, ExportedPolicy, policy_table)
-    read = flatten_params(nested)
+    read_description, read = read_exported(folder, ExportedPolicy, policy_table)
     assert read.keys() == kept.keys()
     assert all(np.array_equal(read[path], value) for path, value in kept.items())
     assert read_description.to_json() == described.to_json()

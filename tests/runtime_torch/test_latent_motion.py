@@ -11,9 +11,8 @@ import pytest
 from flax import traverse_util
 
 from como_jax.spec.exported import ExportedMotion
-from como_jax.weights.exported import read_exported
 from como_jax.weights.motion import NOT_EXPORTED, motion_table
-from tests.runtime_torch.small_runs import make_run
+from tests.runtime_torch.small_runs import make_run, read_exported
 
 torch = pytest.importorskip("torch")
 
@@ -44,7 +43,7 @@ def test_encode_and_predict_are_those_of_jax_and_the_weights_can_be_read_back(va
     assert max(parity.values()) < TOLERANCE / 5
     params = traverse_util.flatten_dict(jax.tree.map(np.asarray, run.params), sep="/")
     kept = {path: value for path, value in params.items() if not path.startswith(tuple(NOT_EXPORTED))}
-    read = traverse_util.flatten_dict(read_exported(tmp_path, ExportedMotion, motion_table)[1], sep="/")
+    read = read_exported(tmp_path, ExportedMotion, motion_table)[1]
     assert read.keys() == kept.keys()
     assert all(np.array_equal(read[path], value) for path, value in kept.items())
 

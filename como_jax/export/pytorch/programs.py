@@ -51,7 +51,7 @@ def check_formats(formats: Sequence[str], policy: ExportedPolicy | None = None) 
     """
     for name in formats:
         if name not in FORMATS:
-            raise ConfigError(f"formats has {name!r}; each must be one of {', '.join(FORMATS)}.")
+            raise ConfigError(f"`formats` has {name!r}; each must be one of {', '.join(FORMATS)}.")
         missing = [package for package in FORMATS[name] if importlib.util.find_spec(package) is None]
         if missing:
             raise ConfigError(f"The format {name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -60,7 +60,7 @@ def check_formats(formats: Sequence[str], policy: ExportedPolicy | None = None) 
     if policy.family not in STEPS or getattr(policy.model, "generate_latents", False):
         raise ConfigError(
             f"This policy generates token after token, which is no single program; leave {', '.join(formats)} out of "
-            "formats."
+            "`formats`."
         )
 
 
