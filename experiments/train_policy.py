@@ -17,8 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli, hosts
 from como_jax.data.chunks import to_policy_batch
-from como_jax.data.instructions import InstructionReader
-from como_jax.data.language import EMBEDDINGS_NAME, InstructionEmbeddings, write_embeddings
+from como_jax.data.instructions import EMBEDDINGS_NAME, InstructionEmbeddings, InstructionReader, write_embeddings
 from como_jax.data.mixture import mixture_text
 from como_jax.data.pipeline import training_batches
 from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data

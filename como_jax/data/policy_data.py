@@ -11,8 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.data.chunks import ChunkConfig, ChunkFiller, PolicyPart, find_cameras
-from como_jax.data.instructions import InstructionReader, InstructionTable
-from como_jax.data.language import read_embeddings
+from como_jax.data.instructions import InstructionReader, InstructionTable, read_embeddings
 from como_jax.data.mixture import MixtureEntry, parse_mixture
 from como_jax.data.reader import BatchReader
 from como_jax.data.schema import LabelInfo
@@ -119,7 +118,7 @@ def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPar
     data = config.data
     source = EpisodeSource(entry.directory, split, entry.camera)
     is_robot = source.action is not None and not data.latent_only
-    if not is_robot and not _is_chosen(source, data.videos):
+    if not is_robot and not any(fnmatch.fnmatch(source.directory.name, pattern) for pattern in data.videos):
         return None
     labelled = source.latent_valid if not is_robot or data.robot_latents else None
     if not is_robot and labelled is None:
@@ -131,9 +130,9 @@ def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPar
     kind = entry.normalization or data.normalization
     episode = np.repeat(np.arange(len(source.length)), source.length)
     steps = np.arange(len(source)) if is_robot or labelled is None else np.flatnonzero(labelled)
-    if not len(steps) and split != "train":
-        return None
     if not len(steps):
+        if split != "train":
+            return None
         raise DatasetError(
             f"{source.directory} ({source.split}): no step has a label, since all episodes are too short; leave the "
             "dataset out."
@@ -172,7 +171,7 @@ def _check_training(parts: Sequence[PolicyPart], data: ConfigDict) -> None:
     The images of a camera that no dataset has would be black throughout training.
     """
     if not parts:
-        raise DatasetError("data.videos leaves out every dataset of the mixture.")
+        raise DatasetError("data.videos leaves out every dataset of the mixture; name one of them, or add robot data.")
     if not data.latent_only and not any(part.action for part in parts):
         raise DatasetError(
             "No dataset of the mixture has actions, so the policy would not learn to act; add robot data to "
@@ -196,10 +195,6 @@ def _check_embeddings(parts: Sequence[PolicyPart]) -> None:
                 f"{part.source.directory} has embeddings of {size} numbers, {parts[0].source.directory} of {first}; "
                 "make both with the same tower of tools.embed_instructions."
             )
-
-
-def _is_chosen(source: EpisodeSource, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(source.directory.name, pattern) for pattern in patterns)
 
 
 def _common_labels(parts: Sequence[PolicyPart]) -> LabelInfo | None:

@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 
 from como_jax.data import schema
-from como_jax.data.language import write_embeddings
+from como_jax.data.instructions import write_embeddings
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.text_towers import make_text_tower
 from como_jax.spec.tokenizers import FileTokenizer

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from como_jax.data.instructions import InstructionReader, InstructionTable
-from como_jax.data.language import write_embeddings
+from como_jax.data.instructions import InstructionReader, InstructionTable, write_embeddings
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from tests.data.robots import make_robot

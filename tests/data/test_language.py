@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from como_jax.data import schema
-from como_jax.data.language import (
+from como_jax.data.instructions import (
     EMBEDDINGS_NAME,
     read_embeddings,
     write_embeddings,

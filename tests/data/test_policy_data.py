@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from como_jax.data.language import write_embeddings
+from como_jax.data.instructions import write_embeddings
 from como_jax.data.pipeline import evaluation_batches, training_batches
 from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
 from como_jax.data.schema import LabelInfo

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax.data.chunks import to_policy_batch
-from como_jax.data.language import EMBEDDINGS_NAME, write_embeddings
+from como_jax.data.instructions import EMBEDDINGS_NAME, write_embeddings
 from como_jax.data.pipeline import training_batches
 from como_jax.data.policy_data import open_policy_data
 from como_jax.data.sources import EpisodeSource
@@ -284,7 +284,7 @@ def test_data_that_teaches_nothing_to_do_is_refused(robot_dataset: Path, labelle
     with pytest.raises(DatasetError, match=r"No dataset of the mixture has actions.* data.latent_only=True"):
         train_policy(smoke("diffusion", labelled_videos), workdir)
     other = copy_dataset(robot_dataset, tmp_path / "more" / robot_dataset.name)
-    with pytest.raises(DatasetError, match=f"{robot_dataset} and {other} have one name"):
+    with pytest.raises(DatasetError, match=f"{robot_dataset} and {other} have the same name"):
         train_policy(smoke("diffusion", robot_dataset, other), workdir)
     assert not workdir.exists()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from como_jax.data.language import write_embeddings
+from como_jax.data.instructions import write_embeddings
 from como_jax.export.pytorch.contents import flatten_params
 from como_jax.export.pytorch.export import write_policy
 from como_jax.spec.exported import ExportedPolicy

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from como_jax.data.language import read_embeddings
+from como_jax.data.instructions import read_embeddings
 from como_jax.errors import ConfigError, ConversionError
 from como_jax.export.pytorch.card import motion_card, policy_card
 from como_jax.export.pytorch.contents import describe_origin, save_tensors, write_contents

@@ -19,8 +19,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import nn
 
-from como_jax.data.instructions import InstructionReader
-from como_jax.data.language import read_embeddings
+from como_jax.data.instructions import InstructionReader, read_embeddings
 from como_jax.errors import ConversionError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.export.pytorch.parity import TOLERANCE, refuse_large, relative_error
