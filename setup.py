@@ -55,7 +55,6 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.4"],
     "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
-    "transformers": TRANSFORMERS,
     "language": LANGUAGE,
     "serve": SERVING,
     "beam": BEAM,

@@ -13,10 +13,7 @@ from flax import nnx
 from como_jax.errors import ConfigError
 from como_jax.nn.attention import Attention
 from como_jax.nn.primitives import project, xavier_uniform
-
-# Statistics of ImageNet's RGB values in [0, 1], with which MAE and CoMo normalise pixels.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from como_jax.spec.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def normalize_frames(frames: jax.Array) -> jax.Array:

@@ -28,13 +28,8 @@ from como_jax.nn.attention import Attention
 from como_jax.nn.layers import Block, LayerNorm, Linear
 from como_jax.nn.primitives import embedding, xavier_uniform
 from como_jax.nn.stack import Stack
-from como_jax.spec.towers import GATED, TextConfig
+from como_jax.spec.towers import BYTE_VOCABULARY, GATED, NGRAM_ROWS, NGRAMS, TextConfig
 from como_jax.types import Observation
-
-BYTE_VOCABULARY = 257
-"""Token 0 ends the text, byte b is token b + 1."""
-NGRAMS = (3, 4, 5, 6)
-NGRAM_ROWS = 4096
 
 Activation = Callable[[jax.Array], jax.Array]
 

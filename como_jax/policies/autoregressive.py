@@ -33,11 +33,8 @@ from como_jax.policies.heads import (
     round_gripper,
 )
 from como_jax.policies.observation import ObservationEncoder, ObservationFeatures
-from como_jax.spec.policies import AutoregressiveConfig, DiffusionConfig, ObservationConfig
+from como_jax.spec.policies import AutoregressiveConfig, ObservationConfig
 from como_jax.types import LossOutput, Observation, PolicyBatch
-
-# Latents are normalised, so that larger estimates come only from nearly pure noise.
-_LARGEST_LATENT = 5.0
 
 
 class KnownLatents(NamedTuple):
@@ -264,7 +261,5 @@ def _make_latent_ends(config: AutoregressiveConfig, dtype: jnp.dtype, rngs: nnx.
     latent_in = Linear(latent_dim, width, dtype=dtype, rngs=rngs)
     if config.latent_head == "regression":
         return latent_in, RegressionHead(width, latent_dim, rngs=rngs)
-    steps, sizes = config.diffusion_steps, {"hidden": config.head_width, "depth": config.head_depth}
-    # DDIM with an eta of 1 is DDPM (arXiv 2006.11239, algorithm 2).
-    diffusion = DiffusionConfig("ddpm", steps, steps, "epsilon", eta=1.0, clip=_LARGEST_LATENT)
-    return latent_in, DiffusionHead(width, latent_dim, diffusion, **sizes, rngs=rngs)
+    sizes = {"hidden": config.head_width, "depth": config.head_depth}
+    return latent_in, DiffusionHead(width, latent_dim, config.head_diffusion, **sizes, rngs=rngs)

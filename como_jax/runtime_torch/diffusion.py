@@ -1,80 +1,125 @@
-"""Sampling of denoising diffusion and of flow matching.
+"""Diffusion policy: a DiT (arXiv 2212.09748) over action chunks, by denoising diffusion or flow matching.
 
-Time runs from 0, the data, to 1, pure noise; a network is given a noisy sample and its time. Axes: B batch, `...` the
-axes of a sample.
+Axes: B batch, H steps of a chunk, A action, N context tokens, D width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from como_jax.runtime_torch.denoising import denoise
+from como_jax.runtime_torch.layers import Attention, CrossAttention, LayerNorm, Linear, Mlp
 from como_jax.runtime_torch.noise import Noise
-from como_jax.spec.policies import DiffusionConfig
+from como_jax.runtime_torch.observation import Observation, ObservationEncoder, ObservationFeatures
+from como_jax.spec.policies import DiffusionPolicyConfig, ObservationConfig
 
-Network = Callable[[Tensor, Tensor], Tensor]
-
-
-def denoise(config: DiffusionConfig, network: Network, x: Tensor, noise: Noise) -> Tensor:
-    """Samples `[B, ...]` from normal noise `x` of the same shape.
-
-    Args:
-      config: how.
-      network: of samples `[B, ...]` and times `[B]`.
-      x: where to start.
-      noise: that `eta` adds at every step, if it is not 0.
-    """
-    # Levels of the noise, from all of it down to none. As tensors: torch.compile computes otherwise than NumPy does.
-    times = torch.linspace(1.0, 0.0, config.sample_steps + 1, dtype=torch.float64).float()
-    if config.kind == "flow":
-        for step, told in enumerate(_told(times, x)):
-            x = _flow_step(config, x, network(x, told), times[step], times[step + 1])
-        return x
-    levels = (times * config.train_steps).round().long()
-    kept = alpha_bars(config.train_steps)[levels]
-    for step, told in enumerate(_told(levels / config.train_steps, x)):
-        x = _ddim_step(config, x, network(x, told), kept[step], kept[step + 1], noise)
-    return x
+_TIME_FREQUENCIES = 64
 
 
-def _told(times: Tensor, x: Tensor) -> Tensor:
-    """All times but the last, as a network is told them, `[steps, B]`."""
-    return times[:-1].to(x.device)[:, None].expand(-1, len(x))
+class Context(NamedTuple):
+    """What the trunk is told: tokens `[B, N, D]`, which of them are there `[B, N]`, and one vector `[B, D]`."""
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
 
 
-def alpha_bars(num_steps: int) -> Tensor:
-    """Shares of the signal's variance `[num_steps + 1]` that the cosine schedule keeps (arXiv 2102.09672, equation 17).
+class Heads(nn.Module):
+    """Into the trunk and out of it."""
 
-    The first is 1, the data; no step loses more than 0.999 of what is left.
-    """
-    times = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    curve = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
-    return F.pad(torch.cumprod(1 - betas, dim=0), (1, 0), value=1.0).float()
+    in_float32 = ("outputs",)
 
-
-def _flow_step(config: DiffusionConfig, x: Tensor, velocity: Tensor, now: Tensor, after: Tensor) -> Tensor:
-    """Euler's step along the flow, whose velocity is noise less data."""
-    if not config.clip:
-        return x + (after - now) * velocity
-    sample = (x - now * velocity).clamp(-config.clip, config.clip)
-    # The velocity that leads to the clipped sample.
-    return x + (after - now) * (x - sample) / now
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.inputs, self.outputs = Linear(size, width), Linear(width, size)
 
 
-def _ddim_step(
-    config: DiffusionConfig, x: Tensor, said: Tensor, kept: Tensor, kept_after: Tensor, noise: Noise
-) -> Tensor:
-    """One step of DDIM (arXiv 2010.02502, equations 12 and 16); the shares are float32, as in training."""
-    signal, spread = kept.sqrt(), (1 - kept).sqrt()
-    sample = (x - spread * said) / signal if config.prediction == "epsilon" else said
-    if config.clip:
-        sample = sample.clamp(-config.clip, config.clip)
-    sigma = config.eta * ((1 - kept_after) / (1 - kept) * (1 - kept / kept_after)).sqrt()
-    direction = (1 - kept_after - sigma**2).clamp(min=0.0).sqrt()
-    x = kept_after.sqrt() * sample + direction * ((x - signal * sample) / spread)
-    return x + sigma * noise.normal(*x.shape).to(x.device) if config.eta else x
+class DitBlock(nn.Module):
+    """Self-attention, cross-attention and MLP, each modulated by a vector."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.norm1, self.attn = LayerNorm(width), Attention(width, num_heads)
+        self.norm2, self.cross_attn = LayerNorm(width), CrossAttention(width, num_heads)
+        self.norm3, self.mlp = LayerNorm(width), Mlp(width, 4 * width)
+        self.modulation = Linear(width, 9 * width)
+
+    def forward(self, x: Tensor, told: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """`[B, H, D]` to the same, told `[B, D]`, of a context `[B, N, D]` and which of it is there `[B, 1, N]`."""
+        parts = self.modulation(told)[:, None].chunk(9, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = parts
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        x = x + gate2 * self.cross_attn(self.norm2(x) * (1 + scale2) + shift2, context, mask)
+        return x + gate3 * self.mlp(self.norm3(x) * (1 + scale3) + shift3)
+
+
+class DiffusionPolicy(nn.Module):
+    """See the module's docstring."""
+
+    def __init__(self, observation: ObservationConfig, config: DiffusionPolicyConfig):
+        super().__init__()
+        self.config, width = config, config.width
+        self.observation = ObservationEncoder(observation, width)
+        self.no_instruction = nn.Parameter(torch.empty(width))
+        self.context_norm = LayerNorm(width)
+        self.time_hidden, self.time_out = Linear(2 * _TIME_FREQUENCIES, width), Linear(width, width)
+        self.step_embed = nn.Parameter(torch.empty(config.chunk, width))
+        self.blocks = nn.ModuleList(DitBlock(width, config.num_heads) for _ in range(config.depth))
+        self.norm = LayerNorm(width)
+        self.modulation = Linear(width, 2 * width)
+        self.action = Heads(config.action_size, width)
+
+    def sample_actions(self, observation: Observation, noise: Noise) -> Tensor:
+        """Normalised actions, float32 `[B, H, A]`, from now on.
+
+        Of `noise` it takes what to start from, `[B, H, A]`, and as much again at every step where `eta` is not 0.
+        """
+        config, context = self.config, self.read(observation)
+        start = noise.normal(len(observation.images), config.chunk, config.action_size).to(context.tokens.device)
+        return denoise(config.diffusion, lambda x, time: self.evaluate(x, time, context), start, noise)
+
+    def read(self, observation: Observation) -> Context:
+        """The context for all steps; with guidance, after the whole batch once more without its instructions."""
+        features = self.observation(observation)
+        context = self._context(features)
+        if self.config.guidance == 1:
+            return context
+        text = features.text
+        hidden = text._replace(
+            tokens=self.no_instruction.expand_as(text.tokens), pooled=self.no_instruction.expand_as(text.pooled)
+        )
+        blind = self._context(features._replace(text=hidden))
+        return Context(*(torch.cat(parts) for parts in zip(context, blind, strict=True)))
+
+    def evaluate(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        """What the network says of noisy chunks `[B, H, A]` at times `[B]`, float32 `[B, H, A]`."""
+        guidance = self.config.guidance
+        if guidance == 1:
+            return self._trunk(x, time, context)
+        told, blind = self._trunk(torch.cat([x, x]), torch.cat([time, time]), context).chunk(2)
+        return blind + guidance * (told - blind)
+
+    def _context(self, features: ObservationFeatures) -> Context:
+        tokens, mask = features.context()
+        return Context(self.context_norm(tokens), mask, features.text.pooled)
+
+    def _trunk(self, noisy: Tensor, time: Tensor, context: Context) -> Tensor:
+        told = self.time_out(F.silu(self.time_hidden(_time_features(time))))
+        told = F.silu(told + context.pooled)
+        x = self.action.inputs(noisy) + self.step_embed
+        for block in self.blocks:
+            x = block(x, told, context.tokens, context.mask[:, None])
+        shift, scale = self.modulation(told)[:, None].chunk(2, dim=-1)
+        return self.action.outputs(self.norm(x) * (1 + scale) + shift)
+
+
+def _time_features(time: Tensor) -> Tensor:
+    """Sines and cosines `[B, 2 * F]` of times in [0, 1]."""
+    frequencies = np.geomspace(1.0, 1000.0, _TIME_FREQUENCIES, dtype=np.float32)
+    angles = time[:, None] * torch.from_numpy(frequencies).to(time.device)
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Statistics of ImageNet RGB in [0, 1], with which MAE and CoMo normalise pixels.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from como_jax.spec.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -5,18 +5,24 @@ Axes: B batch, T instants, C cameras, N tokens of one instant, M tokens of the i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from como_jax.runtime_torch.clip_text import ClipTextTower
-from como_jax.runtime_torch.image_towers import ConvTower, Siglip
-from como_jax.runtime_torch.layers import Linear, normalize_frames
-from como_jax.runtime_torch.t5 import T5Tower
-from como_jax.runtime_torch.text import ByteTransformer, EmbeddingTower, TextFeatures, TokenTable
-from como_jax.runtime_torch.vit import Vit
+from como_jax.runtime_torch.layers import LayerNorm, Linear, normalize_frames
+from como_jax.runtime_torch.text_towers import (
+    ByteTransformer,
+    ClipTextTower,
+    EmbeddingTower,
+    T5Tower,
+    TextFeatures,
+    TokenTable,
+)
+from como_jax.runtime_torch.vit import Siglip, Vit
 from como_jax.spec.policies import ObservationConfig
 from como_jax.spec.towers import TextConfig
 
@@ -50,6 +56,26 @@ class ObservationFeatures(NamedTuple):
         """All tokens `[B, T * N + M, D]` in one sequence, and which of them are there."""
         tokens = torch.cat([self.tokens.flatten(1, 2), self.text.tokens], dim=1)
         return tokens, torch.cat([self.mask.flatten(1), self.text.mask], dim=1)
+
+
+class ConvTower(nn.Module):
+    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; float32, for it is small."""
+
+    in_float32 = ("convs", "norms")
+
+    def __init__(self, width: int):
+        super().__init__()
+        channels = (3, max(8, width // 4), max(8, width // 2), width, width)
+        self.convs = nn.ModuleList(nn.Conv2d(*sizes, 3, stride=2) for sizes in itertools.pairwise(channels))
+        self.norms = nn.ModuleList(LayerNorm(size) for size in channels[1:])
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features `[B, H / 16 * W / 16, D]` of uint8 `[B, H, W, 3]`."""
+        x = normalize_frames(frames).movedim(-1, 1)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            # An even side needs one more pixel, which training has at the end.
+            x = F.silu(norm(conv(F.pad(x, (0, 1, 0, 1))).movedim(1, -1))).movedim(-1, 1)
+        return x.flatten(2).transpose(1, 2)
 
 
 class ObservationEncoder(nn.Module):

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 
 from como_jax.errors import ConfigError
-from como_jax.runtime_torch.autoregressive_policy import AutoregressivePolicy
-from como_jax.runtime_torch.diffusion_policy import DiffusionPolicy
+from como_jax.runtime_torch.autoregressive import AutoregressivePolicy
+from como_jax.runtime_torch.diffusion import DiffusionPolicy
 from como_jax.runtime_torch.files import load_module
 from como_jax.runtime_torch.instructions import Reader, make_reader
 from como_jax.runtime_torch.latent_motion import DTYPES
-from como_jax.runtime_torch.latent_vla import LatentVla
 from como_jax.runtime_torch.layers import set_compute_dtype
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation
 from como_jax.runtime_torch.session import Session
+from como_jax.runtime_torch.vla import LatentVla
 from como_jax.spec.control import ControlConfig
 from como_jax.spec.exported import ExportedPolicy, read_description
 from como_jax.spec.interface import History, observation_arrays

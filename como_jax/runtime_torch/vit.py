@@ -1,4 +1,7 @@
-"""Vision transformer with the names of MAE (arXiv 2111.06377) and timm. Axes: B batch, N patches, D width."""
+"""Vision transformers: with the names of MAE (arXiv 2111.06377) and timm, and that of SigLIP (arXiv 2303.15343).
+
+Axes: B batch, H and W pixels, N patches, D width.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +31,23 @@ class Vit(nn.Module):
         patches = self.patch_embed(patchify(images, self.patch_size))
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         return self.norm(run_blocks(self.blocks, torch.cat([cls, patches], dim=1) + self.pos_embed))
+
+
+class Siglip(nn.Module):
+    """SigLIP's ViT (arXiv 2303.15343): no class token, no pooling head, and GELU by its tanh formula."""
+
+    in_float32 = ("norm",)
+
+    def __init__(self, config: VitConfig):
+        super().__init__()
+        self.patch_size, width = config.patch_size, config.width
+        self.patch_embed = Linear(config.patch_size**2 * 3, width)
+        self.pos_embed = nn.Parameter(torch.empty(config.grid**2, width))
+        sizes = (width, config.num_heads, config.mlp_width)
+        self.blocks = nn.ModuleList(Block(*sizes, tanh_gelu=True) for _ in range(config.depth))
+        self.norm = LayerNorm(width)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features `[B, N, D]`, float32, of uint8 `[B, H, W, 3]`."""
+        x = self.patch_embed(patchify(frames.float() * (2.0 / 255.0) - 1.0, self.patch_size))
+        return self.norm(run_blocks(self.blocks, x + self.pos_embed))

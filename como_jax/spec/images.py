@@ -5,6 +5,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Statistics of ImageNet's RGB values in [0, 1], with which MAE and CoMo normalise pixels."""
+
 FITS = ("crop", "stretch")
 """How an image becomes square: "crop" takes its central square, "stretch" takes all of it and distorts it."""
 

@@ -207,6 +207,12 @@ class AutoregressiveConfig:
         return self.chunk if self.action_size else 0
 
     @property
+    def head_diffusion(self) -> DiffusionConfig:
+        """How the diffusion head makes a latent: DDIM with an eta of 1 is DDPM (arXiv 2006.11239, algorithm 2)."""
+        # Latents are normalised, so that larger estimates come only from nearly pure noise.
+        return DiffusionConfig("ddpm", self.diffusion_steps, self.diffusion_steps, "epsilon", eta=1.0, clip=5.0)
+
+    @property
     def latent_tokens(self) -> int:
         """Latent tokens of an instant: the start token and the latents; 0 without latents."""
         return self.latent_queries + 1 if self.latent_dim else 0
@@ -274,3 +280,8 @@ class VlaConfig:
             raise ConfigError(f"model.num_bins must be at least 2, not {self.num_bins}.")
         if self.text_weight and not self.causal_text:
             raise ConfigError("model.text_weight needs model.causal_text=True: text that reads itself is known to it.")
+
+    @property
+    def head_diffusion(self) -> DiffusionConfig:
+        """How heads that match flows make a vector."""
+        return DiffusionConfig("flow", sample_steps=self.flow_steps)

@@ -13,6 +13,12 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "quick_gelu")
 """Activations of public text towers, as the config.json beside their weights names them."""
 GATED = "gated-"
 """Begins the name of the activation of a gated linear unit."""
+BYTE_VOCABULARY = 257
+"""Rows of the byte-level tower's table: token 0 ends the text, byte b is token b + 1."""
+NGRAMS = (3, 4, 5, 6)
+"""Bytes in a row that the byte-level tower also looks up together."""
+NGRAM_ROWS = 4096
+"""Rows of the table of each of them, which is indexed by a hash."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,11 @@ from ml_collections import ConfigDict
 from como_jax.errors import ConfigError
 from como_jax.motion.build import pairs_of_clip
 from como_jax.motion.perceptual import LAYOUTS
-from como_jax.nn.text_towers import BYTE_VOCABULARY
 from como_jax.nn.vit import vit_config
 from como_jax.policies.heads import DRAWS
 from como_jax.policies.observation import ConvTower
 from como_jax.spec.policies import CONV_STRIDE
-from como_jax.spec.towers import GATED, PUBLIC_TOWERS, VitConfig
+from como_jax.spec.towers import BYTE_VOCABULARY, GATED, PUBLIC_TOWERS, VitConfig
 from como_jax.types import FLOW_STRIDE
 
 

@@ -11,12 +11,19 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConversionError, RunError
-from como_jax.nn.text_towers import BYTE_VOCABULARY, NGRAM_ROWS, NGRAMS
 from como_jax.policies.build import MODEL_CONFIGS, observation_config
 from como_jax.spec.exported import POLICY_FAMILIES, ExportedPolicy, PolicyModel
 from como_jax.spec.interface import PolicySpec
 from como_jax.spec.policies import AutoregressiveConfig, DiffusionPolicyConfig, ObservationConfig, VlaConfig
-from como_jax.spec.towers import PUBLIC_TOWERS, DecoderConfig, TextConfig, VitConfig
+from como_jax.spec.towers import (
+    BYTE_VOCABULARY,
+    NGRAM_ROWS,
+    NGRAMS,
+    PUBLIC_TOWERS,
+    DecoderConfig,
+    TextConfig,
+    VitConfig,
+)
 from como_jax.weights.motion import vit_table
 from como_jax.weights.tables import (
     DeepTable,

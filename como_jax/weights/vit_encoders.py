@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from como_jax.errors import RunError
-from como_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD, sincos_position_embedding
+from como_jax.nn.layers import sincos_position_embedding
+from como_jax.spec.images import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.weights.importing import Flat, Foreign, Options, Skip, grid_of, new_grid, positions, resizing, usual_heads
 from como_jax.weights.tables import (
     DeepTable,

@@ -17,8 +17,8 @@ from flax import nnx
 
 from como_jax.errors import ConfigError, RunError
 from como_jax.motion.perceptual import NETWORKS, Lpips, feature_distance, load_perceptual
-from como_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.nn.model_def import ModelDef
+from como_jax.spec.images import IMAGENET_MEAN, IMAGENET_STD
 
 # By torchvision's number of the convolution: kernel, stride, padding and pooling before it; channels of VGG16.
 ALEXNET = {0: (11, 4, 2, 0), 3: (5, 1, 2, 3), 6: (3, 1, 1, 3), 8: (3, 1, 1, 0), 10: (3, 1, 1, 0)}

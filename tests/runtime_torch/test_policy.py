@@ -31,7 +31,7 @@ from como_jax.export.pytorch.policy_parity import (  # noqa: E402
     draw_noise,
 )
 from como_jax.runtime_torch import policy as policy_module  # noqa: E402
-from como_jax.runtime_torch.diffusion import denoise  # noqa: E402
+from como_jax.runtime_torch.denoising import denoise  # noqa: E402
 from como_jax.runtime_torch.noise import DrawnNoise, GivenNoise  # noqa: E402
 from como_jax.runtime_torch.policy import Policy  # noqa: E402
 from como_jax.runtime_torch.session import History  # noqa: E402

@@ -16,9 +16,10 @@ from flax import traverse_util
 
 from como_jax.errors import ConfigError, RunError
 from como_jax.motion.mae import Mae
-from como_jax.nn.layers import IMAGENET_MEAN, IMAGENET_STD, sincos_position_embedding
+from como_jax.nn.layers import sincos_position_embedding
 from como_jax.nn.model_def import ModelDef
 from como_jax.nn.vit import Siglip
+from como_jax.spec.images import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.spec.motion import MaeConfig
 from como_jax.spec.towers import VitConfig
 from como_jax.weights.importing import Accounts, Flat, Format, Options, import_parameters

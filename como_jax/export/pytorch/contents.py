@@ -19,7 +19,6 @@ from como_jax.files import write_json, write_text
 from como_jax.labelling.labelling import hash_params
 from como_jax.nn.model_def import Params
 from como_jax.spec.exported import CONFIG_NAME, FORMAT, VERSION, WEIGHTS_NAME, ExportedMotion, ExportedPolicy
-from como_jax.spec.towers import PUBLIC_TOWERS
 from como_jax.training.run import Run
 from como_jax.weights.tables import DeepTable, write_tensors
 
@@ -103,6 +102,4 @@ def _requirements(described: ExportedMotion | ExportedPolicy) -> str:
     text = described.observation.text
     if text.tokenizer_file:
         lines += "sentencepiece>=0.2\n" if text.tokenizer_file.endswith(".model") else "tokenizers>=0.19\n"
-    if text.tower in PUBLIC_TOWERS:
-        lines += "transformers>=4.44\n"
     return lines

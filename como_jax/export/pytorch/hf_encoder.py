@@ -14,7 +14,7 @@ from como_jax.export.pytorch.contents import save_tensors
 from como_jax.export.pytorch.parity import refuse_large, relative_error
 from como_jax.files import write_json
 from como_jax.runtime_torch.latent_motion import LatentMotion
-from como_jax.runtime_torch.layers import IMAGENET_MEAN, IMAGENET_STD
+from como_jax.spec.images import IMAGENET_MEAN, IMAGENET_STD
 from como_jax.spec.towers import VitConfig
 from como_jax.training.run import Run
 from como_jax.weights.motion import hf_vit_table

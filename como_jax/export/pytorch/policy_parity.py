@@ -27,13 +27,13 @@ from como_jax.nn.model_def import Params
 from como_jax.policies import autoregressive as jax_policy
 from como_jax.policies.build import build_policy
 from como_jax.policies.vla import attention_mask
-from como_jax.runtime_torch import autoregressive_policy as torch_policy
-from como_jax.runtime_torch.autoregressive_policy import AutoregressivePolicy
-from como_jax.runtime_torch.diffusion_policy import DiffusionPolicy
-from como_jax.runtime_torch.latent_vla import LatentVla
+from como_jax.runtime_torch import autoregressive as torch_policy
+from como_jax.runtime_torch.autoregressive import AutoregressivePolicy
+from como_jax.runtime_torch.diffusion import DiffusionPolicy
 from como_jax.runtime_torch.noise import GivenNoise
 from como_jax.runtime_torch.observation import Observation as TorchObservation
 from como_jax.runtime_torch.policy import Policy
+from como_jax.runtime_torch.vla import LatentVla
 from como_jax.spec.exported import PolicyModel
 from como_jax.spec.interface import History, PolicySpec
 from como_jax.spec.policies import AutoregressiveConfig, DiffusionConfig, DiffusionPolicyConfig, VlaConfig
@@ -339,18 +339,11 @@ def _token_noise(
             yield _each(token_keys, lambda key: jax.random.gumbel(key, (codes,)))
         elif not codes and _head(config) != "regression":
             start, later = jnp.moveaxis(jax.vmap(jax.random.split)(token_keys), 1, 0)
-            yield from _denoising_noise(_head_diffusion(config), start, later, (size,))
+            yield from _denoising_noise(config.head_diffusion, start, later, (size,))
 
 
 def _head(config: AutoregressiveConfig | VlaConfig) -> str:
     return config.latent_head if isinstance(config, AutoregressiveConfig) else config.action_head
-
-
-def _head_diffusion(config: AutoregressiveConfig | VlaConfig) -> DiffusionConfig:
-    """Settings of diffusion that draw the same noise as a head."""
-    if isinstance(config, AutoregressiveConfig):
-        return DiffusionConfig("ddpm", config.diffusion_steps, config.diffusion_steps, "epsilon", eta=1.0, clip=0.0)
-    return DiffusionConfig("flow", 0, config.flow_steps, "sample", eta=0.0, clip=0.0)
 
 
 def _denoising_noise(

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from como_jax.errors import ConfigError
 from como_jax.export.pytorch.parity import Reference, compare, refuse_large, relative_error
 from como_jax.export.pytorch.policy_parity import NETWORK, PolicyReference, draw_noise, one_step, to_torch_observation
-from como_jax.runtime_torch.autoregressive_policy import AutoregressivePolicy
-from como_jax.runtime_torch.diffusion import denoise
-from como_jax.runtime_torch.diffusion_policy import DiffusionPolicy
-from como_jax.runtime_torch.latent_heads import with_gripper
+from como_jax.runtime_torch.autoregressive import AutoregressivePolicy
+from como_jax.runtime_torch.denoising import denoise
+from como_jax.runtime_torch.diffusion import DiffusionPolicy
+from como_jax.runtime_torch.heads import with_gripper
 from como_jax.runtime_torch.latent_motion import Motion
 from como_jax.runtime_torch.noise import GivenNoise
 from como_jax.runtime_torch.observation import Observation

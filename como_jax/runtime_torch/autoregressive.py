@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from como_jax.runtime_torch.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, with_gripper
+from como_jax.runtime_torch.heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, with_gripper
 from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, run_blocks
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation, ObservationEncoder, ObservationFeatures
-from como_jax.spec.policies import AutoregressiveConfig, DiffusionConfig, ObservationConfig
+from como_jax.spec.policies import AutoregressiveConfig, ObservationConfig
 
-# Latents are normalised, so that larger estimates can only come from nearly pure noise.
-_LARGEST_LATENT = 5.0
 _LANGUAGE, _OBSERVATION, _LATENT, _ACTION = range(4)
 
 
@@ -152,7 +150,5 @@ def _make_latent_ends(config: AutoregressiveConfig) -> tuple[nn.Module, nn.Modul
         return CodeEmbedding(config.codebook_size, width), CodeHead(width, config.codebook_size, config.temperature)
     if config.latent_head == "regression":
         return Linear(latent_dim, width), RegressionHead(width, latent_dim)
-    steps, sizes = config.diffusion_steps, {"hidden": config.head_width, "depth": config.head_depth}
-    # With all of its noise at every step, DDIM is DDPM (arXiv 2006.11239, algorithm 2).
-    diffusion = DiffusionConfig("ddpm", steps, steps, "epsilon", eta=1.0, clip=_LARGEST_LATENT)
-    return Linear(latent_dim, width), DiffusionHead(width, latent_dim, diffusion, **sizes)
+    sizes = {"hidden": config.head_width, "depth": config.head_depth}
+    return Linear(latent_dim, width), DiffusionHead(width, latent_dim, config.head_diffusion, **sizes)

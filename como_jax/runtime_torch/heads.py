@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from como_jax.runtime_torch.diffusion import denoise
+from como_jax.runtime_torch.denoising import denoise
 from como_jax.runtime_torch.layers import LayerNorm, Linear
 from como_jax.runtime_torch.noise import Noise
 from como_jax.spec.policies import DiffusionConfig

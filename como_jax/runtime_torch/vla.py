@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from como_jax.runtime_torch.decoder import Decoder
-from como_jax.runtime_torch.latent_heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, with_gripper
+from como_jax.runtime_torch.heads import CodeEmbedding, CodeHead, DiffusionHead, RegressionHead, with_gripper
 from como_jax.runtime_torch.layers import Linear
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation, ObservationEncoder
-from como_jax.spec.policies import DiffusionConfig, ObservationConfig, VlaConfig
+from como_jax.spec.policies import ObservationConfig, VlaConfig
 
 
 class Prefix(NamedTuple):
@@ -58,9 +58,8 @@ class OutputTokens(nn.Module):
         if config.action_head == "regression":
             self.head = RegressionHead(width, config.action_size)
         else:
-            flow = DiffusionConfig("flow", 0, config.flow_steps, "sample", 0.0, 0.0)
             sizes = {"hidden": config.head_width, "depth": config.head_depth}
-            self.head = DiffusionHead(width, config.action_size, flow, **sizes)
+            self.head = DiffusionHead(width, config.action_size, config.head_diffusion, **sizes)
 
     def input_at(self, token: int, before: Tensor | None, batch: int) -> Tensor:
         """`[B, 1, D]`: the input at a token, of which the value before is known, `[B]` or `[B, L]`."""
