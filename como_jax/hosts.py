@@ -1,7 +1,7 @@
-"""Several processes that work as one: how they find each other, and how they agree.
+"""Several processes that work as one job: how they find each other, and how they agree.
 
-A job is found in the flags of the command or in what its launcher sets: Cloud TPU, GKE, Slurm or Open MPI. A process
-that was started alone contacts nobody and waits for nobody.
+A process finds its job in the flags of the command, or in what its launcher sets: Cloud TPU, GKE, Slurm or Open MPI. A
+process without a job contacts no other process and waits for none.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _COORDINATOR_VARIABLE = "JAX_COORDINATOR_ADDRESS"
-_ALONE = "--num_processes=1 runs it alone"
+_ALONE = "`num_processes`=1 runs it alone"
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job of several processes and this one's place in it; None is what JAX finds out itself.
+    """A job of several processes, and the place of this process in it. JAX finds out itself what is None.
 
     Attributes:
       coordinator: HOST:PORT of the first process.
-      num_processes: of the job.
-      process_id: from 0.
-      launcher: by JAX's name, or "deactivate" where there is none that it could ask.
-      local_devices: numbers of this machine's GPUs that are this process's; none for all of them.
+      num_processes: number of processes in the job.
+      process_id: number of this process, from 0.
+      launcher: JAX's name of the launcher, or "deactivate" if there is none that JAX could ask.
+      local_devices: numbers of the GPUs of this machine that this process uses; empty for all of them.
     """
 
     coordinator: str | None = None
@@ -50,23 +50,23 @@ class Job:
 
 
 def define_flags() -> None:
-    """Defines the flags of a job's processes, which `connect` reads."""
+    """Defines the flags that say which job a process belongs to; `connect` reads them."""
     flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes [that of the launcher].")
     flags.DEFINE_integer("num_processes", None, "Processes of the job [those of the launcher]; 1 runs one alone.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0 [that of the launcher].")
 
 
 def connect(*, share_sigterm: bool = False) -> None:
-    """Joins the job of which this process is a part, if there is one; call before JAX makes its first array.
+    """Joins the job that this process belongs to, if there is one. Call it before JAX makes its first array.
 
-    Hosts but the first log errors alone from then on.
+    From then on, all hosts but the first log nothing but errors.
 
     Args:
       share_sigterm: SIGTERM to any process no longer ends it, but asks all for a step to stop at; see
         `como_jax.training.monitors.StopRequest`.
 
     Raises:
-      ConfigError: flags or environment say half of what is needed, or the other processes are not there.
+      ConfigError: flags and environment lack something that is needed, or the other processes cannot be reached.
     """
     given = flags.FLAGS
     job = find_job(given.coordinator, given.num_processes, given.process_id, os.environ)
@@ -90,14 +90,14 @@ def connect(*, share_sigterm: bool = False) -> None:
 def find_job(
     coordinator: str | None, num_processes: int | None, process_id: int | None, environment: Mapping[str, str]
 ) -> Job | None:
-    """The job that this process belongs to, or None for a process on its own.
+    """Returns the job that this process belongs to, or None for a process on its own.
 
     Args:
-      coordinator, num_processes, process_id: flags; they win over the environment.
-      environment: variables.
+      coordinator, num_processes, process_id: values of the flags, which take precedence over the environment.
+      environment: environment variables.
 
     Raises:
-      ConfigError: half of what is needed, or what cannot be.
+      ConfigError: something that is needed is missing, or a value is impossible.
     """
     if num_processes == 1:
         return None
@@ -111,20 +111,20 @@ def find_job(
     if job == Job():
         return None
     if job.launcher == "deactivate":
-        missing = [f"--{name}" for name in given if getattr(job, name) is None]
+        missing = [f"`{name}`" for name in given if getattr(job, name) is None]
         if missing:
             raise ConfigError(f"A job of several processes needs {' and '.join(missing)} too; {_ALONE}.")
     _check_coordinator(job.coordinator)
     count, number = job.num_processes, job.process_id
     if count is not None and number is not None and not 0 <= number < count:
-        raise ConfigError(f"--process_id {number} must lie between 0 and --num_processes {count}.")
+        raise ConfigError(f"`process_id` {number} must lie between 0 and `num_processes` {count}.")
     return job
 
 
 def _check_coordinator(address: str | None) -> None:
     host, _, port = (address or "localhost:0").rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator {address} must be HOST:PORT, as in 10.0.0.1:1234.")
+        raise ConfigError(f"`coordinator` {address} must be HOST:PORT, as in 10.0.0.1:1234.")
 
 
 def _from_launcher(environment: Mapping[str, str]) -> Job | None:
@@ -137,10 +137,10 @@ def _from_launcher(environment: Mapping[str, str]) -> Job | None:
 
 
 def _from_tpu(environment: Mapping[str, str]) -> Job | None:
-    """Of a TPU slice; JAX knows the rest from GKE's variables or from the metadata of the virtual machine."""
+    """The job of a TPU slice; JAX reads the rest from GKE's variables or from the metadata of the virtual machine."""
     if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return None
-    # On importing it, JAX sets this variable where it sees no chips, which is all that is certain without a network.
+    # When it is imported, JAX sets this variable if it sees no TPU; nothing else can be known without the network.
     if "TPU_SKIP_MDS_QUERY" not in environment:
         return Job(launcher="tpu")
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
@@ -152,12 +152,12 @@ def _from_tpu(environment: Mapping[str, str]) -> Job | None:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Job | None:
-    """Of `srun`, which starts as many processes as there are tasks."""
+    """The job of `srun`, which starts one process for every task."""
     count = int(environment.get("SLURM_NTASKS") or 1)
     if "SLURM_JOB_ID" not in environment or count < 2:
         return None
     if "SLURM_STEP_NODELIST" not in environment:
-        raise ConfigError(f"Slurm has {count} tasks, but this process is none of them: start it by srun; {_ALONE}.")
+        raise ConfigError(f"Slurm has {count} tasks, but this process is none of them: start it with srun; {_ALONE}.")
     _require(environment, "Slurm", f"has {count} tasks", "SLURM_PROCID", "SLURM_LOCALID")
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")
     alone = all(node.partition("(")[0] == "1" for node in tasks)
@@ -165,13 +165,13 @@ def _from_slurm(environment: Mapping[str, str]) -> Job | None:
         num_processes=count,
         process_id=int(environment["SLURM_PROCID"]),
         launcher="slurm",
-        # JAX would give every process one GPU even where there is one process a machine.
+        # JAX would give each process one GPU, even if it is the only process of its machine.
         local_devices=() if alone else (int(environment["SLURM_LOCALID"]),),
     )
 
 
 def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
-    """Of `mpirun`."""
+    """The job of `mpirun`."""
     count = int(environment.get("OMPI_COMM_WORLD_SIZE") or 1)
     if count < 2:
         return None
@@ -180,7 +180,7 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
     return Job(
         num_processes=count,
         process_id=int(environment["OMPI_COMM_WORLD_RANK"]),
-        # Open MPI 5 no longer says where the launcher runs, of which JAX makes the coordinator.
+        # JAX derives the coordinator from this variable, which Open MPI 5 no longer sets.
         launcher="ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "deactivate",
         local_devices=() if alone else (int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]),),
     )
@@ -193,17 +193,17 @@ def _require(environment: Mapping[str, str], launcher: str, says: str, *names: s
 
 
 def is_first() -> bool:
-    """Whether this process writes logs and files for all."""
+    """Whether this is the process that writes logs and files for all."""
     return jax.process_index() == 0
 
 
 def which(flag: bool) -> list[int]:
-    """Numbers of the hosts that call this with True; all hosts call it together."""
+    """Returns the numbers of the hosts that call this with True. All hosts must call it together."""
     return np.flatnonzero(np.atleast_1d(multihost_utils.process_allgather(np.array(flag)))).tolist()
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """A mesh of this host's devices alone, whose parameters are split; `mesh` itself where there is one host."""
+    """A mesh of the devices of this host alone, over which parameters are split; `mesh` itself if there is one host."""
     if jax.process_count() == 1:
         return mesh
     devices = np.array(jax.local_devices()).reshape(1, -1, 1)
@@ -211,16 +211,16 @@ def local_mesh(mesh: Mesh) -> Mesh:
 
 
 def gather(tree: Any) -> Any:
-    """NumPy arrays, whole on every host, of arrays that may be split over all; all hosts call it together."""
+    """Returns arrays that may be split over all hosts as NumPy arrays, whole on each; all hosts call it together."""
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 @contextlib.contextmanager
 def in_step(error: type[UsageError] = RunError) -> Iterator[None]:
-    """Waits until all hosts have done their part; if one fails, so do the others, instead of waiting for it.
+    """Waits until all hosts have left this block. If one host fails in it, the others fail too and do not wait forever.
 
     Raises:
-      UsageError: of type `error`, another host has failed.
+      UsageError: another host has failed; its type is `error`.
     """
     failure: Exception | None = None
     try:
@@ -231,11 +231,11 @@ def in_step(error: type[UsageError] = RunError) -> Iterator[None]:
     if failure is not None:
         raise failure
     if failed:
-        raise error(f"host {failed[0]} has failed; it says why.")
+        raise error(f"host {failed[0]} has failed; its own output says why.")
 
 
 def together(items: Iterable[T]) -> Iterator[T]:
-    """The items, which are as many on all hosts; if one fails at its next item, so do the others.
+    """Yields the items, of which all hosts have equally many. If one host fails at an item, so do the others.
 
     Raises:
       RunError: another host has failed.
@@ -250,7 +250,7 @@ def together(items: Iterable[T]) -> Iterator[T]:
 
 
 def _log_errors_alone() -> None:
-    """What all hosts would say is said by the first."""
+    """Lets the first host alone log what all hosts would log."""
     logger = logging.getLogger("como_jax")
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:

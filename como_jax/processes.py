@@ -1,4 +1,4 @@
-"""Commands that run at the same time, each in a process of its own."""
+"""Runs several commands at the same time, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 def run_commands(
     commands: Sequence[Sequence[str]], logs: Sequence[Path], count: int, environment: Mapping[str, str]
 ) -> Iterator[tuple[int, int]]:
-    """Runs commands in their order, `count` at once, each on an equal share of this process's CPU cores.
+    """Runs commands in order, `count` at a time, each on an equal share of the CPU cores of this process.
 
-    Those that run when the iterator is closed, by an error or Ctrl-C too, get SIGTERM and are waited for.
+    When the iterator is closed, also by an error or Ctrl-C, running commands get SIGTERM and are waited for.
 
     Args:
-      commands: program and arguments.
-      logs: local files that get what each command prints.
-      count: processes at once.
-      environment: of the processes, as a whole.
+      commands: program and arguments of each.
+      logs: local files, one for each command, for what it prints.
+      count: number of processes at a time.
+      environment: all environment variables of the processes.
 
     Yields:
-      The number of a command and its exit status, negative for a signal, as soon as it ends.
+      The number of a command and its exit status, negative for a signal, as soon as the command ends.
     """
     waiting = collections.deque(range(len(commands)))
     running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
@@ -50,12 +50,12 @@ def run_commands(
 def _start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
-        # In a group of its own, since Ctrl-C in a terminal goes to the whole group, and SIGTERM is the cleaner stop.
+        # In its own process group, since Ctrl-C goes to a whole group, and SIGTERM stops a command more cleanly.
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, process_group=0)
 
 
 def _pin(pid: int, slot: int, count: int) -> None:
-    """Without this XLA would make as many threads in every process as the machine has cores."""
+    """Pins a process to its cores; otherwise XLA starts as many threads in each as the machine has cores."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(pid, cores[slot::count] or [cores[slot % len(cores)]])
