@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ from tests.export.conftest import Row, change_tables
 from tests.policies.smoke_policies import PolicyRun, copy_dataset, read_metrics, smoke
 
 
-class FakeModel(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FakeModel:
     """Says always what its parameters are; its losses are the mean number of the episodes that have what it learns."""
 
     chunk: int
