@@ -5,20 +5,17 @@
     python -m tools.benchmarks.train_step --config configs/pretrain_como.py --config.train.attention=cudnn
 
 The device is kept busy: it is waited for at the end of a window of several steps, not after each. One batch, on the
-device from the start, serves all steps. Model FLOPs are those of `como_jax.training.flops`; beside them stands XLA's
-count of the same step.
+device from the start, serves all steps. Model FLOPs are those that `como_jax.training.flops` counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 from absl import flags
@@ -53,7 +50,7 @@ class Measurement:
       batch_size: elements, which are clips or observations, of all devices together.
       devices: that they are split over.
       unit: what rates count.
-      flops: of the model for one element, forward and backward, by formula.
+      flops: of the model for one element, forward and backward.
       compile_seconds: from the config to the compiled step.
       step_seconds: mean of each window.
       planned_bytes: that XLA allots to state, batch and temporaries on one device.
@@ -149,7 +146,7 @@ def measure(config: ConfigDict, windows: int, steps: int, warm_up: int) -> Measu
       steps: of a window.
       warm_up: steps before, which are not timed.
     """
-    flops = sum(train_flops(config).values())
+    flops = train_flops(config)
     prepared = prepare(config)
     planned: Any = prepared.compiled.memory_analysis()
     seconds = time_windows(prepared.compiled, prepared.state, prepared.batch, windows, steps, warm_up)
@@ -218,36 +215,10 @@ def search_batch(measure_batch: Callable[[int], Measurement], first: int) -> lis
     return found
 
 
-def xla_flops(config: ConfigDict) -> float:
-    """FLOPs of one element as XLA counts them in the step of a config with all sizes; nothing is compiled.
-
-    Element-wise work counts too. What does not grow with the batch, such as the optimiser, does not, nor does
-    rematerialisation.
-    """
-    config = config.copy_and_resolve_references()
-    # XLA knows no FLOPs of the kernels of cuDNN.
-    config.train.update({"remat": "none", "accumulation": 1, "attention": "xla"})
-    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
-
-    def flops(batch_size: int) -> float:
-        config.data.batch_size = batch_size
-        _, training = _training(config, mesh)
-        return training.step.lower(training.abstract, abstract_batch(config, mesh)).cost_analysis()["flops"]
-
-    # XLA counts the body of a loop once, so that loops are written out.
-    with mock.patch.object(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True)):
-        return (flops(16) - flops(8)) / 8
-
-
-def describe_flops(config: ConfigDict, counted: float | None) -> str:
-    """One line: by formula, by part and, where it was counted, beside XLA's count."""
-    parts, unit = train_flops(config), unit_of(config)
-    total, one = sum(parts.values()), unit.name.removesuffix("s")
-    listed = ", ".join(f"{name} {value / unit.per_element / 1e9:.4g}" for name, value in parts.items())
-    line = f"model GFLOP a {one}, by formula: {total / unit.per_element / 1e9:.4g} ({listed})"
-    if counted is None:
-        return line
-    return f"{line}; as XLA counts {counted / unit.per_element / 1e9:.4g}, formula / XLA {total / counted:.3f}"
+def describe_flops(config: ConfigDict) -> str:
+    """One line on the model's FLOPs."""
+    unit = unit_of(config)
+    return f"model GFLOP a {unit.name.removesuffix('s')}: {train_flops(config) / unit.per_element / 1e9:.4g}"
 
 
 def describe_shapes(config: ConfigDict) -> str:
@@ -269,7 +240,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("warm_up", 3, "Steps before, which are not timed.", lower_bound=1)
     flags.DEFINE_float("peak_tflops", None, "Of one device, in the recipe's dtype; gives MFU.", lower_bound=0.0)
     flags.DEFINE_bool("search_batch", False, "Double the batch, from the recipe's on, until memory is full.")
-    flags.DEFINE_bool("count_flops", True, "Let XLA count FLOPs too, which takes a large model a minute.")
     flags.DEFINE_string("json", None, "File that gets the figures.")
     flags.mark_flag_as_required("config")
 
@@ -299,9 +269,7 @@ def main(arguments: Sequence[str]) -> None:
         epath.Path(given.json).parent.mkdir(parents=True, exist_ok=True)
     print(f"{describe_machine()}\n{describe_shapes(config)}", flush=True)
     found = measure_all(config, given)
-    # Afterwards, so that it takes no part in the peak of memory.
-    counted = xla_flops(config) if given.count_flops else None
-    print(describe_flops(config, counted))
+    print(describe_flops(config))
     print(f"medians (range) of {given.windows} windows of {given.steps} steps; the device is waited for between them")
     for measurement in found:
         print(measurement.describe(peak))
@@ -313,7 +281,6 @@ def main(arguments: Sequence[str]) -> None:
             "machine": describe_machine(),
             "config": config.to_dict(),
             "flops": train_flops(config),
-            "xla_flops": counted,
             "measurements": [measurement.to_json(peak) for measurement in found],
             "best_batch_size": best.batch_size,
         }
