@@ -20,7 +20,7 @@ from como_jax.data.mixture import mixture_text, parse_mixture
 from como_jax.data.motion_data import open_motion_data, to_frame_pairs
 from como_jax.data.pipeline import training_batches
 from como_jax.evaluation.latents.in_loop import EvaluationConfig, EvaluationSet, MaeEvaluator, MotionEvaluator
-from como_jax.motion.build import batch_parts
+from como_jax.motion.models import batch_parts
 from como_jax.nn.model_def import ModelDef
 from como_jax.training import sharding
 from como_jax.training.models import make_model, resolve, unit_of

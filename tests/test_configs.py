@@ -11,9 +11,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.motion.build import build_model
+from como_jax.motion.models import build_model
 from como_jax.nn.model_def import merge_params
-from como_jax.policies.build import build_policy
+from como_jax.policies.models import build_policy
 from como_jax.types import fake_frame_pairs, fake_policy_batch
 from configs import ablation
 from tests.conftest import REPOSITORY

@@ -35,7 +35,7 @@ from como_jax.labelling.shards import (
     write_labelled_table,
 )
 from como_jax.labelling.streaming import StepLabels, StreamLabeller, steps_back
-from como_jax.motion.build import codebook_size
+from como_jax.motion.models import codebook_size
 from como_jax.nn.model_def import Params
 from como_jax.staging import Staging, check_output, is_local, make_parent
 from como_jax.training import sharding

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from como_jax.motion.build import FAMILIES, batch_parts
+from como_jax.motion.models import FAMILIES, batch_parts
 from como_jax.training import sharding
 from como_jax.types import FramePairs, PolicyBatch, fake_frame_pairs, fake_policy_batch
 

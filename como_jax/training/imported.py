@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from como_jax.errors import OutputError, RunError
 from como_jax.files import write_atomic, write_json
-from como_jax.motion.build import FAMILIES, build_model
+from como_jax.motion.models import FAMILIES, build_model
 from como_jax.motion.perceptual import LAYOUTS, load_perceptual
 from como_jax.nn.vit import Siglip, Vit, vit_config
 from como_jax.spec.towers import VitConfig

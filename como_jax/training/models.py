@@ -10,9 +10,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.motion.build import FAMILIES, build_model, pairs_of_clip
+from como_jax.motion.models import FAMILIES, build_model, pairs_of_clip
 from como_jax.nn.model_def import ModelDef
-from como_jax.policies.build import build_policy, text_config
+from como_jax.policies.models import build_policy, text_config
 from como_jax.spec.tokenizers import make_tokenizer
 from como_jax.spec.towers import PUBLIC_TOWERS
 from como_jax.weights.paligemma import paligemma_sizes

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from como_jax import hosts
 from como_jax.errors import RunError
 from como_jax.files import write_text
-from como_jax.motion.build import FAMILIES, build_model
+from como_jax.motion.models import FAMILIES, build_model
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.spec.policies import with_new_names
 from como_jax.training import sharding

@@ -75,7 +75,7 @@ class Foreign:
     """How a file of another project becomes a run.
 
     Attributes:
-      family: of the run's config, as in `como_jax.motion.build`; "encoder" or "observation" for a part of a model.
+      family: of the run's config, as in `como_jax.motion.models`; "encoder" or "observation" for a part of a model.
       config: config fields, by full name, that differ from the recipe of the family.
       table: where the parameters lie in the file.
       skips: rules for all other tensors.

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from como_jax.motion.build import motion_config
 from como_jax.motion.laq import NUM_NULL_TOKENS
+from como_jax.motion.models import motion_config
 from como_jax.nn.vit import vit_config
 from como_jax.spec.exported import ExportedMotion
 from como_jax.spec.motion import BottleneckConfig, LaqConfig, MotionConfig

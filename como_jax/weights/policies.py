@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConversionError, RunError
-from como_jax.policies.build import MODEL_CONFIGS, observation_config
+from como_jax.policies.models import MODEL_CONFIGS, observation_config
 from como_jax.spec.exported import POLICY_FAMILIES, ExportedPolicy, PolicyModel
 from como_jax.spec.interface import PolicySpec
 from como_jax.spec.policies import AutoregressiveConfig, DiffusionPolicyConfig, ObservationConfig, VlaConfig

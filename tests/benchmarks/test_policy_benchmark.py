@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from como_jax.policies.build import build_policy
+from como_jax.policies.models import build_policy
 from tools.benchmarks import policy as benchmark
 
 

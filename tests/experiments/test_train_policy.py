@@ -23,7 +23,7 @@ from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError, RunError, UsageError
 from como_jax.evaluation.rollouts.policy_runner import load_policy
 from como_jax.nn.model_def import Params
-from como_jax.policies.build import build_policy
+from como_jax.policies.models import build_policy
 from como_jax.spec.interface import History, PolicySpec
 from como_jax.training import sharding
 from como_jax.training.models import resolve

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from como_jax.policies.build import build_policy
+from como_jax.policies.models import build_policy
 from como_jax.spec.interface import NormStats, PolicySpec
 from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.training import sharding

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from como_jax.motion.build import build_model
+from como_jax.motion.models import build_model
 from como_jax.spec.exported import WEIGHTS_NAME, Exported, read_description
 from como_jax.training import sharding
 from como_jax.training.run import Run

@@ -14,7 +14,7 @@ from como_jax.data.chunks import to_policy_batch
 from como_jax.data.motion_data import open_motion_data, to_frame_pairs
 from como_jax.data.pipeline import training_batches
 from como_jax.data.policy_data import open_policy_data
-from como_jax.motion.build import batch_parts
+from como_jax.motion.models import batch_parts
 from como_jax.training import sharding
 from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes
 from como_jax.training.models import resolve

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from como_jax.errors import RunError
-from como_jax.motion.build import build_model
+from como_jax.motion.models import build_model
 from como_jax.nn.model_def import Params
 from como_jax.training import sharding
 from como_jax.training.run import open_run

@@ -17,7 +17,7 @@ import pytest
 
 from como_jax.data.motion_data import open_motion_data
 from como_jax.data.pipeline import training_batches
-from como_jax.motion.build import batch_parts, build_model
+from como_jax.motion.models import batch_parts, build_model
 from como_jax.training import sharding
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.train_state import TrainState

@@ -28,8 +28,8 @@ from como_jax.data.chunks import to_policy_batch
 from como_jax.data.motion_data import open_motion_data, to_frame_pairs
 from como_jax.data.pipeline import training_batches
 from como_jax.data.policy_data import open_policy_data
-from como_jax.motion.build import batch_parts, build_model
-from como_jax.policies.build import build_policy
+from como_jax.motion.models import batch_parts, build_model
+from como_jax.policies.models import build_policy
 from como_jax.training import sharding, trainer
 from como_jax.training.models import resolve
 from como_jax.training.train_state import TrainState, abstract_state

@@ -12,7 +12,7 @@ from etils import epath
 from flax import traverse_util
 
 from como_jax.errors import ConfigError, RunError
-from como_jax.motion.build import build_model
+from como_jax.motion.models import build_model
 from como_jax.nn.layers import normalize_frames
 from como_jax.training.imported import check_parameters, make_config
 from como_jax.weights.importing import Flat, Foreign, Format, Options, import_parameters

@@ -34,7 +34,7 @@ from como_jax.data.reader import BatchReader
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError
 from como_jax.labelling.streaming import StreamLabeller, read_frames, single_frames, steps_back
-from como_jax.motion.build import build_model
+from como_jax.motion.models import build_model
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training import sharding
 from tools.benchmarks.machine import describe_machine

@@ -35,7 +35,7 @@ from como_jax import cli
 from como_jax.data.clips import num_pairs, pair_spans
 from como_jax.errors import ConfigError, RunError, UsageError
 from como_jax.files import write_json
-from como_jax.motion.build import build_model
+from como_jax.motion.models import build_model
 from como_jax.training.flops import train_flops
 from como_jax.types import fake_frame_pairs
 

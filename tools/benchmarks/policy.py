@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
-from como_jax.policies.build import build_policy
+from como_jax.policies.models import build_policy
 from como_jax.training import sharding
 from como_jax.training.batches import DataSizes, assumed_sizes, random_samples
 from como_jax.training.models import resolve

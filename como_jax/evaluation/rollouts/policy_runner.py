@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from como_jax.data.instructions import InstructionReader
 from como_jax.errors import ConfigError, RunError, closest
 from como_jax.nn.model_def import ModelDef, Params
-from como_jax.policies.build import POLICY_FAMILIES, build_policy
+from como_jax.policies.models import POLICY_FAMILIES, build_policy
 from como_jax.spec.interface import History, NormStats, PolicySpec, observation_arrays
 from como_jax.training import sharding
 from como_jax.training.run import open_run

@@ -21,7 +21,7 @@ from como_jax.export.pytorch.parity import Reference, check_parity
 from como_jax.export.pytorch.policy_parity import PolicyReference, check_normalization, check_policy
 from como_jax.export.pytorch.programs import check_formats, write_encode, write_step
 from como_jax.files import write_atomic, write_json, write_text
-from como_jax.policies.build import POLICY_FAMILIES, build_policy
+from como_jax.policies.models import POLICY_FAMILIES, build_policy
 from como_jax.runtime_torch.latent_motion import LatentMotion
 from como_jax.runtime_torch.policy import Policy
 from como_jax.spec.exported import EMBEDDINGS_NAME, ExportedMotion, ExportedPolicy

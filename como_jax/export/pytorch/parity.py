@@ -14,7 +14,7 @@ import torch
 
 from como_jax.errors import ConversionError
 from como_jax.motion.bottlenecks import Bottleneck
-from como_jax.motion.build import build_model, codebook_size
+from como_jax.motion.models import build_model, codebook_size
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.runtime_torch.latent_motion import LatentMotion, Motion
 from como_jax.spec.images import fit_frames

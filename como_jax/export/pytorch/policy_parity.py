@@ -25,7 +25,7 @@ from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.export.pytorch.parity import TOLERANCE, refuse_large, relative_error
 from como_jax.nn.model_def import Params
 from como_jax.policies import autoregressive as jax_policy
-from como_jax.policies.build import build_policy
+from como_jax.policies.models import build_policy
 from como_jax.policies.vla import attention_mask
 from como_jax.runtime_torch import autoregressive as torch_policy
 from como_jax.runtime_torch.autoregressive import AutoregressivePolicy
