@@ -23,7 +23,6 @@ from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.layers import Block, LayerNorm, Linear
 from como_jax.nn.primitives import broadcast_param, embedding
 from como_jax.nn.stack import Stack
-from como_jax.policies.autoregressive_mask import attention_mask, make_layout
 from como_jax.policies.heads import (
     CodeEmbedding,
     CodeHead,
@@ -33,6 +32,7 @@ from como_jax.policies.heads import (
     round_gripper,
 )
 from como_jax.policies.observation import ObservationEncoder, ObservationFeatures
+from como_jax.spec.autoregressive_mask import Layout, actions_read_latents, always_allowed, make_layout
 from como_jax.spec.policies import AutoregressiveConfig, ObservationConfig
 from como_jax.types import LossOutput, Observation, PolicyBatch
 
@@ -250,6 +250,20 @@ class AutoregressivePolicy(nnx.Module):
             return values.at[:, -1, token].set(self.latent_head.sample(output, token_keys))
 
         return KnownLatents(jax.lax.fori_loop(0, self.config.latent_queries, extend, empty.values), known)
+
+
+def attention_mask(layout: Layout, present: jax.Array, use_latents: jax.Array) -> jax.Array:
+    """The mask of a batch, bool `[B, N, N]`.
+
+    Args:
+      layout: of the sequence.
+      present: bool `[B, N]`; a token that is not there (padding of text, a missing camera, an unknown latent) is read
+        only by itself, which keeps every row of the softmax finite.
+      use_latents: bool `[B]`; where it is False, the sample's action queries do not read the latents.
+    """
+    chex.assert_shape(present, (len(use_latents), len(layout.kind)))
+    allowed = always_allowed(layout) | (actions_read_latents(layout) & use_latents[:, None, None])
+    return (allowed & present[:, None]) | jnp.eye(len(layout.kind), dtype=bool)
 
 
 def _make_latent_ends(config: AutoregressiveConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> tuple[Any, Any]:

@@ -6,10 +6,8 @@ tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +15,8 @@ from como_jax.runtime_torch.heads import CodeEmbedding, CodeHead, DiffusionHead,
 from como_jax.runtime_torch.layers import Block, LayerNorm, Linear, run_blocks
 from como_jax.runtime_torch.noise import Noise
 from como_jax.runtime_torch.observation import Observation, ObservationEncoder, ObservationFeatures
+from como_jax.spec.autoregressive_mask import actions_read_latents, always_allowed, make_layout
 from como_jax.spec.policies import AutoregressiveConfig, ObservationConfig
-
-_LANGUAGE, _OBSERVATION, _LATENT, _ACTION = range(4)
 
 
 class KnownLatents(NamedTuple):
@@ -81,10 +78,11 @@ class AutoregressivePolicy(nn.Module):
             known.repeat_interleave(latents.shape[2], dim=1),
             known.new_ones((batch, instants * config.chunk)),
         ]
-        per_instant = (observations, latents.shape[2], config.chunk)
-        readable = torch.from_numpy(allowed_pairs(instants, features.text.tokens.shape[1], per_instant))
+        counts = {"observations": observations, "latents": latents.shape[2], "actions": config.chunk}
+        layout = make_layout(instants, language=features.text.tokens.shape[1], **counts)
+        readable = torch.from_numpy(always_allowed(layout) | actions_read_latents(layout))
         own = torch.eye(len(readable), dtype=torch.bool, device=known.device)
-        # A token that is not there is read by none but itself, which keeps every row of the softmax proper.
+        # A token that is not there is read only by itself, which keeps every row of the softmax finite.
         mask = (readable.to(known.device) & torch.cat(present, dim=1)[:, None]) | own
         x = run_blocks(self.blocks, torch.cat(tokens, dim=1), mask)
         _, _, *outputs = x.split([part.shape[1] for part in tokens], dim=1)
@@ -112,35 +110,6 @@ class AutoregressivePolicy(nn.Module):
             values = values.clone()
             values[:, -1, token] = self.latent_head.sample(output, noise)
         return KnownLatents(values, known)
-
-
-def allowed_pairs(instants: int, language: int, per_instant: Sequence[int]) -> np.ndarray:
-    """Who may read whom, bool `[N, N]`, where row i reads column j.
-
-    All language tokens come first, then all observations, all latents and all queries, each instant after instant. All
-    read the language; the tokens of an instant read the observations up to it; latents the latents before them; action
-    queries each other within their instant, and the latents up to it.
-
-    Args:
-      instants: of the history.
-      language: tokens of the instruction.
-      per_instant: observations, latent tokens and action queries of one instant.
-    """
-    groups = [(_LANGUAGE, -1, language)]
-    for kind, count in zip((_OBSERVATION, _LATENT, _ACTION), per_instant, strict=True):
-        groups += [(kind, instant, count) for instant in range(instants)]
-    kinds = np.concatenate([np.full(count, kind) for kind, _, count in groups])
-    times = np.concatenate([np.full(count, time) for _, time, count in groups])
-    slots = np.concatenate([np.arange(count) for _, _, count in groups])
-    reader, earlier, same = kinds[:, None], times[:, None] > times, times[:, None] == times
-    before = earlier | (same & (slots[:, None] >= slots))
-    return (
-        (kinds == _LANGUAGE)
-        | ((kinds == _OBSERVATION) & (earlier | same))
-        | ((reader == _LATENT) & (kinds == _LATENT) & before)
-        | ((reader == _ACTION) & (kinds == _ACTION) & same)
-        | ((reader == _ACTION) & (kinds == _LATENT) & (earlier | same))
-    )
 
 
 def _make_latent_ends(config: AutoregressiveConfig) -> tuple[nn.Module, nn.Module]:

@@ -1,4 +1,4 @@
-"""What a latent passes on its way out of the inverse dynamics model. Axes: K codes, L latent size of one vector."""
+"""Bottlenecks after the inverse dynamics model. Axes: K codes, L numbers of a latent vector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Identity(nn.Module):
         self.input_dim = latent_dim
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Latents `[..., L]` of `[..., input_dim]`, and where they are discrete their codes, int32 `[...]`."""
+        """Latents `[..., L]` from `[..., input_dim]` and, if they are discrete, their codes, int32 `[...]`."""
         return z, None
 
 
@@ -73,7 +73,7 @@ class Codebook(nn.Module):
 
 
 def make_bottleneck(config: BottleneckConfig, latent_dim: int) -> nn.Module:
-    """The bottleneck of a config."""
+    """The bottleneck that a config describes."""
     if config.kind == "none":
         return Identity(latent_dim)
     if config.kind == "kl":

@@ -23,33 +23,33 @@ def denoise(config: DiffusionConfig, network: Network, x: Tensor, noise: Noise) 
     """Samples `[B, ...]` from normal noise `x` of the same shape.
 
     Args:
-      config: how.
-      network: of samples `[B, ...]` and times `[B]`.
-      x: where to start.
-      noise: that `eta` adds at every step, if it is not 0.
+      config: settings of sampling.
+      network: predicts from samples `[B, ...]` and times `[B]`.
+      x: the noise to start from.
+      noise: what DDIM adds at every step where `eta` is not 0.
     """
-    # Levels of the noise, from all of it down to none. As tensors: torch.compile computes otherwise than NumPy does.
+    # Noise levels, from pure noise to none. They are tensors, since torch.compile rounds differently than NumPy.
     times = torch.linspace(1.0, 0.0, config.sample_steps + 1, dtype=torch.float64).float()
     if config.kind == "flow":
-        for step, told in enumerate(_told(times, x)):
-            x = _flow_step(config, x, network(x, told), times[step], times[step + 1])
+        for step, given in enumerate(_network_times(times, x)):
+            x = _flow_step(config, x, network(x, given), times[step], times[step + 1])
         return x
     levels = (times * config.train_steps).round().long()
     kept = alpha_bars(config.train_steps)[levels]
-    for step, told in enumerate(_told(levels / config.train_steps, x)):
-        x = _ddim_step(config, x, network(x, told), kept[step], kept[step + 1], noise)
+    for step, given in enumerate(_network_times(levels / config.train_steps, x)):
+        x = _ddim_step(config, x, network(x, given), kept[step], kept[step + 1], noise)
     return x
 
 
-def _told(times: Tensor, x: Tensor) -> Tensor:
-    """All times but the last, as a network is told them, `[steps, B]`."""
+def _network_times(times: Tensor, x: Tensor) -> Tensor:
+    """All times but the last, as the network gets them, `[steps, B]`."""
     return times[:-1].to(x.device)[:, None].expand(-1, len(x))
 
 
 def alpha_bars(num_steps: int) -> Tensor:
     """Shares of the signal's variance `[num_steps + 1]` that the cosine schedule keeps (arXiv 2102.09672, equation 17).
 
-    The first is 1, the data; no step loses more than 0.999 of what is left.
+    The first is 1, the data; no step removes more than 0.999 of what is left.
     """
     times = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     curve = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -58,7 +58,7 @@ def alpha_bars(num_steps: int) -> Tensor:
 
 
 def _flow_step(config: DiffusionConfig, x: Tensor, velocity: Tensor, now: Tensor, after: Tensor) -> Tensor:
-    """Euler's step along the flow, whose velocity is noise less data."""
+    """Euler's step along the flow, whose velocity is the noise minus the data."""
     if not config.clip:
         return x + (after - now) * velocity
     sample = (x - now * velocity).clamp(-config.clip, config.clip)
@@ -67,11 +67,11 @@ def _flow_step(config: DiffusionConfig, x: Tensor, velocity: Tensor, now: Tensor
 
 
 def _ddim_step(
-    config: DiffusionConfig, x: Tensor, said: Tensor, kept: Tensor, kept_after: Tensor, noise: Noise
+    config: DiffusionConfig, x: Tensor, predicted: Tensor, kept: Tensor, kept_after: Tensor, noise: Noise
 ) -> Tensor:
     """One step of DDIM (arXiv 2010.02502, equations 12 and 16); the shares are float32, as in training."""
     signal, spread = kept.sqrt(), (1 - kept).sqrt()
-    sample = (x - spread * said) / signal if config.prediction == "epsilon" else said
+    sample = (x - spread * predicted) / signal if config.prediction == "epsilon" else predicted
     if config.clip:
         sample = sample.clamp(-config.clip, config.clip)
     sigma = config.eta * ((1 - kept_after) / (1 - kept) * (1 - kept / kept_after)).sqrt()

@@ -1,6 +1,6 @@
-"""Where the random numbers of sampling come from: a generator, or numbers that were drawn elsewhere.
+"""Sources of the random numbers of sampling: a generator, or numbers that were drawn elsewhere.
 
-The numbers of a batch are asked for in a fixed order, so that they can be given in advance.
+Sampling asks for the numbers of a batch in a fixed order, so that they can be given in advance.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from como_jax.errors import InputError
 
 
 class Noise(Protocol):
-    """Gives random numbers."""
+    """A source of random numbers."""
 
     def normal(self, *shape: int) -> Tensor:
-        """Of a normal distribution of mean 0 and deviation 1, float32, on the CPU."""
+        """Numbers from N(0, 1), float32, on the CPU."""
 
     def gumbel(self, *shape: int) -> Tensor:
-        """Of a standard Gumbel distribution: the index of the largest of logits plus these is a draw of a category."""
+        """Numbers from the standard Gumbel distribution; the argmax of logits plus these numbers draws a category."""
 
 
 class DrawnNoise:
-    """Of a generator on the CPU, so that all devices get the same numbers."""
+    """Numbers from a generator on the CPU, so that all devices get the same ones."""
 
     def __init__(self, generator: torch.Generator):
         self._generator = generator
@@ -38,18 +38,18 @@ class DrawnNoise:
     def gumbel(self, *shape: int) -> Tensor:
         """See `Noise`."""
         uniform = torch.rand(shape, generator=self._generator).clamp(min=torch.finfo(torch.float32).tiny)
-        # Of 1 the logarithm is 0, of which there is none; the largest number below it is the largest that is drawn.
+        # The logarithm of 1 is 0, whose own logarithm is infinite; the largest float below 1 stands for it.
         return -torch.log(-torch.log(uniform.clamp(max=1 - 2**-24)))
 
 
 class GivenNoise:
-    """Numbers that are there already, one array for each time that some are asked for."""
+    """Numbers that were drawn before, one array for every request."""
 
     def __init__(self, parts: Iterable[np.ndarray | Tensor]):
         self._parts = iter(parts)
 
     def normal(self, *shape: int) -> Tensor:
-        """See `Noise`; raises InputError where the next array is of another shape, or there is none."""
+        """See `Noise`; raises InputError if the next array has another shape, or there is none."""
         part = next(self._parts, None)
         if part is None or tuple(part.shape) != shape:
             found = "there is no more" if part is None else f"the next array is {list(part.shape)}"

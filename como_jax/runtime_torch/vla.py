@@ -117,5 +117,5 @@ class LatentVla(nn.Module):
         if self.config.causal_text:
             seen = len(number) - features.text.tokens.shape[1]
             allowed = (number <= number[:, None]) | (number < seen)
-        # A token that is not there is read by none but itself, which keeps every row of the softmax proper.
+        # A token that is not there is read only by itself, which keeps every row of the softmax finite.
         return Prefix(tokens, present, (allowed & present[:, None]) | (number == number[:, None]))

@@ -6,9 +6,8 @@ from etils import epath
 
 from como_jax.errors import RunError
 from como_jax.serving.policy import PolicyOptions, ServedPolicy
-
-# Of a run of `experiments.train_policy`, and of an export of `tools.export_torch`.
-_RUN_FILE, _EXPORT_FILE = "policy.json", "model.safetensors"
+from como_jax.spec.exported import WEIGHTS_NAME
+from como_jax.spec.interface import POLICY_FILE
 
 
 def load_policy(directory: epath.PathLike, options: PolicyOptions) -> ServedPolicy:
@@ -20,15 +19,15 @@ def load_policy(directory: epath.PathLike, options: PolicyOptions) -> ServedPoli
     """
     path = epath.Path(directory)
     # Imported here, because a machine that serves exports may have no JAX, and one that serves runs no PyTorch.
-    if (path / _RUN_FILE).exists():
+    if (path / POLICY_FILE).exists():
         from como_jax.serving.jax_policy import JaxPolicy
 
         return JaxPolicy.load(path, options)
-    if (path / _EXPORT_FILE).exists():
+    if (path / WEIGHTS_NAME).exists():
         from como_jax.serving.torch_policy import TorchPolicy
 
         return TorchPolicy.load(path, options)
     raise RunError(
         f"{directory} holds no policy; name the directory of a run of experiments.train_policy, which has a "
-        f"{_RUN_FILE}, or one that tools.export_torch wrote, which has a {_EXPORT_FILE}."
+        f"{POLICY_FILE}, or one that tools.export_torch wrote, which has a {WEIGHTS_NAME}."
     )

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from como_jax.policies import autoregressive_mask as rules
-from como_jax.policies.autoregressive_mask import Kind, attention_mask, make_layout
+from como_jax.policies.autoregressive import attention_mask
+from como_jax.spec import autoregressive_mask as rules
+from como_jax.spec.autoregressive_mask import Kind, make_layout
 
 # Two instants with two observation tokens, a start token and two latents, and two action queries each.
 LAYOUT = make_layout(2, language=2, observations=2, latents=3, actions=2)

@@ -9,7 +9,7 @@ reads only language. The tokens of an instant read language, the observations up
 - action queries read each other within their instant, and the latents up to it, which are hidden from some samples in
   training.
 
-Axes: B batch, N tokens.
+Axes: N tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -94,24 +91,14 @@ def actions_read_latents(layout: Layout) -> np.ndarray:
     return _pairs(layout, Kind.ACTION, Kind.LATENT) & (layout.instant[:, None] >= layout.instant)
 
 
-def attention_mask(layout: Layout, present: jax.Array, use_latents: jax.Array) -> jax.Array:
-    """The mask of a batch, bool `[B, N, N]`.
-
-    Args:
-      layout: of the sequence.
-      present: bool `[B, N]`; a token that is not there (padding of text, a missing camera, an unknown latent) is read
-        only by itself, which keeps every row of the softmax finite.
-      use_latents: bool `[B]`; where it is False, the sample's action queries do not read the latents.
-    """
-    chex.assert_shape(present, (len(use_latents), len(layout.kind)))
-    always = (
+def always_allowed(layout: Layout) -> np.ndarray:
+    """All pairs but those of action queries that read latents."""
+    return (
         language_is_read_by_all(layout)
         | observations_are_read_from_their_instant_on(layout)
         | latents_read_the_latents_before_them(layout)
         | actions_read_each_other(layout)
     )
-    allowed = always | (actions_read_latents(layout) & use_latents[:, None, None])
-    return (allowed & present[:, None]) | jnp.eye(len(layout.kind), dtype=bool)
 
 
 def _pairs(layout: Layout, reader: Kind, read: Kind) -> np.ndarray:
