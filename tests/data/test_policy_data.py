@@ -21,7 +21,8 @@ from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
 from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
-from como_jax.spec.interface import PolicySpec
+from como_jax.files import write_json
+from como_jax.spec.interface import POLICY_FILE, PolicySpec
 from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.training.models import resolve
 from tests.data.robots import add_labels, make_robot
@@ -319,7 +320,7 @@ def test_the_scale_of_held_out_episodes_is_that_of_training(arm: Path, hand: Pat
     config = make_config(mixture)
     data = open_policy_data(config)
     assert [type(part.action) for part in data.parts] == [UniformNormalizer, AffineNormalizer]
-    make_spec(data, config).save(tmp_path)
+    write_json(tmp_path / POLICY_FILE, make_spec(data, config).to_json())
     spec = PolicySpec.load(tmp_path)
     for part in data.parts:
         found = spec.robots[part.source.directory.name].action
