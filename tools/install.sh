@@ -1,4 +1,5 @@
-# Sourced by the other scripts: makes .venv in the repository and installs the project into it, once for every setup.py.
+# Sourced by the other scripts: makes .venv in the repository and installs the project into it, again whenever setup.py or a
+# requirements.txt has changed.
 # EXTRAS names the extras of setup.py to install, dev by default.
 extras=${EXTRAS:-dev}
 python=${PYTHON:-python3}
@@ -6,10 +7,11 @@ python=${PYTHON:-python3}
   echo "error: Python 3.11 or newer is needed and $python is $("$python" -V 2>&1); set PYTHON=/path/to/python3.11" >&2
   exit 2
 }
-if ! cmp -s setup.py ".venv/installed_$extras.py"; then
+required=$(cat setup.py como_jax/*/requirements.txt)
+if [ "$required" != "$(cat ".venv/installed_$extras.txt" 2>/dev/null)" ]; then
   echo "Installing into $PWD/.venv"
   "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
-  cp setup.py ".venv/installed_$extras.py"
+  printf '%s\n' "$required" > ".venv/installed_$extras.txt"
 fi
 source .venv/bin/activate

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from como_jax.errors import ConfigError, InputError
+from como_jax.errors import ConfigError
 from como_jax.runtime_torch.policy import Policy
 from como_jax.runtime_torch.session import Session
 from como_jax.serving.policy import PolicyInputs, PolicyOptions
-from como_jax.serving.protocol import RequestError
 
 logger = logging.getLogger("como_jax.serve")
 
@@ -62,12 +61,9 @@ class TorchSession:
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, prompt: str) -> np.ndarray:
         """See `ServedSession`."""
         observation = {"images": images, "state": state}
-        try:
-            if self._whole_chunks:
-                return self._session.plan(observation, prompt)
-            return self._session.act(observation, prompt)[None]
-        except InputError as error:
-            raise RequestError(str(error)) from error
+        if self._whole_chunks:
+            return self._session.plan(observation, prompt)
+        return self._session.act(observation, prompt)[None]
 
     def reset(self) -> None:
         """Begins another episode."""
