@@ -27,18 +27,10 @@ def build_policy(config: ConfigDict) -> ModelDef:
     Raises:
       ConfigError: a name or size in the config makes no model; the message names it.
     """
-    observation = observation_config(config)
-    options = compute_options(config)
-    if config.family == "diffusion_policy":
-        diffusion = diffusion_policy_config(config)
-        return define(DiffusionPolicy, observation, diffusion, **options)
-    if config.family == "autoregressive_policy":
-        autoregressive = autoregressive_config(config)
-        return define(AutoregressivePolicy, observation, autoregressive, **options)
-    if config.family == "latent_vla":
-        vla = vla_config(config)
-        return define(LatentVla, observation, vla, **options)
-    raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(POLICY_FAMILIES)}.")
+    if config.family not in POLICY_FAMILIES:
+        raise ConfigError(f"config.family {config.family!r} must be one of {', '.join(POLICY_FAMILIES)}.")
+    policy, settings = _POLICIES[config.family], MODEL_CONFIGS[config.family](config)
+    return define(policy, observation_config(config), settings, **compute_options(config))
 
 
 def observation_config(config: ConfigDict) -> ObservationConfig:
@@ -88,6 +80,11 @@ MODEL_CONFIGS = {
     "diffusion_policy": diffusion_policy_config,
     "autoregressive_policy": autoregressive_config,
     "latent_vla": vla_config,
+}
+_POLICIES = {
+    "diffusion_policy": DiffusionPolicy,
+    "autoregressive_policy": AutoregressivePolicy,
+    "latent_vla": LatentVla,
 }
 POLICY_FAMILIES = tuple(MODEL_CONFIGS)
 

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with warm-up and cosine, clipping by global norm."""
+"""The optimiser: AdamW with linear warm-up and cosine decay, and gradients clipped by their global norm."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from como_jax.training.sharding import path_name
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule.
+    """The `optim` section of a recipe: AdamW and its schedule.
 
     Attributes:
-      learning_rate: peak, reached after `warmup_steps`.
-      final_learning_rate: end of the cosine, at the last step.
-      warmup_steps: of linear warm-up from 0.
-      weight_decay: on matrices only, not on biases, norms, tokens or positions.
-      beta1, beta2: Adam's averages.
+      learning_rate: the peak, which is reached after `warmup_steps`.
+      final_learning_rate: the end of the cosine, at the last step.
+      warmup_steps: steps in which the learning rate rises linearly from 0.
+      weight_decay: of matrices only, not of biases, norms, tokens or positions.
+      beta1, beta2: decay rates of Adam's averages of gradients and of their squares.
       clip_norm: largest global gradient norm; 0 turns clipping off.
-      ema_decay: of an exponential moving average of the parameters, used by evaluation; 0 turns it off.
+      ema_decay: decay rate of a moving average of the parameters, which evaluation uses; 0 turns it off.
     """
 
     learning_rate: float = 1e-4

@@ -1,4 +1,4 @@
-"""Parameters that a fresh run takes from elsewhere."""
+"""Parameters that a fresh run takes from other runs and from files of public weights."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def load_policy_parts(config: ConfigDict, state: TrainState) -> TrainState:
 
 
 def _load_encoder(config: ConfigDict, params: Params) -> Params:
-    """The encoder of the run that the config names, or nothing."""
+    """The encoder of the run that the config names; {} where it names none."""
     if config.encoder.get("init_from"):
         logger.info("Encoder from %s", config.encoder.init_from)
         return load_params(config.encoder.init_from, {"encoder": params})
     if config.encoder.get("frozen") and not config.get("init_from"):
-        logger.warning("The frozen encoder is random; --config.encoder.init_from=RUN starts it from an MAE run.")
+        logger.warning("The frozen encoder is random; config.encoder.init_from starts it from an MAE run.")
     return {}
 
 
@@ -77,7 +77,7 @@ def check_perceptual_file(config: ConfigDict) -> None:
     model = config.model
     if model.get("perceptual_weight") and model.perceptual_space != "encoder" and not model.perceptual_file:
         raise ConfigError(
-            f"The perceptual loss of {model.perceptual_space} needs its weights: name a .safetensors or .npz file by "
-            "--config.model.perceptual_file, or take the motion encoder as the perceptual space by "
-            "--config.model.perceptual_space=encoder, or turn the term off by --config.model.perceptual_weight=0.0."
+            f"The perceptual loss of {model.perceptual_space} needs its weights: name a .safetensors or .npz file in "
+            "config.model.perceptual_file, or take the motion encoder as the perceptual space "
+            "(config.model.perceptual_space=encoder), or turn the term off (config.model.perceptual_weight=0.0)."
         )

@@ -23,8 +23,8 @@ from como_jax.training.checkpoint import load_newest
 LATENT_FAMILIES = tuple(family for family in FAMILIES if family != "mae")
 
 
-# Fields that may differ between a run and its resumption: they change nothing that is computed, nor the iterator's
-# state, as data.num_workers does. The size of a label follows from the data fields.
+# Fields that may differ when a run is resumed, since they change no number that is computed. `data.num_workers` is not
+# among them, because it changes the state of the data iterator. The size of a label follows from other fields.
 FREE_FIELDS = (
     "data.num_threads",
     "evaluation.",
@@ -42,7 +42,7 @@ FREE_FIELDS = (
 
 
 class Run(NamedTuple):
-    """A trained model."""
+    """A trained model: its directory, config and definition, and the parameters of its newest checkpoint."""
 
     workdir: epath.Path
     config: ConfigDict
@@ -67,20 +67,20 @@ def open_run(
     build: Callable[[ConfigDict], ModelDef],
     otherwise: str,
 ) -> Run:
-    """Any run of some families.
+    """Opens a run, with its parameters on the devices of `mesh`.
 
     Args:
-      workdir: of the run.
-      mesh: of devices.
-      families: that fit.
+      workdir: the run's directory.
+      mesh: the devices.
+      families: those that the run may be of.
       build: makes the model of a config.
-      otherwise: what the error says of other families.
+      otherwise: what the error says of a run of another family, such as "has no latent motion".
 
     Raises:
       RunError: no run, one of another family, or one whose checkpoint does not fit its config.
     """
     workdir = epath.Path(workdir)
-    # Only some hosts may see it.
+    # A directory that only some hosts can see is an error of all.
     with hosts.in_step():
         config = read_config(workdir)
     family = config.get("family")
@@ -103,10 +103,10 @@ def open_run(
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
-    """The config of a run.
+    """Reads the config of a run.
 
     Raises:
-      RunError: no run, or a damaged one.
+      RunError: the directory holds no run, or a damaged one.
     """
     try:
         return ConfigDict(json.loads((workdir / "config.json").read_text(), object_hook=with_new_names))
@@ -125,11 +125,11 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
+        raise RunError(f"`workdir` {workdir} cannot be written: {error}") from error
     changes = _differences(json.loads(before, object_hook=with_new_names), json.loads(_config_text(config)))
     if changes:
         raise RunError(
-            f"{workdir} holds a run of another config; choose a new --workdir, or resume with equal fields. "
+            f"{workdir} holds a run of another config; choose a new `workdir`, or resume with equal fields. "
             f"Different: {'; '.join(changes)}."
         )
 
@@ -147,7 +147,7 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
     try:
         write_text(path, _config_text(config))
     except OSError as error:
-        raise RunError(f"--workdir {workdir} cannot be written: {error}") from error
+        raise RunError(f"`workdir` {workdir} cannot be written: {error}") from error
 
 
 def _config_text(config: ConfigDict) -> str:

@@ -82,7 +82,7 @@ def make_mesh(
 
 
 def _fill(sizes: list[int], devices: int) -> list[int]:
-    """The sizes with what is left in place of -1."""
+    """The sizes, with the number of remaining devices in place of -1."""
     shape = _shape_text(sizes)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise MeshError(f"mesh {shape}: sizes must be positive, and one at most may be -1.")
@@ -98,7 +98,7 @@ def _shape_text(sizes: Sequence[int]) -> str:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts into which a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -130,7 +130,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf of a state tree (arrays or shapes), by its path."""
+    """A sharding for every leaf of a tree of arrays or shapes, which follows from the path of the leaf."""
 
     def leaf(path: tuple[Any, ...], value: Any) -> NamedSharding:
         return NamedSharding(mesh, param_spec(path_name(path), value.shape, mesh))
@@ -139,12 +139,12 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """`encoder/blocks/.../kernel` of a key path."""
+    """A key path as text, such as `encoder/blocks/.../kernel`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds everything."""
+    """The sharding of an array of which every device holds all."""
     return NamedSharding(mesh, PartitionSpec())
 
 

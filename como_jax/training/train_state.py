@@ -1,4 +1,4 @@
-"""The training state: made sharded, with parameters replaced, read for evaluation."""
+"""The training state: how it is made, already sharded, and how its parameters are replaced and read."""
 
 from __future__ import annotations
 

@@ -65,10 +65,10 @@ class MetricWriter:
 
 
 class NullWriter:
-    """What every host but the first writes."""
+    """The writer of all hosts but the first: it writes nothing."""
 
     def has_evaluation(self, step: int) -> bool:
-        """Leaves it to the first."""
+        """True, since the first host decides."""
         return True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

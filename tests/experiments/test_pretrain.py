@@ -142,7 +142,7 @@ def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset:
         (
             {"model.perceptual_weight": 1.0},
             ConfigError,
-            "name a .safetensors or .npz file by --config.model.perceptual",
+            "name a .safetensors or .npz file in config.model.perceptual_file",
         ),
         ({"model.bottleneck.kind": "pq"}, ConfigError, "model.bottleneck.kind 'pq' must be one of none, vq"),
         ({"model.gap_weight": 1.0}, ConfigError, "set data.min_gap_fraction under 1"),
@@ -164,7 +164,7 @@ def test_a_directory_of_another_config_is_refused(finished, tabletop_dataset: Pa
 
 def test_an_unwritable_directory_is_refused(tabletop_dataset: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="--workdir .* cannot be written"):
+    with pytest.raises(RunError, match="`workdir` .* cannot be written"):
         pretrain(smoke("como", tabletop_dataset), tmp_path / "file" / "run")
 
 
