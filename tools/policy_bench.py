@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from como_jax import cli
-from como_jax.errors import ConfigError
+from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.sweeps.policy_bench import LABELLERS, SETTINGS, Bench, run_stage, write_tables
 
 logger = logging.getLogger("como_jax.policy_bench")
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--policies are of {', '.join(LABELLERS)}, and --seeds whole numbers.")
     seeds = [int(seed) for seed in values.seeds]
     bench = Bench(values.env, Path(values.out).resolve(), values.policies, seeds, values.episodes, values.steps)
+    if values.table_only and not bench.out.exists():
+        raise RunError(f"--out {values.out} does not exist, so there is nothing to tabulate.")
     # SIGTERM ends the running commands as Ctrl-C does; they save their state in both cases.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not values.table_only:
