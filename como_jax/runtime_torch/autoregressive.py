@@ -27,14 +27,14 @@ class KnownLatents(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the transformer makes of latent tokens `[B, T, Q + 1, D]` and of action queries `[B, T, H, D]`."""
+    """Outputs of the transformer at latent tokens `[B, T, Q + 1, D]` and at action queries `[B, T, H, D]`."""
 
     latents: Tensor
     actions: Tensor
 
 
 class AutoregressivePolicy(nn.Module):
-    """See the module's docstring; it has latents only where it generates them before it acts."""
+    """See the module's docstring; it has latents only if it generates them before it acts."""
 
     in_float32 = ("norm", "action_head")
 
@@ -55,7 +55,7 @@ class AutoregressivePolicy(nn.Module):
     def sample_actions(self, observation: Observation, noise: Noise) -> Tensor:
         """Normalised actions, float32 `[B, H, A]`, from now on.
 
-        Of `noise` it takes what the head of latents needs, token after token, where latents are generated.
+        If latents are generated, their head draws from `noise` token after token.
         """
         features = self.observation(observation)
         motion = self._generate(features, noise) if self.config.generate_latents else None
@@ -95,7 +95,7 @@ class AutoregressivePolicy(nn.Module):
         return torch.cat([start, latents], dim=2) + self.latent_pos
 
     def _generate(self, features: ObservationFeatures, noise: Noise) -> KnownLatents:
-        """Latents of the last instant, token after token; those of earlier ones are unknown."""
+        """Latents of the last instant, token after token; those of earlier instants are unknown."""
         config, device = self.config, features.tokens.device
         shape = (len(features.tokens), self.instants, config.latent_queries)
         if config.codebook_size:
@@ -105,7 +105,7 @@ class AutoregressivePolicy(nn.Module):
         known = torch.zeros(shape[:2], dtype=torch.bool, device=device)
         known[:, -1] = True
         for token in range(config.latent_queries):
-            # What is not yet generated stands in the sequence, but no earlier token reads it.
+            # Latents that are not generated yet are in the sequence too, but no earlier token reads them.
             output = self(features, KnownLatents(values, known)).latents[:, -1, token]
             values = values.clone()
             values[:, -1, token] = self.latent_head.sample(output, noise)
@@ -113,7 +113,7 @@ class AutoregressivePolicy(nn.Module):
 
 
 def _make_latent_ends(config: AutoregressiveConfig) -> tuple[nn.Module, nn.Module]:
-    """What makes tokens of latents, and the head that predicts latents."""
+    """The module that embeds latents as tokens, and the head that predicts latents."""
     width, latent_dim = config.width, config.latent_dim
     if config.codebook_size:
         return CodeEmbedding(config.codebook_size, width), CodeHead(width, config.codebook_size, config.temperature)

@@ -47,7 +47,7 @@ class InverseDynamics(nn.Module):
         self.latent_out = Linear(width, output_dim)
 
     def forward(self, condition: Tensor, motion: Tensor) -> Tensor:
-        """What the bottleneck gets, float32 `[B, Q, ...]`, from features `[B, N, D]` of a frame and of its motion."""
+        """Input of the bottleneck, float32 `[B, Q, ...]`, from features `[B, N, D]` of a frame and of its motion."""
         tokens = [self.queries.expand(motion.shape[0], -1, -1)]
         if self.conditioned:
             tokens += [self.input_proj(condition) + self.condition_type, self.separator.expand(motion.shape[0], -1, -1)]
@@ -102,7 +102,7 @@ class Como(nn.Module):
         return self.bottleneck(self.infer(frames))
 
     def infer(self, frames: Tensor) -> Tensor:
-        """What the bottleneck gets, `[B, P, Q, ...]`, for frames of uint8 `[B, T, H, W, 3]`."""
+        """Input of the bottleneck, `[B, P, Q, ...]`, for frames of uint8 `[B, T, H, W, 3]`."""
         images = normalize_frames(frames)
         features = self._features(images)
         source, target = features[:, :-1], features[:, 1:]

@@ -18,7 +18,7 @@ KeyValues = tuple[Tensor, Tensor]
 
 
 class RmsNorm(nn.Module):
-    """Scales to unit mean square, in float32; the scale is kept less one, as in Gemma."""
+    """Scales to unit mean square, in float32; the parameter is the scale minus one, as in Gemma."""
 
     in_float32 = ("scale",)
 
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
           mask: bool `[B, N, S]`, which tokens each reads, those of the cache first; every row has a True.
           cache: of earlier tokens, or None.
         """
-        # In the dtype of compute from the start, as in training.
+        # In the compute dtype from the start, as in training.
         x, found = x.to(self.blocks[0].attn.q.weight.dtype) if len(self.blocks) else x, []
         for layer, block in enumerate(self.blocks):
             x, state = block(x, positions, mask, cache[layer] if cache is not None else None)

@@ -22,7 +22,7 @@ _TIME_FREQUENCIES = 64
 
 
 class Context(NamedTuple):
-    """What the trunk is told: tokens `[B, N, D]`, which of them are there `[B, N]`, and one vector `[B, D]`."""
+    """The observation as the trunk reads it: tokens `[B, N, D]`, their mask `[B, N]`, and one vector `[B, D]`."""
 
     tokens: Tensor
     mask: Tensor
@@ -30,7 +30,7 @@ class Context(NamedTuple):
 
 
 class Heads(nn.Module):
-    """Into the trunk and out of it."""
+    """The linear layers into the trunk and out of it."""
 
     in_float32 = ("outputs",)
 
@@ -50,7 +50,7 @@ class DitBlock(nn.Module):
         self.modulation = Linear(width, 9 * width)
 
     def forward(self, x: Tensor, told: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """`[B, H, D]` to the same, told `[B, D]`, of a context `[B, N, D]` and which of it is there `[B, 1, N]`."""
+        """`[B, H, D]` to the same, from a vector `[B, D]` and a context `[B, N, D]` with its mask `[B, 1, N]`."""
         parts = self.modulation(told)[:, None].chunk(9, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = parts
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
@@ -77,14 +77,14 @@ class DiffusionPolicy(nn.Module):
     def sample_actions(self, observation: Observation, noise: Noise) -> Tensor:
         """Normalised actions, float32 `[B, H, A]`, from now on.
 
-        Of `noise` it takes what to start from, `[B, H, A]`, and as much again at every step where `eta` is not 0.
+        Sampling starts from `[B, H, A]` of `noise`, and draws as much again at every step if `eta` is not 0.
         """
         config, context = self.config, self.read(observation)
         start = noise.normal(len(observation.images), config.chunk, config.action_size).to(context.tokens.device)
         return denoise(config.diffusion, lambda x, time: self.evaluate(x, time, context), start, noise)
 
     def read(self, observation: Observation) -> Context:
-        """The context for all steps; with guidance, after the whole batch once more without its instructions."""
+        """The context of all steps; with guidance, the batch follows a second time without its instructions."""
         features = self.observation(observation)
         context = self._context(features)
         if self.config.guidance == 1:
@@ -97,7 +97,7 @@ class DiffusionPolicy(nn.Module):
         return Context(*(torch.cat(parts) for parts in zip(context, blind, strict=True)))
 
     def evaluate(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        """What the network says of noisy chunks `[B, H, A]` at times `[B]`, float32 `[B, H, A]`."""
+        """The network's prediction for noisy chunks `[B, H, A]` at times `[B]`, float32 `[B, H, A]`."""
         guidance = self.config.guidance
         if guidance == 1:
             return self._trunk(x, time, context)

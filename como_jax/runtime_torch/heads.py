@@ -1,4 +1,4 @@
-"""How a token is predicted from the output before it: by regression, diffusion or as a code.
+"""Heads that predict a token from the output before it: by regression, by diffusion or as a code.
 
 A head is a module with `sample(features, noise)`, features `[B, D]`. Axes: B batch, D width, L numbers of one token,
 K codes.
@@ -39,7 +39,7 @@ class RegressionHead(nn.Module):
         self.out = Linear(width, size)
 
     def sample(self, features: Tensor, noise: Noise) -> Tensor:
-        """The prediction `[B, L]`; draws nothing."""
+        """The prediction `[B, L]`; draws no noise."""
         return self.out(features)
 
 
@@ -82,7 +82,7 @@ class DiffusionHead(nn.Module):
         return denoise(self.diffusion, lambda x, time: self.estimate(x, time, condition), start, noise)
 
     def estimate(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """What is said of noisy tokens `[B, L]` at times `[B]` under projected features `[B, hidden]`."""
+        """The prediction for noisy tokens `[B, L]` at times `[B]`, given projected features `[B, hidden]`."""
         frequencies = np.geomspace(1.0, 1000.0, self.hidden // 2, dtype=np.float32)
         angles = time[:, None] * torch.from_numpy(frequencies).to(time.device)
         told = F.silu(condition + self.time_in(torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)))
@@ -102,7 +102,7 @@ class ModulatedMlp(nn.Module):
         self.fc1, self.fc2 = Linear(width, width), Linear(width, width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Both of one shape `[..., width]`, which is kept."""
+        """Input, condition and output have the shape `[..., width]`."""
         scale, shift = self.modulation(condition).chunk(2, dim=-1)
         return x + self.fc2(F.silu(self.fc1(self.norm(x) * (1.0 + scale) + shift)))
 

@@ -33,7 +33,7 @@ class CosineAttention(nn.Module):
         self.proj = Linear(num_heads * head_size, width, bias=False)
         self.q_scale = nn.Parameter(torch.empty(head_size))
         self.k_scale = nn.Parameter(torch.empty(head_size))
-        # Something to look at when no context token matters.
+        # Learned tokens to attend to when no context token matters.
         self.null_kv = nn.Parameter(torch.empty(2, num_null, num_heads * head_size)) if num_null else None
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
     model = LatentMotion.from_pretrained("exported")
     motion = model.encode(frames)  # uint8 [B, T, H, W, 3], NumPy or PyTorch, of any size
-    picture = model.predict(frames[:, -1], motion.latent[:, -1])
+    image = model.predict(frames[:, -1], motion.latent[:, -1])
 
 Axes: B batch, T instants, H and W pixels, S side of the model's frames, Q latent tokens, L size of one.
 """
@@ -61,8 +61,8 @@ class LatentMotion:
         Args:
           directory: of the exported model.
           device: cpu, cuda or cuda:N.
-          dtype: of compute, float32 or bfloat16; where training kept float32, bfloat16 does too.
-          compile: whether `torch.compile` makes programs of it, one for each shape, at the first calls.
+          dtype: of compute, float32 or bfloat16; with bfloat16, what training keeps in float32 stays in float32.
+          compile: whether `torch.compile` compiles it, once for each shape, at the first calls.
 
         Raises:
           ModelFileError: a file is missing or damaged, or of an unknown version.
@@ -122,7 +122,7 @@ class LatentMotion:
         if isinstance(frames, Tensor) and frames.shape[-3:-1] == (size, size):
             return frames.to(self.device)
         fitted = fit_frames(frames.cpu().numpy() if isinstance(frames, Tensor) else frames, size, self.config.fit)
-        # PyTorch takes no reversed axes, and warns of memory that cannot be written.
+        # PyTorch cannot take reversed axes, and warns about read-only memory.
         return torch.from_numpy(np.require(fitted, requirements=("C", "W"))).to(self.device)
 
 

@@ -1,6 +1,6 @@
 """Transformer building blocks. Axes: B batch, N tokens, D width.
 
-A linear layer casts what it is given to the dtype of its own weights, which `set_compute_dtype` chooses.
+A linear layer casts its input to the dtype of its own weights, which `set_compute_dtype` chooses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from como_jax.spec.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts all parameters but those of layer norms and of what modules name in `in_float32`, like training."""
+    """Casts all parameters except those that training keeps in float32: layer norms, and the modules' `in_float32`."""
     kept: set[int] = set()
     for module in model.modules():
         for name in getattr(module, "in_float32", ()):
@@ -71,7 +71,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32, with the epsilon of ViT and MAE; only what it gives is of the compute dtype."""
+    """Layer norm in float32, with the epsilon of ViT and MAE; only its output has the compute dtype."""
 
     def __init__(self, width: int, epsilon: float = 1e-6):
         super().__init__(width, eps=epsilon)
@@ -93,9 +93,9 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, num_outputs: int | None = None, mask: Tensor | None = None) -> Tensor:
-        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens, or to those of the mask.
+        """`[B, N, D]` to `[B, num_outputs or N, D]`; every output attends to all N tokens, or as the mask allows.
 
-        A mask is bool, broadcast to `[B, outputs, N]`; every row of it has a True.
+        The mask is bool, broadcast to `[B, outputs, N]`, with a True in every row.
         """
         width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
         x = x.to(weight.dtype)
@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One block after another on tokens `[B, N, D]`, which attend as a mask says."""
+    """Applies one block after another to tokens `[B, N, D]`; see `Attention` for the mask."""
     for block in blocks:
         x = block(x) if mask is None else block(x, mask=mask)
     return x

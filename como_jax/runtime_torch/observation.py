@@ -1,4 +1,4 @@
-"""What a policy sees, as tokens of one width: pictures of all cameras, proprioception and the instruction.
+"""What a policy sees, as tokens of one width: images of all cameras, proprioception and the instruction.
 
 Axes: B batch, T instants, C cameras, N tokens of one instant, M tokens of the instruction, D width.
 """
@@ -28,12 +28,12 @@ from como_jax.spec.towers import TextConfig
 
 
 class Observation(NamedTuple):
-    """What the network is given, of one batch.
+    """The inputs of the network for one batch.
 
     Attributes:
       images: uint8 RGB `[B, T, C, H, W, 3]`; the last instant is now.
-      has_camera: float32 `[B, C]`, 0 where a picture is missing and black.
-      instruction: int32 `[B, M]`, numbers of tokens plus one, 0 after the end; or embeddings, float32 `[B, E]`.
+      has_camera: float32 `[B, C]`, 0 where an image is missing and black.
+      instruction: int32 `[B, M]`, token ids plus one, 0 after the end; or embeddings, float32 `[B, E]`.
       state: float32 `[B, T, S]`, normalised proprioception, or None where the policy has none.
       has_state: float32 `[B]`, 0 where the robot has no state, or None.
     """
@@ -46,20 +46,20 @@ class Observation(NamedTuple):
 
 
 class ObservationFeatures(NamedTuple):
-    """Tokens of every instant `[B, T, N, D]`, which of them are there, bool `[B, T, N]`, and of the instruction."""
+    """Tokens of every instant `[B, T, N, D]`, their mask, bool `[B, T, N]`, and the tokens of the instruction."""
 
     tokens: Tensor
     mask: Tensor
     text: TextFeatures
 
     def context(self) -> tuple[Tensor, Tensor]:
-        """All tokens `[B, T * N + M, D]` in one sequence, and which of them are there."""
+        """All tokens `[B, T * N + M, D]` in one sequence, and their mask."""
         tokens = torch.cat([self.tokens.flatten(1, 2), self.text.tokens], dim=1)
         return tokens, torch.cat([self.mask.flatten(1), self.text.mask], dim=1)
 
 
 class ConvTower(nn.Module):
-    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; float32, for it is small."""
+    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; small, hence in float32."""
 
     in_float32 = ("convs", "norms")
 
@@ -73,13 +73,13 @@ class ConvTower(nn.Module):
         """Features `[B, H / 16 * W / 16, D]` of uint8 `[B, H, W, 3]`."""
         x = normalize_frames(frames).movedim(-1, 1)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            # An even side needs one more pixel, which training has at the end.
+            # An even side needs one more pixel, which training adds at the end.
             x = F.silu(norm(conv(F.pad(x, (0, 1, 0, 1))).movedim(1, -1))).movedim(-1, 1)
         return x.flatten(2).transpose(1, 2)
 
 
 class ObservationEncoder(nn.Module):
-    """Reads an `Observation`. One image tower sees the pictures of all cameras and instants."""
+    """Reads an `Observation`. One image tower sees the images of all cameras and instants."""
 
     def __init__(self, config: ObservationConfig, width: int):
         super().__init__()
@@ -100,7 +100,7 @@ class ObservationEncoder(nn.Module):
             self.no_state = nn.Parameter(torch.empty(width))
 
     def forward(self, observation: Observation) -> ObservationFeatures:
-        """Tokens of width D of everything that is seen."""
+        """Tokens of width D of the whole observation."""
         images = self._image_tokens(observation.images) + self.image_pos + self.camera_embed[:, None]
         instants, per_camera = images.shape[1], images.shape[3]
         tokens = images.flatten(2, 3)

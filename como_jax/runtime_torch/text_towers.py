@@ -21,7 +21,7 @@ from como_jax.spec.towers import BYTE_VOCABULARY, GATED, NGRAM_ROWS, NGRAMS, Tex
 
 
 class TextFeatures(NamedTuple):
-    """Tokens of an instruction `[B, M, D]`, which of them are there, bool `[B, M]`, and one for all `[B, D]`."""
+    """Tokens of an instruction `[B, M, D]`, a mask, False at padding, `[B, M]`, and one vector for all `[B, D]`."""
 
     tokens: Tensor
     mask: Tensor
@@ -29,7 +29,7 @@ class TextFeatures(NamedTuple):
 
 
 class ByteTransformer(nn.Module):
-    """A small transformer over bytes, each with the few before it, which are looked up by their hash."""
+    """A small transformer over bytes; every byte is embedded with the n-grams that end in it, found by their hash."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -41,8 +41,8 @@ class ByteTransformer(nn.Module):
         self.norm = LayerNorm(width)
 
     def forward(self, text: Tensor) -> TextFeatures:
-        """Features of int32 `[B, M]`: numbers of bytes plus one, and 0 after the text has ended."""
-        # The token that ends the text is read too, so that no instruction is without tokens.
+        """Features of int32 `[B, M]`: bytes plus one, 0 after the end of the text."""
+        # The token that ends the text is read too, so that even an empty instruction has a token.
         mask = F.pad(text[:, :-1] != 0, (1, 0), value=True)
         ngrams = sum(table[hash_ngrams(text, size)] for table, size in zip(self.ngram_embed, NGRAMS, strict=True))
         x = self.token_embed[text.long()] + ngrams + self.pos_embed[: text.shape[1]]
@@ -53,7 +53,7 @@ class ByteTransformer(nn.Module):
 
 
 class EmbeddingTower(nn.Module):
-    """One token from an embedding that was made beforehand."""
+    """One token from a precomputed embedding."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -66,14 +66,14 @@ class EmbeddingTower(nn.Module):
 
 
 class TokenTable(nn.Module):
-    """A learned vector for every token, times the root of the width as in Gemma (arXiv 2403.08295)."""
+    """A learned vector for every token, multiplied by the root of the width as in Gemma (arXiv 2403.08295)."""
 
     def __init__(self, config: TextConfig, width: int):
         super().__init__()
         self.table = nn.Parameter(torch.empty(config.vocabulary_size or BYTE_VOCABULARY - 1, width))
 
     def forward(self, text: Tensor) -> TextFeatures:
-        """Features of int32 `[B, M]`: numbers of tokens plus one, and 0 after the text has ended."""
+        """Features of int32 `[B, M]`: token ids plus one, 0 after the end of the text."""
         mask = text > 0
         x = self.table[(text - 1).clamp(min=0).long()] * self.table.shape[1] ** 0.5
         return TextFeatures(x, mask, masked_mean(x, mask))
@@ -85,17 +85,17 @@ def hash_ngrams(text: Tensor, size: int) -> Tensor:
     value = torch.zeros_like(text, dtype=torch.int64)
     for offset in range(size):
         value = (value * 16_777_619 + padded[:, offset : offset + text.shape[1]]) % 2**32
-    # The factor less 2^32, so that the product fits into 63 bits; its lowest 32 are the same.
+    # 2^32 is subtracted from the factor so that the product fits into 63 bits; its lowest 32 bits do not change.
     return value * (2_654_435_769 - 2**32) % 2**32 // (2**32 // NGRAM_ROWS)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean `[..., D]` of the tokens `[..., M, D]` that are there; 0 where there are none."""
+    """Mean `[..., D]` of the tokens `[..., M, D]` that the mask keeps; 0 where it keeps none."""
     weights = mask.to(x.dtype)[..., None]
     return (x * weights).sum(dim=-2) / weights.sum(dim=-2).clamp(min=1)
 
 
-# As config.json of public weights names them.
+# Named as in the config.json of public weights.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
@@ -106,16 +106,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def split_text(text: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of tokens, int64 `[B, M]`, and which of them are there; the first always is.
+    """Token ids, int64 `[B, M]`, and a mask that is False at padding; the first token is never padding.
 
     Args:
-      text: int32 `[B, M]`, numbers of tokens plus one, 0 after the end: token 0 stays a token.
+      text: int32 `[B, M]`, token ids plus one, 0 after the end, so that token 0 can be told from padding.
     """
     return (text.long() - 1).clamp(min=0), F.pad(text[:, 1:] != 0, (1, 0), value=True)
 
 
 class ClipTextTower(nn.Module):
-    """A causal transformer, read at the end of the text."""
+    """A causal transformer; the output at the last token stands for the whole text."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -130,11 +130,11 @@ class ClipTextTower(nn.Module):
         self.final_layer_norm = LayerNorm(width, config.norm_epsilon)
 
     def forward(self, text: Tensor) -> TextFeatures:
-        """Features of int32 `[B, M]`, numbers of tokens plus one; the pooled ones are those of the last token."""
+        """Features of int32 `[B, M]`, token ids plus one; the pooled vector is that of the last token."""
         tokens, mask = split_text(text)
         length = text.shape[1]
         x = self.embeddings["token_embedding"](tokens) + self.embeddings["position_embedding"].weight[:length]
-        # What follows the end is hidden from the text by the causal mask.
+        # The causal mask hides the padding from the text.
         causal = torch.ones(1, length, length, dtype=torch.bool, device=x.device).tril()
         x = self.final_layer_norm(run_blocks(self.encoder["layers"], x, causal))
         last = mask.sum(dim=1) - 1
@@ -201,11 +201,11 @@ class T5Tower(nn.Module):
 
     @property
     def relative_bias(self) -> nn.Embedding:
-        """What every head adds to its logits for a bucket of distances; all layers share that of the first."""
+        """What every head adds to its logits for a bucket of distances; all layers share that of the first layer."""
         return self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias
 
     def forward(self, text: Tensor) -> TextFeatures:
-        """Features of int32 `[B, M]`, numbers of tokens plus one; the pooled ones are their mean."""
+        """Features of int32 `[B, M]`, token ids plus one; the pooled vector is their mean."""
         tokens, mask = split_text(text)
         length = text.shape[1]
         bias = self.relative_bias(self.buckets[:length, :length]).permute(2, 0, 1)
@@ -216,7 +216,7 @@ class T5Tower(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Pre-norm transformer block without means, biases and a scale of the logits."""
+    """Pre-norm transformer block with RMS norms, without biases, and without a scale of the logits."""
 
     def __init__(self, config: TextConfig, *, is_first: bool):
         super().__init__()
@@ -295,7 +295,7 @@ def relative_buckets(distance: np.ndarray, buckets: int, farthest: int) -> np.nd
     side = buckets // 2
     exact = side // 2
     away = np.abs(distance)
-    # In float32, as where public weights were trained: exact powers fall into buckets by its rounding.
+    # In float32, as public weights were trained: the rounding decides the bucket of exact powers.
     scale = np.float32(np.log(farthest / exact))
     log = np.log(np.maximum(away, exact).astype(np.float32) / np.float32(exact)) / scale
     far = exact + (log * np.float32(side - exact)).astype(np.int64)

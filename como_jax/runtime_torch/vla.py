@@ -1,4 +1,4 @@
-"""A vision-language-action model: a decoder that reads pictures and an instruction and writes actions (LAPA,
+"""A vision-language-action model: a decoder that reads images and an instruction and writes actions (LAPA,
 arXiv 2410.11758), token after token.
 
 Axes: B batch, P tokens of the prefix, S of an output, L numbers of one, H steps of a chunk, A action, D width.
@@ -25,9 +25,9 @@ class Prefix(NamedTuple):
     """What the decoder reads before it writes.
 
     Attributes:
-      tokens: `[B, P, D]`, of pictures first, of the instruction after.
-      present: bool `[B, P]`.
-      mask: bool `[B, P, P]`, who reads whom.
+      tokens: `[B, P, D]`, those of images first, those of the instruction after them.
+      present: bool `[B, P]`, False at padding.
+      mask: bool `[B, P, P]`; row i says what token i reads.
     """
 
     tokens: Tensor
@@ -36,7 +36,7 @@ class Prefix(NamedTuple):
 
     @property
     def positions(self) -> Tensor:
-        """int64 `[B, P]`, which leave out what is not there."""
+        """Positions of the tokens, int64 `[B, P]`; padding does not count."""
         return (self.present.cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -62,13 +62,13 @@ class OutputTokens(nn.Module):
             self.head = DiffusionHead(width, config.action_size, config.head_diffusion, **sizes)
 
     def input_at(self, token: int, before: Tensor | None, batch: int) -> Tensor:
-        """`[B, 1, D]`: the input at a token, of which the value before is known, `[B]` or `[B, L]`."""
+        """The input at a token, `[B, 1, D]`, from the value before it, `[B]` or `[B, L]`; None at the first token."""
         known = self.start.expand(batch, -1) if before is None else self.embed(before)
         return (known + self.places[token])[:, None]
 
 
 class LatentVla(nn.Module):
-    """See the module's docstring; of its outputs it has actions alone."""
+    """See the module's docstring; it has the output of actions, and none of latent actions."""
 
     def __init__(self, observation: ObservationConfig, config: VlaConfig):
         super().__init__()
@@ -80,7 +80,7 @@ class LatentVla(nn.Module):
     def sample_actions(self, observation: Observation, noise: Noise) -> Tensor:
         """Normalised actions, float32 `[B, H, A]`, from now on.
 
-        Of `noise` it takes what the head needs, token after token.
+        The head draws from `noise` token after token.
         """
         config = self.config
         values = self.write(observation, lambda _, features: self.action.head.sample(features, noise))
@@ -109,7 +109,7 @@ class LatentVla(nn.Module):
         return torch.stack(values, dim=1)
 
     def read(self, observation: Observation) -> Prefix:
-        """The prefix of what is seen and said."""
+        """The prefix made of the observation and its instruction."""
         features = self.observation(observation)
         tokens, present = features.context()
         number = torch.arange(tokens.shape[1], device=tokens.device)

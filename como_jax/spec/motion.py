@@ -68,15 +68,15 @@ class MotionConfig:
         `O_{t+n} - O_t`; all three beside `F_t`. "future_only" is `F_{t+n}` with nothing beside it.
       pair_spans: least and largest number of instants from the first frame of a pair to the second; all such pairs of
         a clip are trained on, and share the encodings of their frames.
-      bottleneck: what the latent has to pass.
+      bottleneck: the bottleneck that the latent passes through.
       idm_width, idm_depth, idm_heads: the motion Q-former.
       fdm_width, fdm_depth, fdm_heads: the forward dynamics model.
       fdm_patch_size: its pixel patches.
-      residual: predict the change of the current frame, starting from none; off in the paper.
-      freeze_encoder: no gradient into the encoder.
-      mse_weight: of the pixel error.
-      pixel_probe: pixel errors train the head that draws and nothing else, so that a model of other targets still
-        shows what its latent knows.
+      residual: whether the change of the current frame is predicted, which starts at zero; off in the paper.
+      freeze_encoder: whether the encoder gets no gradient.
+      mse_weight: weight of the pixel error.
+      pixel_probe: whether the pixel error trains only the forward model's head, so that a model with other targets can
+        still show what its latent knows.
       perceptual_weight: of the perceptual distance (LPIPS, arXiv 1801.03924).
       perceptual_space: "vgg16" or "alexnet" with weights from a file, or "encoder", the motion encoder itself.
       tcl_weight, tcl_temperature: of temporal contrastive learning, and what divides its similarities.
@@ -88,7 +88,7 @@ class MotionConfig:
       flow_weight: of the error of optical flow predicted from latent and current frame.
       gap_weight: of the error of the playback gap predicted from the latent.
       label_weight: of the error of the few known actions or states, read from the latent by a linear head.
-      label_size: numbers in a label; 0 takes what the data has.
+      label_size: numbers in a label; 0 means as many as the data has.
     """
 
     num_queries: int = 8

@@ -33,11 +33,11 @@ class ObservationConfig:
 
     Attributes:
       image_tower: "vit", "siglip", or "conv", a small convolutional network trained from scratch.
-      vit: sizes of the ViT or SigLIP; of the convolutional tower, only the picture's size and the width are used.
-      freeze_images: no gradient into the ViT or SigLIP.
+      vit: sizes of the ViT or SigLIP; the convolutional tower uses only image size and width.
+      freeze_images: whether the ViT or SigLIP gets no gradient.
       pool: side of the square of image tokens that are averaged to one; 1 keeps all.
-      cameras: number of pictures.
-      instants: number of pictures of each camera, one after another.
+      cameras: number of cameras.
+      instants: number of images of each camera, one after another.
       state_size: numbers in the proprioceptive state; 0 leaves it out.
       text: the tower that reads instructions.
     """
@@ -76,9 +76,9 @@ class DiffusionConfig:
       kind: "ddpm" (arXiv 2006.11239) on the cosine schedule (arXiv 2102.09672), sampled by DDIM (arXiv 2010.02502), or
         "flow", matching the straight flow from noise to data (arXiv 2210.02747).
       train_steps: noise levels of DDPM; flow matching knows all.
-      sample_steps: of sampling.
-      prediction: what the network of DDPM says: the clean "sample", or the noise, "epsilon". At the noisiest steps of
-        the cosine schedule a sample follows from the noise only with an error of many times its size, so that
+      sample_steps: steps of sampling.
+      prediction: what the network of DDPM predicts: the clean "sample", or the noise, "epsilon". At the noisiest steps
+        of the cosine schedule, a sample computed from predicted noise has an error of many times its size, so that
         "epsilon" needs `clip`.
       eta: share of DDPM's noise that DDIM adds at every step; 0 is deterministic.
       clip: largest magnitude of a clean sample on the way back, for data of known limits; 0 clips nothing.

@@ -54,15 +54,15 @@ class TextConfig:
         models that read the instruction themselves.
       max_length: tokens of the longest instruction.
       width, depth, num_heads: of the tower; of public towers those of their weights.
-      pool: bytes in a row that are averaged to one token after the byte-level tower has read them.
+      pool: number of neighbouring bytes whose outputs the byte-level tower averages to one token.
       mlp_width, vocabulary_size, activation, norm_epsilon: of public towers, those of their weights. An activation
         "gated-NAME" is that of a gated linear unit.
       positions: of CLIP's table of positions; 0 for max_length.
       head_size: of one head of T5; 0 for width / num_heads.
       relative_buckets, relative_distance: of T5's relative positions: their number, and the distance from which on
         all share the last.
-      frozen: whether a public tower or the table of tokens is left as it is; others are always trained.
-      embedding_size: of the dataset's embeddings; 0 takes what the data has.
+      frozen: whether a public tower or the table of tokens is not trained; other towers are always trained.
+      embedding_size: size of the dataset's embeddings; 0 means the size that the data has.
       prompt: text with {} where the instruction is put before it is read.
       tokenizer_file: the file that comes with the tower's weights; empty for bytes.
     """
