@@ -28,6 +28,7 @@ from como_jax.convert.lerobot.builder import LeRobot, LeRobotSettings
 from como_jax.convert.video import MAX_PIXELS, VIDEO_ERRORS, VideoReader
 from como_jax.convert.video_folder.builder import VideoFolder, VideoFolderSettings
 from como_jax.errors import ConversionError
+from tests.everyday import mostly_slow
 
 
 def convert_folder(source: Path, out: Path) -> dict[str, Any]:
@@ -311,7 +312,7 @@ def sound_sources(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", mostly_slow(range(30), *range(6)))
 def test_bytes_that_are_wrong_end_in_the_report_or_in_one_error(tmp_path, sound_sources, check_dataset, seed):
     rng = np.random.default_rng(seed)
     kind = list(sound_sources)[seed % len(sound_sources)]

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import jax
+import chex
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -90,7 +90,7 @@ def test_two_steps_and_two_more_equal_four(finished, tabletop_dataset: Path, tmp
     resumed = pretrain(smoke(recipe, tabletop_dataset), halves)
     assert train_metrics(halves) == train_metrics(whole)
     assert set(train_metrics(whole)) == {1, 2, 3, 4}
-    jax.tree.map(np.testing.assert_array_equal, resumed, state)
+    chex.assert_trees_all_equal(resumed, state)
 
 
 def test_a_run_leaves_pictures_metrics_and_a_board(finished):
@@ -120,7 +120,7 @@ def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset:
     _, workdir, state = finished
     changes = {"encoder.init_from": str(workdir), "train.stop_after": 1}
     started = pretrain(smoke("como", tabletop_dataset, **changes), tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, started.frozen["encoder"], state.params["encoder"])
+    chex.assert_trees_all_equal(started.frozen["encoder"], state.params["encoder"])
 
     with pytest.raises(RunError, match=r"encoder/.* is \(.*\) there and \(.*\) here"):
         pretrain(smoke("como", tabletop_dataset, **changes, **{"encoder.width": 16}), tmp_path / "narrow")

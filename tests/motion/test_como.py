@@ -170,6 +170,7 @@ def test_instants_are_encoded_as_consecutive_pairs(two_pairs: dict[str, Any]) ->
     np.testing.assert_allclose(two_pairs["encoded"].reshape(6, 2, 3), two_pairs["forward"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pairs_that_share_frames_train_as_pairs_of_their_own(make_como: MakeComo) -> None:
     options = {"tcl_weight": 0.5, "gap_weight": 1.0}
     batch = types.fake_frame_pairs(batch=2, instants=4)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from como_jax.nn.attention import Attention, CrossAttention, attend
+from tests.everyday import mostly_slow
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ REAL_SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("with_cudnn_library")
-@pytest.mark.parametrize("name", REAL_SHAPES)
+@pytest.mark.parametrize("name", mostly_slow(REAL_SHAPES, "pictures and instruction"))
 def test_attention_of_the_recipes_is_lowered_to_cudnn_forwards_and_backwards(name: str) -> None:
     text, bias = lowered_for_cuda(**REAL_SHAPES[name]), "ScaleBias" if "mask" in REAL_SHAPES[name] else ""
     assert f"@__cudnn$fmha{bias}Softmax(" in text and f"@__cudnn$fmha{bias}SoftmaxBackward(" in text

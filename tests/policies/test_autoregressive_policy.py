@@ -1,7 +1,6 @@
 """The autoregressive policy: what trains what, what it samples, and that it learns."""
 
 import dataclasses
-import functools
 import json
 from typing import Any
 
@@ -102,8 +101,8 @@ def test_each_kind_of_sample_gets_its_own_mean_in_a_mixed_batch() -> None:
     batch = make_batch()
     mixed, robot, video = (loss_of("regression", part) for part in (batch, robot_half(batch), video_half(batch)))
     np.testing.assert_allclose(mixed[0], robot[0] + video[0], rtol=1e-5)
-    same = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
-    jax.tree.map(lambda all_, a, b: same(all_, a + b), mixed[2], robot[2], video[2])
+    both = jax.tree.map(lambda a, b: a + b, robot[2], video[2])
+    chex.assert_trees_all_close(mixed[2], both, rtol=1e-3, atol=1e-5)
 
 
 def test_actions_depend_on_latents_in_training_unless_these_are_dropped() -> None:
@@ -232,9 +231,8 @@ def test_the_loss_of_a_batch_on_eight_devices_is_that_on_one() -> None:
         "diffusion", sharding.shard_batch(batch, sharding.make_mesh(8, devices=jax.devices()))
     )
     np.testing.assert_allclose(total, expected, rtol=1e-5)
-    same = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
-    jax.tree.map(same, sharded_terms, terms)
-    jax.tree.map(same, sharded_gradients, gradients)
+    chex.assert_trees_all_close(sharded_terms, terms, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(sharded_gradients, gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_a_frozen_image_tower_is_left_alone() -> None:

@@ -178,6 +178,7 @@ def test_what_is_not_there_changes_no_token_that_is(tower: str) -> None:
     assert np.abs(before.tokens - after.tokens).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_is_not_there_changes_no_action() -> None:
     sizes = {"width": 16, "depth": 1, "num_heads": 2, "chunk": 2, "action_size": 3, "latent_size": 0}
     config = DiffusionPolicyConfig(**sizes, diffusion=DiffusionConfig(sample_steps=1))

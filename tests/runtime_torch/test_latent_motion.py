@@ -79,6 +79,7 @@ def test_bfloat16_is_near_float32_and_keeps_what_training_keeps(exported: Path) 
     assert module.encoder.blocks[0].norm1.weight.dtype == module.idm.latent_out.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_encode_and_predict_compile_to_one_graph_each(exported: Path) -> None:
     model = LatentMotion.from_pretrained(exported)
     clips = frames(1, 2, 64, 64)

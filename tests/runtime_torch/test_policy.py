@@ -187,6 +187,7 @@ def test_bfloat16_acts_nearly_as_float32_and_keeps_what_training_keeps(guided: E
     assert fast.module.action.outputs.weight.dtype == fast.module.norm.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_network_compiles_to_one_graph(guided: Exported) -> None:
     policy = Policy.from_pretrained(guided.folder, robot="arm")
     scene = History([observation()["images"]] * 2, np.zeros((2, STATE_SIZE), np.float32), TEXTS[0])
@@ -216,6 +217,7 @@ def test_a_compiled_policy_acts_as_it_is(variant: str, tmp_path: Path, monkeypat
     assert len(programs) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", mostly_slow(("ddpm", "flow"), "flow"))
 def test_denoising_compiles_to_one_graph_that_rounds_alike(kind: str) -> None:
     config = DiffusionConfig(kind, 100, 3, "epsilon", eta=0.0, clip=1.0)

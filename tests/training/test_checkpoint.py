@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import chex
 import grain
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def test_a_state_comes_back_exactly_on_another_mesh_with_its_data_position(
     restored = checkpointer.restore(abstract, iterator)
     checkpointer.close()
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    chex.assert_trees_all_equal(restored, state)
     same = jax.tree.map(lambda x, plan: x.sharding.is_equivalent_to(plan.sharding, x.ndim), restored, abstract)
     assert all(jax.tree.leaves(same))
     expected = make_iterator()
@@ -72,7 +73,7 @@ def test_a_part_of_a_run_is_loaded_from_its_moving_average(saved_run: tuple[Path
     loaded = checkpoint.load_params(workdir, wanted)
     assert set(loaded) == {"encoder"}
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(loaded)} == {1}
-    jax.tree.map(np.testing.assert_array_equal, loaded["encoder"], state.ema["encoder"])
+    chex.assert_trees_all_equal(loaded["encoder"], state.ema["encoder"])
 
 
 def test_a_part_of_a_run_is_loaded_onto_the_mesh_of_the_reader(
@@ -103,7 +104,7 @@ def test_items_of_a_list_are_loaded_by_their_numbers(tmp_path: Path) -> None:
     wanted = {"convs": {number: params["convs"][number] for number in (0, 2)}}
     for loaded in (checkpoint.load_params(tmp_path, wanted), checkpoint.load_matching_params(tmp_path, wanted).params):
         assert jax.tree.structure(loaded) == jax.tree.structure(wanted)
-        jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+        chex.assert_trees_all_equal(loaded, wanted)
     assert checkpoint.load_matching_params(tmp_path, wanted).dropped == ("convs/1/kernel",)
 
 
@@ -183,7 +184,7 @@ def test_a_model_that_has_all_is_loaded_whole(saved_run: tuple[Path, TrainState]
     matched = checkpoint.load_matching_params(workdir, evaluation_params(state))
     assert (matched.new, matched.dropped) == ((), ())
     assert matched.describe() == f"{len(jax.tree.leaves(matched.params))} arrays loaded, 0 new, 0 dropped"
-    jax.tree.map(np.testing.assert_array_equal, matched.params, evaluation_params(state))
+    chex.assert_trees_all_equal(matched.params, evaluation_params(state))
 
 
 def test_a_run_of_which_nothing_fits_is_refused(saved_run: tuple[Path, TrainState]) -> None:

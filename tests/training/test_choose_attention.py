@@ -73,6 +73,7 @@ def test_the_model_is_the_same_where_xla_is_chosen() -> None:
     assert choose_attention(config, model, sharding.make_mesh()) is model
 
 
+@pytest.mark.slow
 def test_a_whole_train_step_is_lowered_to_cudnn_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, attend = [], layers.attend
 

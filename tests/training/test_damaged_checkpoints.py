@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import chex
 import grain
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from como_jax.errors import RunError
@@ -84,7 +83,7 @@ def test_the_one_before_is_taken_and_named(
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "damaged, step 2" in said and "Taking the checkpoint of step 1 instead" in said
     assert int(restored.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, restored, make_state(1))
+    chex.assert_trees_all_equal(restored, make_state(1))
     assert next(iterator) == 1
     # What is left of the damaged one is put aside, and the run can save its step again.
     assert (workdir / "damaged_checkpoints" / "2").is_dir() and checkpointer.latest_step() == 1
@@ -98,9 +97,9 @@ def test_readers_of_parameters_take_the_one_before_too(workdir: Path, damage: Ca
     damage(workdir / "checkpoints" / "2")
     step, params = checkpoint.load_newest(workdir, make_state(7).params)
     assert step == 1
-    jax.tree.map(np.testing.assert_array_equal, params, make_state(1).params)
+    chex.assert_trees_all_equal(params, make_state(1).params)
     matched = checkpoint.load_matching_params(workdir, make_state(7).params)
-    jax.tree.map(np.testing.assert_array_equal, matched.params, make_state(1).params)
+    chex.assert_trees_all_equal(matched.params, make_state(1).params)
     assert (workdir / "checkpoints" / "2").exists()
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -52,9 +53,9 @@ def test_an_encoder_of_a_pretraining_run_takes_the_place_of_the_random_one_and_o
     fresh = start(smoke(family, robot_dataset, **changes), tmp_path / "fresh")
     state = start(smoke(family, robot_dataset, **changes, **{"encoder.init_from": str(mae)}), tmp_path / "run")
     holder = state.frozen if frozen else state.params
-    jax.tree.map(np.testing.assert_array_equal, holder["observation"]["images"], encoder)
+    chex.assert_trees_all_equal(holder["observation"]["images"], encoder)
     assert ("images" in state.params["observation"]) != frozen
-    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+    chex.assert_trees_all_equal(state.ema, state.params)
     before, after = flatten(evaluation_params(fresh)), flatten(evaluation_params(state))
     changed = {path for path in after if not np.array_equal(after[path], before[path])}
     assert changed and all(path[:2] == IMAGES for path in changed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -22,9 +23,7 @@ def test_losses_and_parameters_equal_those_of_one_device(
     reference, run = train(1, 1, 1), train(*mesh, accumulation=accumulation)
     np.testing.assert_allclose(run.losses, reference.losses, rtol=1e-5)
     for tree in ("params", "ema"):
-        leaves = jax.tree_util.tree_leaves_with_path(getattr(run.state, tree))
-        for (path, leaf), expected in zip(leaves, jax.tree.leaves(getattr(reference.state, tree)), strict=True):
-            np.testing.assert_allclose(leaf, expected, rtol=1e-3, atol=2e-5, err_msg=sharding.path_name(path))
+        chex.assert_trees_all_close(getattr(run.state, tree), getattr(reference.state, tree), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("model", ["discrete", "laq"])
@@ -34,7 +33,7 @@ def test_a_codebook_is_the_same_on_any_mesh(train: Callable, model: str) -> None
     found, expected = (
         merge_params(result.state.params, result.state.frozen)["bottleneck"] for result in (run, reference)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)
     usage = np.asarray(run.state.frozen["bottleneck"]["usage"])
     np.testing.assert_allclose(usage.sum(), 3.0, rtol=1e-5)
     assert reference.compilations == run.compilations == 1

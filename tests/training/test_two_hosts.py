@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -151,10 +152,10 @@ def test_a_checkpoint_of_two_hosts_opens_on_any_devices_of_one(
         batches.append(next(iterator))
     assert isinstance(states[0], TrainState) and int(states[0].step) == NUM_STEPS
     for state in states[1:]:
-        jax.tree.map(np.testing.assert_array_equal, state, states[0])
+        chex.assert_trees_all_equal(state, states[0])
     fresh = iter(training_batches(config, open_motion_data(config, batch_parts(config)).reader))
     for _ in range(NUM_STEPS):
         next(fresh)
     expected = next(fresh)
     for batch in batches:
-        jax.tree.map(np.testing.assert_array_equal, batch, expected)
+        chex.assert_trees_all_equal(batch, expected)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -262,7 +263,7 @@ def test_all_names_of_the_tensors_are_understood(tmp_path: Path, names: str) -> 
     other.mkdir()
     shapes = make_reader(save(expected, make_tensors()))[1]
     found = load_paligemma(save(other, make_tensors(names)), shapes)
-    jax.tree.map(np.testing.assert_array_equal, found, load_paligemma(expected / "model.safetensors", shapes))
+    chex.assert_trees_all_equal(found, load_paligemma(expected / "model.safetensors", shapes))
 
 
 def test_several_files_of_half_precision_are_read_in_the_dtype_of_the_policy(tmp_path: Path) -> None:
