@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 
 class Checkpointer:
-    """Saves and restores a run; a save never blocks the loop for longer than the copy to host memory.
+    """Saves and restores a run; a save blocks the loop only for the copy to host memory.
 
-    Every host writes and reads its part of the arrays. A step's directory gets its name when all of it is written, so
-    that one which is half written is never taken for a checkpoint.
+    Every host writes and reads its part of the arrays. The directory of a step gets its name when all of it is written,
+    so that half a checkpoint is never taken for a whole one.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
@@ -44,7 +44,7 @@ class Checkpointer:
         """Starts saving; call before the next batch is drawn, or a resumed run skips one.
 
         Raises:
-          RunError: there is a checkpoint of a later step, of whoever else trains in this directory.
+          RunError: there is a checkpoint of a later step, which another process must have written.
         """
         if self._manager.latest_step() == step:
             return
@@ -85,7 +85,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, too, and leaves the directory to others."""
+        """Waits for the save in flight, and releases the directory."""
         self.wait()
         self._manager.close()
 
@@ -105,7 +105,7 @@ class Checkpointer:
                 aside.mkdir(exist_ok=True)
                 for step in steps:
                     (self._manager.directory / str(step)).rename(_unused(aside, str(step)))
-                logger.warning("Damaged checkpoints are kept in %s, for what they are worth.", aside)
+                logger.warning("Damaged checkpoints are kept in %s.", aside)
         self._manager.reload()
 
 
@@ -118,7 +118,7 @@ def load_newest(workdir: epath.PathLike, abstract: Params) -> tuple[int, Params]
     """Reads some of a run's parameters from its newest checkpoint that can be read, and its step.
 
     Args:
-      workdir: of the run.
+      workdir: the directory of the run.
       abstract: nested shapes of the wanted parameters, by module name; the moving average is preferred.
 
     Raises:

@@ -23,7 +23,7 @@ from como_jax.training.models import Unit
 from como_jax.training.monitors import Progress, StepTrace, StopRequest, Watch
 from como_jax.training.run import check_workdir, claim_workdir
 from como_jax.training.train_state import TrainState, create_state, evaluation_params
-from como_jax.training.train_step import build_training
+from como_jax.training.train_step import Training, build_training
 from como_jax.training.writers import MetricWriter, NullWriter
 
 logger = logging.getLogger(__name__)
@@ -105,16 +105,13 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
     """Runs or resumes a training run, until its last step, SIGTERM or a number that is not finite.
 
     A step that is both saved and evaluated is saved first. On SIGTERM the run saves and stops; an evaluation that is
-    due then is left to the run that resumes it.
+    due then is left to the run that resumes it. Returns the last state, which is also saved.
 
     Args:
       task: what is trained, and on what.
       config: with the sections `train`, `optim`, `mesh` and `data`; no size is 0 any more (see `resolve`).
       workdir: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and pictures/.
       mesh: the devices.
-
-    Returns:
-      The last state, which is also saved.
 
     Raises:
       UsageError: config, data and workdir do not fit together.
@@ -127,15 +124,11 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
     training, batches = build_training(config, task.model, mesh), iter(task.batches)
     with Checkpointer(workdir, keep=settings.keep_checkpoints) as checkpointer:
         resumed = checkpointer.latest_step() is not None
-        if resumed:
-            state = checkpointer.restore(training.abstract, batches)
-        else:
-            state = task.initialise(create_state(task.model, training.optimizer, training.abstract, seed=config.seed))
+        state = checkpointer.restore(training.abstract, batches) if resumed else _fresh_state(task, config, training)
         step = int(state.step)
         writer = _open_run(task, config, workdir, step)
         missed = resumed and settings.evaluation_due(step) and bool(hosts.which(not writer.has_evaluation(step)))
         _describe(task, config, workdir, mesh, state)
-
         with (
             StopRequest() as stop,
             StepTrace(config.profile if hosts.is_first() else "") as trace,
@@ -168,6 +161,10 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
             if stopping:
                 logger.info("Stopped at step %d on SIGTERM; run the same command to go on.", step)
     return state
+
+
+def _fresh_state(task: Task, config: ConfigDict, training: Training) -> TrainState:
+    return task.initialise(create_state(task.model, training.optimizer, training.abstract, seed=config.seed))
 
 
 def _open_run(task: Task, config: ConfigDict, workdir: epath.PathLike, step: int) -> MetricWriter | NullWriter:
