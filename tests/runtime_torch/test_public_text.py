@@ -132,5 +132,5 @@ def test_towers_and_tokenizers_that_do_not_fit_are_refused(stored: Callable[[str
     with pytest.raises(ModelFileError, match="has 8 tokens, and the policy knows 7"):
         make_reader(dataclasses.replace(text, vocabulary_size=7), stored("clip").folder)
     write_tokenizer(tmp_path / text.tokenizer_file, "t5")
-    with pytest.raises(ModelFileError, match=r"does not put <\|startoftext\|> first, as that of clip does"):
+    with pytest.raises(ModelFileError, match=r"does not put <\|startoftext\|> first"):
         make_reader(text, tmp_path)
