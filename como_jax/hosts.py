@@ -62,7 +62,7 @@ def connect(*, share_sigterm: bool = False) -> None:
     From then on, all hosts but the first log nothing but errors.
 
     Args:
-      share_sigterm: SIGTERM to any process no longer ends it, but asks all for a step to stop at; see
+      share_sigterm: SIGTERM to one process does not end it, but makes all agree on a step to stop at; see
         `como_jax.training.monitors.StopRequest`.
 
     Raises:

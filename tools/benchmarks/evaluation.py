@@ -23,7 +23,7 @@ _COUNTS = flags.DEFINE_list("num_transitions", ["250", "500", "1000"], "Held out
 
 
 def time_evaluations(workdir: str, data: str | None, counts: Sequence[int]) -> list[tuple[int, float]]:
-    """Transitions that were measured, and the seconds from opening the run to the finished report."""
+    """The number of transitions of each evaluation, and its seconds from opening the run to the finished report."""
     found = []
     for count in counts:
         with tempfile.TemporaryDirectory() as directory:

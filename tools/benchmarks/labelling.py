@@ -3,9 +3,9 @@
     python -m tools.benchmarks.labelling
     python -m tools.benchmarks.labelling --config configs/pretrain_como.py:tiny --steps 2000 --batch_size 64
 
-Takes the first steps of --data, without it of the embedded environment, and a model with random parameters in float32.
-What is compared runs in turn, in several rounds, on the same frames, once all is compiled. The pictures that the
-labeller decodes are counted. The default takes about two minutes on two cores.
+Uses the first steps of --data, or of the embedded environment without it, and a model with random parameters in float32.
+After compilation, all that is compared runs in turn, in several rounds, on the same frames. The images that the labeller
+decodes are counted. With the defaults this takes about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class Steps(NamedTuple):
         return cls(np.repeat(np.arange(len(length)), length), np.arange(length.sum()), steps_back(length, gap))
 
     def head(self, batch_size: int) -> Steps:
-        """As few as hold a batch and a pair."""
+        """The smallest number of steps that holds a batch and a pair."""
         count = max(batch_size, int(np.flatnonzero(self.back)[0]) + 1)
         return Steps(*(field[:count] for field in self))
 
 
 def open_reader(folder: Path, config: ConfigDict) -> BatchReader:
-    """Reads the training episodes of --data, or of embedded ones that it converts into a folder."""
+    """Opens the training episodes of --data, or of the embedded environment, which it converts into a folder."""
     directory = _DATA.value
     if directory is None:
         settings = {"image_size": config.data.image_size, "episodes": 8, "validation_fraction": 0.0}
@@ -86,7 +86,7 @@ def open_reader(folder: Path, config: ConfigDict) -> BatchReader:
 
 
 class Programs:
-    """The parts of a model that are timed, compiled, with its parameters."""
+    """The compiled parts of a model that are timed, and its parameters."""
 
     def __init__(self, model: ModelDef, params: Params):
         self.encode_frame = functools.partial(jax.jit(lambda params, x: model.bind(params).encode_frame(x)), params)
@@ -95,7 +95,7 @@ class Programs:
 
 
 def contestants(programs: Programs, labeller: StreamLabeller, reader: BatchReader, steps: Steps) -> Contestants:
-    """What is timed, by name, each with the number of frames or pairs that it works off."""
+    """All that is timed, by name, each with the number of frames or pairs that it processes."""
     frames = read_frames(reader, single_frames(steps.episode, steps.records))[0]
     batches = list(_whole_batches(frames, labeller.batch_size))
     count = len(batches) * labeller.batch_size
@@ -121,13 +121,13 @@ def _read_pairs(reader: BatchReader, steps: Steps, rows: np.ndarray) -> np.ndarr
 
 
 def _whole_batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Batches of one size, at least one; what is left over is dropped, since its padding would count as work."""
+    """Splits steps into one or more full batches; the rest is dropped, since its padding would count as work."""
     count = max(1, len(rows) // size)
     return iter(np.resize(rows[: count * size], (count, size, *rows.shape[1:])))
 
 
 def time_all(runs: Contestants, rounds: int) -> dict[str, list[float]]:
-    """Frames or pairs a second of each, by round."""
+    """Frames or pairs per second of each, one number for every round."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (count, run) in runs.items():
@@ -139,7 +139,7 @@ def time_all(runs: Contestants, rounds: int) -> dict[str, list[float]]:
 
 @contextlib.contextmanager
 def counting_pictures() -> Iterator[list[int]]:
-    """Collects the records of all pictures that are read for decoding."""
+    """Collects the numbers of all records that are read for decoding."""
     seen: list[int] = []
     read = EpisodeSource.read_cameras
 

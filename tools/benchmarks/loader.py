@@ -64,7 +64,7 @@ def batches(mixture: Mixture, threads: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def time_bare_decoding(mixture: Mixture) -> Callable[[], float]:
-    """Frames a second of decoding JPEGs that lie in memory, as often as the library is asked to."""
+    """Frames per second when JPEGs in memory are decoded one after the other by the library alone."""
     source = mixture.parts[0].source
     jpegs = source.read_jpegs(np.linspace(0, len(source) - 1, min(_DECODED_IN_TURN, len(source))).astype(int).tolist())
 
@@ -80,7 +80,7 @@ def time_bare_decoding(mixture: Mixture) -> Callable[[], float]:
 
 
 def time_pipeline(mixture: Mixture, threads: int) -> Callable[[], float]:
-    """Frames a second of the pipeline, from its start, so that nothing was decoded beforehand."""
+    """Frames per second of the pipeline, measured from its start, so that nothing is decoded beforehand."""
 
     def measure() -> float:
         begin, count = time.perf_counter(), 0
@@ -93,7 +93,7 @@ def time_pipeline(mixture: Mixture, threads: int) -> Callable[[], float]:
 
 
 def watch_memory(mixture: Mixture, threads: int) -> tuple[float, float]:
-    """Resident MiB of the process after the first epoch and after the last."""
+    """Memory of the process in MiB, after the first epoch and after the last."""
     stream, first = batches(mixture, threads), 0.0
     steps = max(1, mixture.num_clips // _BATCH_SIZE.value)
     for epoch in range(_EPOCHS.value):
@@ -110,7 +110,7 @@ def resident_mib() -> float:
 
 
 def pin(cores: set[int]) -> None:
-    """Keeps the process, and the threads that it starts from now on, on some cores."""
+    """Pins the process, and all threads that it starts from now on, to some cores."""
     if not hasattr(os, "sched_setaffinity"):
         raise ConfigError("this benchmark compares on one core, and this system cannot pin a process to one")
     os.sched_setaffinity(0, cores)
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compare(contestants: dict[str, Callable[[], float]], ours: str) -> None:
-    """Measures all in turn, several times, and prints each beside the one under test."""
+    """Measures all in turn, several times, and prints the rate of each beside that of the pipeline."""
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for measure in contestants.values():
         measure()  # Files come into the page cache, and libraries start.
@@ -160,7 +160,7 @@ def compare(contestants: dict[str, Callable[[], float]], ours: str) -> None:
 
 
 def scale(mixture: Mixture, cores: set[int]) -> None:
-    """Prints what more cores gain."""
+    """Prints how much faster the pipeline is on all cores."""
     ratios, rates = [], []
     for _ in range(_ROUNDS.value):
         pin({min(cores)})

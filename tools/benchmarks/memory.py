@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def peak_resident_bytes() -> int:
-    """Bytes of memory that the process had at its most."""
+    """The most memory that the process has used so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         # What the system counts of resources begins with what the process had before it became this program.

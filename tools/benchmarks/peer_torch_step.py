@@ -4,9 +4,9 @@
     python -m tools.benchmarks.peer_torch_step --config configs/pretrain_como.py --pairs 256 --device cuda --rounds 1
 
 Needs `pip install 'como_jax[torch]'`. Both train the frozen encoder's difference, Q-former and FDM on the pixel error
-alone, by AdamW without clipping, so that both do the same work; PyTorch's Q-former also computes the tokens of its last
-layer that nobody reads. First it is checked that parameters, FLOPs and, at a small size, loss and gradients are equal.
-Then every row is measured in a process of its own, one at a time, all of them in turn in every round.
+alone, by AdamW without clipping, so that both do the same work, but that PyTorch's Q-former also computes the unused tokens of
+its last layer. First, parameters, FLOPs and, at a small size, loss and gradients are checked to be equal. Then every row
+is measured in its own process, one at a time, all of them in turn in every round.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ DescribeTorch = Callable[[ConfigDict, Mapping[str, np.ndarray] | None], dict[str
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is timed.
+    """One thing that is timed.
 
     Attributes:
       name: as on the command line.
@@ -116,14 +116,14 @@ class Row:
 
     @property
     def pairs_of_clip(self) -> int:
-        """Pairs that share the encodings of a clip's frames."""
+        """Number of pairs that share the encoded frames of a clip."""
         values: dict[str, Any] = {**PLAIN, **dict(change.split("=", 1) for change in self.changes)}
         spans = pair_spans(int(values["data.pair_span"]), float(values["data.min_gap_fraction"]))
         return num_pairs(int(values["data.instants"]), spans)
 
 
 def plain(config: ConfigDict) -> ConfigDict:
-    """The config with what both sides train alone."""
+    """The config with only those parts that both sides train."""
     if config.family != "como":
         raise ConfigError(f"config.family {config.family!r} has no counterpart in PyTorch; take a recipe of como.")
     config = config.copy_and_resolve_references()
@@ -132,7 +132,7 @@ def plain(config: ConfigDict) -> ConfigDict:
 
 
 def check_equal(config: ConfigDict, describe_torch: DescribeTorch) -> list[str]:
-    """Lines that say that both sides are the same model, of a config after `plain`.
+    """Checks that both sides are the same model, for a config after `plain`, and returns lines that say so.
 
     Args:
       config: that is measured.
@@ -161,7 +161,7 @@ def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[str]
 
 
 def torch_flops(config: ConfigDict) -> float:
-    """FLOPs of a pair with those of the Q-former's last layer for tokens that nobody reads."""
+    """FLOPs of a pair, including those for the unused tokens of the Q-former's last layer."""
     model, encoder = config.model, config.encoder
     tokens = model.num_queries + 2 * ((config.data.image_size // encoder.patch_size) ** 2 + 1) + 1
     # Of every such token query, projection and MLP, 10 matrices of width x width, and its attention to all tokens.
@@ -170,7 +170,7 @@ def torch_flops(config: ConfigDict) -> float:
 
 
 def reference(config: ConfigDict) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Parameters by path with "frames", and what the JAX model finds for them: loss and its gradients' norm."""
+    """Parameters by path, and "frames"; and what JAX computes from them, the loss and the norm of its gradient."""
     model = build_model(config)
     frames = fake_frame_pairs(4, 2, config.data.image_size, offset=False)
 
@@ -202,7 +202,7 @@ class Processes:
         }
 
     def measure(self, row: Row, pairs: int, options: Sequence[str]) -> dict[str, Any]:
-        """Figures of one row, with so many pairs a step."""
+        """Measures one row, with a number of pairs per step, and returns its figures."""
         changes = [f"data.batch_size={max(1, pairs // row.pairs_of_clip)}", *row.changes]
         if row.library == "torch":
             return self._run("torch_como", changes, [*options, f"--device={self._device}", f"--compile={row.compile}"])
@@ -234,7 +234,7 @@ class Processes:
 
 
 def last_error(text: str) -> str:
-    """The line in which a command names its error, which is not always its last."""
+    """The line in which a command names its error, which is not always the last one."""
     found = re.findall(r"^(?:error|[\w.]*(?:Error|Exception|Interrupt)): .*$", text, re.MULTILINE)
     return found[-1].removeprefix("error: ") if found else ""
 
@@ -306,7 +306,7 @@ def ratios(found: Mapping[str, Found]) -> list[str]:
 def measure_all(
     measure: Callable[[Row], Mapping[str, Any]], rows: Sequence[Row], rounds: int
 ) -> tuple[dict[str, Found], dict[str, str]]:
-    """Figures of all rows, which take turns, and what each library was measured with."""
+    """Measures all rows, which take turns; returns their figures, and the version of each library."""
     found: dict[str, Found] = {row.name: Found() for row in rows}
     versions: dict[str, str] = {}
     for number in range(rounds):

@@ -2,10 +2,10 @@
 
     python -m tools.benchmarks.policy --config configs/policy_diffusion.py:tiny
 
-A co-trained batch is one half robot data and one half labelled video; the policy of robot data alone sees as many
-samples a step and has no head for latent motion, as with `--config.data.videos=()`. Steps of both take turns, so that
-their ratio holds on a busy machine. A chunk's time goes from pictures in memory to actions in memory: without the
-reading of pictures and words, with the transfer to the device and back. CPU times are those of all threads.
+A co-trained batch is one half robot data and one half labelled video. The policy of robot data alone sees as many samples
+per step and has no head for latent motion, as with `--config.data.videos=()`. Steps of both take turns, so that their ratio
+is meaningful on a busy machine. The time of a chunk goes from images in memory to actions in memory: it includes the
+transfer to the device and back, but not decoding and tokenising. CPU times are those of all threads.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _THROUGHPUT_BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of one thing done again and again: seconds of the first time, which compiles, and of each counted one.
+    """Seconds that repeated calls of one function take.
 
     Attributes:
-      first: on the clock.
-      wall, cpu: float64 `[n]`, on the clock and of all threads of the process.
+      first: time of the first call, which compiles.
+      wall, cpu: float64 `[n]`, time of each counted call, and CPU time of all threads in it.
     """
 
     first: float
@@ -49,7 +49,7 @@ class Timing:
 
 
 def with_fake_sizes(config: ConfigDict, *, latents: bool) -> ConfigDict:
-    """The config with the sizes that follow from data, where it leaves them open; without latents, with none at all."""
+    """The config with assumed sizes where it leaves them to the data, and without heads for latents if told so."""
     config = resolve(config, assumed_sizes(config, DataSizes()))
     if not latents:
         config.model.update(_NO_LATENTS)
@@ -57,14 +57,14 @@ def with_fake_sizes(config: ConfigDict, *, latents: bool) -> ConfigDict:
 
 
 def make_batch(config: ConfigDict, batch_size: int) -> PolicyBatch:
-    """Random data of a config with all sizes: half robots and half videos, or robots alone without latents."""
+    """Random data for a config with all sizes: half robot data and half videos, or robot data alone without latents."""
     batch = random_samples(config, batch_size if config.model.latent_dim else 2 * batch_size)
     # The first half are robots.
     return jax.tree.map(lambda x: x[:batch_size], batch)
 
 
 def time_in_turn(functions: Sequence[Callable[[], Any]], count: int, warm_up: int) -> list[Timing]:
-    """Times functions, which take turns; what they give is waited for. The first `warm_up` of each do not count."""
+    """Times functions, which take turns, until their results are ready; the first `warm_up` calls do not count."""
     seconds = np.empty((len(functions), warm_up + count, 2))
     for turn in range(warm_up + count):
         for number, function in enumerate(functions):
@@ -75,13 +75,13 @@ def time_in_turn(functions: Sequence[Callable[[], Any]], count: int, warm_up: in
 
 
 def time_training(config: ConfigDict, num_steps: int) -> list[Timing]:
-    """Train steps of a policy of robot data alone, and of a co-trained one."""
+    """Times train steps of a policy of robot data alone, and of a co-trained one."""
     steps = [_make_step(with_fake_sizes(config, latents=latents)) for latents in (False, True)]
     return time_in_turn(steps, num_steps, warm_up=3)
 
 
 def _make_step(config: ConfigDict) -> Callable[[], Any]:
-    """What does a step of a new training at each call."""
+    """A function that does one step of a new training at every call."""
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
     model = build_policy(config)
@@ -98,7 +98,7 @@ def _make_step(config: ConfigDict) -> Callable[[], Any]:
 
 
 def ways_of_sampling(config: ConfigDict, sample_steps: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Changes of the config by their name in the table."""
+    """The ways of sampling: changes of the config, by their names in the table."""
     if config.family == "autoregressive_policy":
         return {
             "actions at once": {"model.generate_latents": False},
@@ -122,7 +122,7 @@ def ways_of_sampling(config: ConfigDict, sample_steps: Sequence[int]) -> dict[st
 def time_sampling(
     config: ConfigDict, sample_steps: Sequence[int], batch_sizes: Sequence[int], calls: int
 ) -> Iterator[tuple[str, list[Timing]]]:
-    """For every way of sampling its name, and the time of a call with each batch size."""
+    """Yields the name of every way of sampling, and the time of a call with each batch size."""
     config = with_fake_sizes(config, latents=True)
     # No way of sampling changes the parameters.
     params = jax.jit(build_policy(config).init)(jax.random.key(config.seed))

@@ -1,10 +1,10 @@
-"""Times requests to a policy server on this machine: the round trip, of it the policy, and of it all else.
+"""Times requests to a policy server on this machine: the round trip, the part of the policy, and the rest.
 
     python -m tools.benchmarks.serving --model RUN
     python -m tools.benchmarks.serving --cameras 2 --image_size 224
 
-The server runs in a process of its own. Without --model its policy answers at once, so that what is left is the
-protocol: packing, localhost, unpacking and checks. One client sends pictures of noise, one request after the other.
+The server runs in its own process. Without --model, its policy answers at once, so that only the protocol is timed:
+packing, the local network, unpacking and checks. One client sends images of noise, one request after the other.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _START_TIMEOUT = 600.0
 
 
 class InstantPolicy:
-    """Answers zeros at once; a policy and its own session."""
+    """A policy, and its own session, that answers zeros at once."""
 
     def __init__(self, cameras: int, state_size: int = 8, action_size: int = 8, chunk: int = 16):
-        """Takes the sizes of what it is told and answers."""
+        """Takes the sizes of observations and answers."""
         self.inputs = PolicyInputs(tuple(f"camera_{number}" for number in range(cameras)), state_size, uses_text=True)
         self.metadata: Mapping[str, Any] = {}
         self._actions = np.zeros((chunk, action_size), np.float32)
@@ -56,7 +56,7 @@ class InstantPolicy:
 
 
 def _serve(model: str | None, cameras: int, ready: Connection) -> None:
-    """In a process: serves, and tells the port and what the policy must be told."""
+    """Serves in a process; sends back the port and the inputs that the policy needs."""
     policy: ServedPolicy = InstantPolicy(cameras) if model is None else load_policy(model, PolicyOptions())
     server = PolicyServer(policy, ObservationReader(policy.inputs), ServerOptions(port=0))
     asyncio.run(server.run(asyncio.Event(), lambda port: ready.send((port, policy.inputs))))
@@ -64,7 +64,7 @@ def _serve(model: str | None, cameras: int, ready: Connection) -> None:
 
 @contextlib.contextmanager
 def serving(model: str | None, cameras: int) -> Iterator[tuple[str, PolicyInputs]]:
-    """The address of a server that runs in another process, and what its policy must be told.
+    """The address of a server that runs in another process, and the inputs that its policy needs.
 
     Raises:
       RunError: it did not start.
@@ -88,7 +88,7 @@ def serving(model: str | None, cameras: int) -> Iterator[tuple[str, PolicyInputs
 
 
 def time_requests(url: str, observation: Mapping[str, Any], count: int, warm_up: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of round trips and, of each, of the policy: float64 `[count]` both."""
+    """Seconds of every round trip, and of the policy in it, both float64 `[count]`."""
     times = np.empty((warm_up + count, 2))
     with PolicyClient(url) as client:
         for row in tqdm.tqdm(times, unit="request", disable=None, leave=False):
@@ -99,7 +99,7 @@ def time_requests(url: str, observation: Mapping[str, Any], count: int, warm_up:
 
 
 def make_observation(inputs: PolicyInputs, height: int, width: int) -> dict[str, Any]:
-    """Noise, as a robot would send it."""
+    """An observation of noise, as a robot would send it."""
     noise = np.random.default_rng(0)
     images = {
         f"observation/{camera}": noise.integers(0, 256, (height, width, 3), np.uint8) for camera in inputs.cameras

@@ -1,4 +1,4 @@
-"""CoMo's train step in plain PyTorch, to compare with: frozen ViT, temporal difference, Q-former, FDM, pixel error.
+"""CoMo's train step in plain PyTorch, for comparison: frozen ViT, temporal difference, Q-former, FDM, pixel error.
 
 It is written without any thought of speed but what PyTorch itself offers: fused attention, a fused AdamW, autocast,
 `torch.compile`. Each frame is encoded once, without gradients. Run by `tools.benchmarks.peer_torch_step`;
@@ -172,7 +172,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def load_arrays(model: Como, arrays: Mapping[str, np.ndarray]) -> None:
-    """Takes over parameters of the JAX model, by their paths; raises where one is missing or left over."""
+    """Loads parameters of the JAX model by their paths; raises if one is missing or left over."""
     state: dict[str, Tensor] = {}
     for path, array in arrays.items():
         prefix, stacked, rest = path.partition("blocks/layers/")
@@ -218,7 +218,7 @@ def describe_model(config: ConfigDict, arrays: Mapping[str, np.ndarray] | None) 
 
 
 def make_step(config: ConfigDict, device: torch.device, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """One update at each call, on frames of the device; returns the loss."""
+    """A function that does one update, on frames of the device, and returns the loss."""
     torch.manual_seed(config.seed)
     half = config.train.dtype == "bfloat16"
     model = Como(config).to(device)
@@ -248,7 +248,7 @@ def make_step(config: ConfigDict, device: torch.device, compiled: bool) -> Calla
 def measure(
     config: ConfigDict, device: torch.device, compiled: bool, windows: int, steps: int, warm_up: int
 ) -> dict[str, Any]:
-    """Times steps as `tools.benchmarks.train_step.measure` does, and gives the same figures."""
+    """Times steps as `tools.benchmarks.train_step.measure` does, and returns the same figures."""
     size, count = config.data.image_size, config.data.batch_size
     rng = np.random.default_rng(0)
     frames = torch.from_numpy(rng.integers(0, 256, (count, 2, size, size, 3), dtype=np.uint8)).to(device)

@@ -1,4 +1,4 @@
-"""What the recipes of the papers' sizes need of TPU slices, and how fast they can be there: the table of the README.
+"""How much of TPU slices the recipes of the papers' sizes need, and how fast they can be: the table of como_jax/tpu.
 
     python -m tools.benchmarks.tpu_slices --out runs/tpu_slices
 
@@ -30,7 +30,7 @@ _GIB = 2**30
 
 
 class Slice(NamedTuple):
-    """A slice by the name under which it is rented, its topology, and its chips."""
+    """A slice: the name under which it is rented, its topology, and its number of chips."""
 
     name: str
     topology: str
@@ -70,7 +70,7 @@ MODELS = {
 
 
 def command(model: Model, slice_: Slice, json_file: Path) -> list[str]:
-    """What compiles a row."""
+    """The command that compiles a row."""
     batch_size = model.batch_per_chip[slice_.name.split("-")[0]] * slice_.chips
     overrides = (f"data.batch_size={batch_size}", f"mesh.fsdp={min(model.fsdp, slice_.chips)}")
     return [
@@ -81,7 +81,7 @@ def command(model: Model, slice_: Slice, json_file: Path) -> list[str]:
 
 
 def describe(model: Model, slice_: Slice, report: Mapping[str, Any]) -> str:
-    """The line of a row."""
+    """A row as a line of Markdown."""
     memory, time = report["memory"], report["time"]
     batch, chips = report["batch_per_chip"], math.prod(report["mesh"].values())
     mesh = ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
@@ -109,7 +109,7 @@ def table(out: Path, rows: Sequence[tuple[str, Slice]]) -> str:
 
 
 def compile_all(out: Path, rows: Sequence[tuple[str, Slice]], processes: int) -> list[str]:
-    """Compiles the rows that are not done, and gives the names of those that failed."""
+    """Compiles the rows that are not done yet, and returns the names of those that failed."""
     waiting = [row for row in rows if not _report_file(out, *row).exists()]
     files = [_report_file(out, *row) for row in waiting]
     commands = [command(MODELS[name], slice_, file) for (name, slice_), file in zip(waiting, files, strict=True)]

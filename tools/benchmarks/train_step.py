@@ -4,8 +4,8 @@
     python -m tools.benchmarks.train_step --config configs/pretrain_como.py --search_batch --peak_tflops 790
     python -m tools.benchmarks.train_step --config configs/pretrain_como.py --config.train.attention=cudnn
 
-The device is kept busy: it is waited for at the end of a window of several steps, not after each. One batch, on the
-device from the start, serves all steps. Model FLOPs are those that `como_jax.training.flops` counts.
+The device is kept busy: the program waits for it at the end of a window of several steps, not after each step. All steps
+use one batch, which is on the device from the start. Model FLOPs are those that `como_jax.training.flops` counts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Measurement:
 
     @property
     def rates(self) -> list[float]:
-        """Units a second of every window."""
+        """Units per second, for every window."""
         return [self.batch_size * self.unit.per_element / seconds for seconds in self.step_seconds]
 
     @property
@@ -81,7 +81,7 @@ class Measurement:
         return self.flops * self.batch_size / statistics.median(self.step_seconds) / self.devices
 
     def to_json(self, peak_tflops: float | None = None) -> dict[str, Any]:
-        """Plain numbers, with what follows from them."""
+        """Plain numbers, including those that follow from others."""
         return dataclasses.asdict(self) | {
             "unit": self.unit._asdict(),
             "rates": self.rates,
@@ -104,7 +104,7 @@ class Measurement:
 
 
 class Prepared(NamedTuple):
-    """A compiled step with what it takes."""
+    """A compiled step and its arguments."""
 
     compiled: jax.stages.Compiled
     state: TrainState
@@ -114,7 +114,7 @@ class Prepared(NamedTuple):
 
 
 def with_all_sizes(config: ConfigDict) -> ConfigDict:
-    """The config with sizes in place of what it leaves to data and to public weights."""
+    """The config with assumed sizes where it leaves them to data or public weights."""
     return resolve(config, assumed_sizes(config, DataSizes()))
 
 
@@ -169,7 +169,7 @@ def measure(config: ConfigDict, windows: int, steps: int, warm_up: int) -> Measu
 def time_windows(
     step: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any, windows: int, steps: int, warm_up: int
 ) -> tuple[float, ...]:
-    """Seconds of a step, the mean of each window."""
+    """Mean seconds of a step, for each window."""
 
     def run(state: Any, count: int) -> Any:
         for _ in range(count):
@@ -185,7 +185,7 @@ def time_windows(
 
 
 def _peak_memory() -> tuple[int, str]:
-    """Bytes at most in use since the start, of one device, or of the process where the device keeps no count."""
+    """The most bytes that one device has used, or the process where the device does not count them."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("peak_bytes_in_use" in found for found in stats):
         return max(found["peak_bytes_in_use"] for found in stats), "device"
@@ -245,7 +245,7 @@ def define_flags() -> None:
 
 
 def measure_all(config: ConfigDict, given: flags.FlagValues) -> list[Measurement]:
-    """What the flags ask for, of a config with all sizes."""
+    """Does the measurements that the flags ask for, for a config with all sizes."""
 
     def measure_batch(batch_size: int) -> Measurement:
         sized = config.copy_and_resolve_references()
