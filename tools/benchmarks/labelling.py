@@ -3,9 +3,9 @@
     python -m tools.benchmarks.labelling
     python -m tools.benchmarks.labelling --config configs/pretrain_como.py:tiny --steps 2000 --batch_size 64
 
-Uses the first steps of --data, or of the embedded environment without it, and a model with random parameters in float32.
-After compilation, all that is compared runs in turn, in several rounds, on the same frames. The images that the labeller
-decodes are counted. With the defaults this takes about two minutes on two cores.
+Uses the first steps of --data, or of the embedded environment without it, and a model with random parameters in
+float32. After compilation, all that is compared runs in turn, in several rounds, on the same frames. The images that
+the labeller decodes are counted. With the defaults this takes about two minutes on two cores.
 """
 
 from __future__ import annotations

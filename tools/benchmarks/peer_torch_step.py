@@ -4,9 +4,9 @@
     python -m tools.benchmarks.peer_torch_step --config configs/pretrain_como.py --pairs 256 --device cuda --rounds 1
 
 Needs `pip install 'como_jax[torch]'`. Both train the frozen encoder's difference, Q-former and FDM on the pixel error
-alone, by AdamW without clipping, so that both do the same work, but that PyTorch's Q-former also computes the unused tokens of
-its last layer. First, parameters, FLOPs and, at a small size, loss and gradients are checked to be equal. Then every row
-is measured in its own process, one at a time, all of them in turn in every round.
+alone, by AdamW without clipping, so that both do the same work, but that PyTorch's Q-former also computes the unused
+tokens of its last layer. First, parameters, FLOPs and, at a small size, loss and gradients are checked to be equal.
+Then every row is measured in its own process, one at a time, all of them in turn in every round.
 """
 
 from __future__ import annotations

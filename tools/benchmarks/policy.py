@@ -2,10 +2,10 @@
 
     python -m tools.benchmarks.policy --config configs/policy_diffusion.py:tiny
 
-A co-trained batch is one half robot data and one half labelled video. The policy of robot data alone sees as many samples
-per step and has no head for latent motion, as with `--config.data.videos=()`. Steps of both take turns, so that their ratio
-is meaningful on a busy machine. The time of a chunk goes from images in memory to actions in memory: it includes the
-transfer to the device and back, but not decoding and tokenising. CPU times are those of all threads.
+A co-trained batch is one half robot data and one half labelled video. The policy of robot data alone sees as many
+samples per step and has no head for latent motion, as with `--config.data.videos=()`. Steps of both take turns, so that
+their ratio is meaningful on a busy machine. The time of a chunk goes from images in memory to actions in memory: it
+includes the transfer to the device and back, but not decoding and tokenising. CPU times are those of all threads.
 """
 
 from __future__ import annotations

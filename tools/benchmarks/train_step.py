@@ -4,8 +4,8 @@
     python -m tools.benchmarks.train_step --config configs/pretrain_como.py --search_batch --peak_tflops 790
     python -m tools.benchmarks.train_step --config configs/pretrain_como.py --config.train.attention=cudnn
 
-The device is kept busy: the program waits for it at the end of a window of several steps, not after each step. All steps
-use one batch, which is on the device from the start. Model FLOPs are those that `como_jax.training.flops` counts.
+The device is kept busy: the program waits for it at the end of a window of several steps, not after each step. All
+steps use one batch, which is on the device from the start. Model FLOPs are those that `como_jax.training.flops` counts.
 """
 
 from __future__ import annotations
