@@ -210,8 +210,8 @@ class _Tables:
 
 def to_policy_batch(batch: dict[str, Any]) -> PolicyBatch:
     """Names the arrays of a batch; what it does not hold is None."""
-    seen = {field.name: batch.get(field.name) for field in dataclasses.fields(Observation)}
-    followed = {field.name: batch.get(field.name) for field in dataclasses.fields(PolicyBatch)}
+    seen: dict[str, Any] = {field.name: batch.get(field.name) for field in dataclasses.fields(Observation)}
+    followed: dict[str, Any] = {field.name: batch.get(field.name) for field in dataclasses.fields(PolicyBatch)}
     return PolicyBatch(**followed | {"observation": Observation(**seen)})
 
 

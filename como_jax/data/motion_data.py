@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -43,7 +44,8 @@ class ClipFiller:
           flow: whether a batch has optical flow.
           supervision: true motion of a few episodes.
         """
-        self.parts, self.weights = mixture.parts, mixture.weights
+        self.parts: Sequence[MixturePart] = mixture.parts
+        self.weights: Sequence[float] = mixture.weights.tolist()
         self.num_samples = [len(part.index) for part in mixture.parts]
         self._clips = mixture.parts[0].clips
         self._actions = [_recorded_actions(part, normalization) if actions else None for part in mixture.parts]
@@ -171,7 +173,8 @@ def open_motion_data(config: ConfigDict, needs: BatchParts) -> MotionData:
 
 def to_frame_pairs(batch: dict[str, Any]) -> FramePairs:
     """Names the arrays of a batch; what it does not hold is None."""
-    return FramePairs(**{field.name: batch.get(field.name) for field in dataclasses.fields(FramePairs)})
+    fields: dict[str, Any] = {field.name: batch.get(field.name) for field in dataclasses.fields(FramePairs)}
+    return FramePairs(**fields)
 
 
 def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
