@@ -242,7 +242,7 @@ def test_a_robot_dataset_without_held_out_episodes_may_be_the_largest(robot_data
     assert last["eval_train/action_mse"] == pytest.approx(np.mean(means))
 
     mesh = sharding.make_mesh()
-    with pytest.raises(ConfigError, match="trained on several robots; choose one by --dataset: large, small"):
+    with pytest.raises(ConfigError, match="several robot datasets; choose one of large, small"):
         load_policy(workdir, mesh)
     with pytest.raises(ConfigError, match="--dataset smal: .* large, small.*did you mean small"):
         load_policy(workdir, mesh, "smal")
