@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,6 +140,12 @@ def test_randomness_differs_by_step_and_seed_and_repeats(make_trainer: Callable[
     first, again, other = ([m["noise"] for m in make_trainer(seed=seed).run(3)] for seed in (0, 0, 1))
     assert first == again
     assert len({*first, *other}) == 6
+
+
+def test_a_step_is_traced_once(make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    chex.clear_trace_counter()
+    monkeypatch.setattr(Line, "loss", chex.assert_max_traces(Line.loss, n=1))
+    make_trainer(ema_decay=0.5).run(3)
 
 
 def test_replaced_parameters_also_start_the_moving_average(make_trainer: Callable[..., Trainer]) -> None:
