@@ -294,7 +294,7 @@ def test_latent_motion_models_compute_as_moto_s_code_does(kind: str) -> None:
     frames = random_frames(models.IMAGE)
 
     def compute(model: Any, frames: jax.Array) -> Any:
-        inferred = model._encode(frames)[:, 0]
+        inferred = model._infer_consecutive(frames)[:, 0]
         latent = model.bottleneck(inferred).latent
         return inferred, latent, model.fdm(normalize_frames(frames[:, 0]), model._hidden(latent))
 
