@@ -78,7 +78,7 @@ EXTRAS = {
         *LANGUAGE,
         *SERVING,
         *TRANSFORMERS,
-        "import-linter>=2.0",
+        "import-linter>=2.10",
         "mypy>=1.11",
         "pytest>=8.0",
         "pytest-xdist>=3.6",
