@@ -22,28 +22,43 @@ from como_jax.training import checkpoint
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.run import claim_workdir
 from como_jax.training.train_state import TrainState, abstract_state, evaluation_params
+from tests.training.conftest import OPTIMIZER
 
 
 def make_iterator() -> grain.DatasetIterator:
     return iter(grain.MapDataset.range(10).seed(0).shuffle().repeat().to_iter_dataset())
 
 
-@pytest.fixture
-def saved_run(train: Callable, tmp_path: Path) -> tuple[Path, TrainState]:
-    """The workdir of a run on eight data-parallel devices, saved after four batches, and its state."""
-    state, iterator = train(8, 1, 1).state, make_iterator()
+@pytest.fixture(scope="module")
+def plan(make_como: Callable[..., ModelDef], mesh_of: Callable[..., Mesh]) -> Callable[..., TrainState]:
+    """Shapes and shardings of the state of a CoMo on a mesh of the given sizes."""
+    model = make_como(freeze_encoder=False, tcl_weight=0.1)
+    return lambda *sizes: abstract_state(model, OPTIMIZER, mesh_of(*sizes), use_ema=True)
+
+
+def random_state(abstract: TrainState) -> TrainState:
+    """A state in which all arrays differ."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), abstract)
+
+
+@pytest.fixture(scope="module")
+def saved_run(plan: Callable[..., TrainState], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """The workdir of a run on eight data-parallel devices, saved after four batches, and its state; only to be read."""
+    workdir = tmp_path_factory.mktemp("saved")
+    state, iterator = random_state(plan(8, 1, 1)), make_iterator()
     for _ in range(4):
         next(iterator)
-    checkpointer = Checkpointer(tmp_path)
+    checkpointer = Checkpointer(workdir)
     checkpointer.save(3, state, iterator)
     checkpointer.close()
-    return tmp_path, state
+    return workdir, state
 
 
 def test_a_state_comes_back_exactly_on_another_mesh_with_its_data_position(
-    saved_run: tuple[Path, TrainState], train: Callable
+    saved_run: tuple[Path, TrainState], plan: Callable[..., TrainState]
 ) -> None:
-    (workdir, state), abstract, iterator = saved_run, train(2, 4, 1).abstract, make_iterator()
+    (workdir, state), abstract, iterator = saved_run, plan(2, 4, 1), make_iterator()
     checkpointer = Checkpointer(workdir)
     assert checkpointer.latest_step() == 3
     restored = checkpointer.restore(abstract, iterator)
@@ -77,9 +92,9 @@ def test_a_part_of_a_run_is_loaded_from_its_moving_average(saved_run: tuple[Path
 
 
 def test_a_part_of_a_run_is_loaded_onto_the_mesh_of_the_reader(
-    saved_run: tuple[Path, TrainState], train: Callable
+    saved_run: tuple[Path, TrainState], plan: Callable[..., TrainState]
 ) -> None:
-    for wanted in (train(2, 4, 1).abstract.params["idm"], train(1, 1, 1).state.params["idm"]):
+    for wanted in (plan(2, 4, 1).params["idm"], random_state(plan(1, 1, 1)).params["idm"]):
         loaded = checkpoint.load_params(saved_run[0], {"idm": wanted})["idm"]
         same = jax.tree.map(lambda x, plan: x.sharding.is_equivalent_to(plan.sharding, x.ndim), loaded, wanted)
         assert all(jax.tree.leaves(same))

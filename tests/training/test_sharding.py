@@ -11,11 +11,12 @@ from jax.sharding import Mesh, PartitionSpec
 from como_jax.errors import MeshError
 from como_jax.nn.model_def import merge_params
 from como_jax.training import sharding
+from tests.everyday import mostly_slow
 
 
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
-    [((8, 1, 1), 1), ((2, 4, 1), 1), ((2, 2, 2), 2), pytest.param((2, 2, 2), 1, marks=pytest.mark.slow)],
+    mostly_slow([((8, 1, 1), 1), ((2, 4, 1), 1), ((2, 2, 2), 2), ((2, 2, 2), 1)], ((8, 1, 1), 1), ((2, 2, 2), 2)),
 )
 def test_losses_and_parameters_equal_those_of_one_device(
     train: Callable, mesh: tuple[int, ...], accumulation: int
@@ -26,7 +27,7 @@ def test_losses_and_parameters_equal_those_of_one_device(
         chex.assert_trees_all_close(getattr(run.state, tree), getattr(reference.state, tree), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", ["discrete", "laq"])
+@pytest.mark.parametrize("model", mostly_slow(["discrete", "laq"], "discrete"))
 def test_a_codebook_is_the_same_on_any_mesh(train: Callable, model: str) -> None:
     reference, run = train(1, 1, 1, model=model), train(2, 2, 2, model=model)
     np.testing.assert_allclose(run.losses, reference.losses, rtol=1e-4)
@@ -45,7 +46,7 @@ def test_three_steps_change_every_trained_parameter_and_lower_the_loss(train: Ca
     assert int(run.state.step) == 3
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [((2, 4, 1), 1), ((2, 2, 2), 2)])
+@pytest.mark.parametrize(("mesh", "accumulation"), mostly_slow([((2, 4, 1), 1), ((2, 2, 2), 2)], ((2, 2, 2), 2)))
 def test_moments_are_split_over_devices_like_their_parameters(
     train: Callable, mesh: tuple[int, ...], accumulation: int
 ) -> None:
