@@ -19,6 +19,7 @@ from como_jax.training.train_state import evaluation_params
 from configs import pretrain_mae
 from experiments.pretrain import pretrain
 from experiments.train_policy import train_policy
+from tests.everyday import mostly_slow
 from tests.policies.smoke_policies import FAMILIES, PolicyRun, smoke, start
 
 IMAGES = ("observation", "images")
@@ -45,7 +46,7 @@ def encoder(mae: Path) -> Params:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "diffusion"))
 def test_an_encoder_of_a_pretraining_run_takes_the_place_of_the_random_one_and_of_nothing_else(
     family: str, frozen: bool, mae: Path, encoder: Params, robot_dataset: Path, tmp_path: Path
 ) -> None:
@@ -62,7 +63,7 @@ def test_an_encoder_of_a_pretraining_run_takes_the_place_of_the_random_one_and_o
     assert before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "diffusion"))
 def test_an_encoder_that_was_taken_over_is_trained_on(
     family: str, mae: Path, encoder: Params, robot_dataset: Path, tmp_path: Path
 ) -> None:
