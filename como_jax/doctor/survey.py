@@ -35,7 +35,7 @@ class Recording:
       episode_id: unique within the dataset.
       control_rate: Hz, or None if unknown.
       motion: float32 `[T]`, see `schema.EPISODE_TABLE_SCHEMA`.
-      pictures: RGB images, uint8 `[H, W, 3]`, at `probe_steps(T)`, by camera; the first camera is the main one.
+      frames: RGB images, uint8 `[H, W, 3]`, at `probe_steps(T)`, by camera; the first camera is the main one.
       resolution: height and width of the stored images, by camera.
       action, state: float32 `[T, size]`, or None.
       instruction: empty if unknown.
@@ -45,7 +45,7 @@ class Recording:
     episode_id: str
     control_rate: float | None
     motion: np.ndarray
-    pictures: Mapping[str, Sequence[np.ndarray]]
+    frames: Mapping[str, Sequence[np.ndarray]]
     resolution: Mapping[str, tuple[int, int]]
     action: np.ndarray | None = None
     state: np.ndarray | None = None
@@ -73,13 +73,13 @@ def record_episode(
       ValueError: an image is damaged, or the steps have vectors of several sizes.
     """
     probed = [episode.steps[index] for index in probe_steps(len(episode.steps))]
-    pictures = {camera: [images.decode_image(step.images[camera]) for step in probed] for camera in probed[0].images}
+    frames = {camera: [images.decode_image(step.images[camera]) for step in probed] for camera in probed[0].images}
     return Recording(
         episode_id=episode.episode_id,
         control_rate=control_rate,
         motion=np.asarray(episode.motion, np.float32),
-        pictures=pictures,
-        resolution={camera: shots[0].shape[:2] for camera, shots in pictures.items()} | dict(resolution or {}),
+        frames=frames,
+        resolution={camera: shots[0].shape[:2] for camera, shots in frames.items()} | dict(resolution or {}),
         action=_stack([step.action for step in episode.steps], "action"),
         state=_stack([step.state for step in episode.steps], "state"),
         instruction=episode.language_instruction,
@@ -182,7 +182,7 @@ class Strip:
     episode_id: str
     camera: str
     instruction: str
-    picture: np.ndarray
+    image: np.ndarray
 
 
 class RowSample:
@@ -248,15 +248,15 @@ class Survey:
                 return
             del self._strips[sorted(self._strips)[drawn]]
         self._strips[index] = [
-            Strip(recording.episode_id, camera, recording.instruction, _join_strip(pictures))
-            for camera, pictures in recording.pictures.items()
+            Strip(recording.episode_id, camera, recording.instruction, _join_strip(frames))
+            for camera, frames in recording.frames.items()
         ]
 
 
 def summarize(recording: Recording, thresholds: Thresholds) -> EpisodeSummary:
     """Summarizes one episode."""
     pair_motion, cuts_within = _pairs(recording, thresholds)
-    main = next(iter(recording.pictures.values()))
+    main = next(iter(recording.frames.values()))
     return EpisodeSummary(
         episode_id=recording.episode_id,
         split=recording.split,
@@ -271,8 +271,8 @@ def summarize(recording: Recording, thresholds: Thresholds) -> EpisodeSummary:
         signature=_signature(main),
         digest=_digest(recording, main),
         cameras={
-            camera: _summarize_camera(pictures, recording.resolution[camera])
-            for camera, pictures in recording.pictures.items()
+            camera: _summarize_camera(frames, recording.resolution[camera])
+            for camera, frames in recording.frames.items()
         },
         action=_summarize_vectors(recording.action),
         state=_summarize_vectors(recording.state),
@@ -299,29 +299,29 @@ def _profile(motion: np.ndarray) -> np.ndarray:
     return np.interp(at, np.arange(len(motion)), total).astype(np.float32)
 
 
-def _signature(pictures: Sequence[np.ndarray]) -> np.ndarray:
+def _signature(frames: Sequence[np.ndarray]) -> np.ndarray:
     """Computes a difference hash: for each cell of a coarse grey image, whether it is clearly darker than the next."""
     bits = []
-    for picture in pictures:
-        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    for frame in frames:
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         small = cv2.resize(grey, (_HASH_SIDE + 1, _HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.int16)
         bits.append(np.diff(small, axis=1) > _HASH_MARGIN)
     return np.packbits(np.stack(bits).ravel()).view(np.uint64)
 
 
-def _digest(recording: Recording, pictures: Sequence[np.ndarray]) -> bytes:
+def _digest(recording: Recording, frames: Sequence[np.ndarray]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for values in (recording.motion, recording.action, recording.state, *pictures):
+    for values in (recording.motion, recording.action, recording.state, *frames):
         digest.update(b"-" if values is None else repr(values.shape).encode() + np.ascontiguousarray(values).tobytes())
     return digest.digest()
 
 
-def _summarize_camera(pictures: Sequence[np.ndarray], resolution: tuple[int, int]) -> CameraSummary:
-    thumbnails = [images.thumbnail(picture).astype(np.float32) for picture in pictures]
+def _summarize_camera(frames: Sequence[np.ndarray], resolution: tuple[int, int]) -> CameraSummary:
+    thumbnails = [images.thumbnail(frame).astype(np.float32) for frame in frames]
     changes = [float(np.abs(b - a).mean()) for a, b in zip(thumbnails[:-1], thumbnails[1:], strict=True)]
     return CameraSummary(
-        brightest=max(int(picture.max()) for picture in pictures),
-        contrast=max(float(picture.std(axis=(0, 1)).max()) for picture in pictures),
+        brightest=max(int(frame.max()) for frame in frames),
+        contrast=max(float(frame.std(axis=(0, 1)).max()) for frame in frames),
         change=max(changes),
         resolution=(int(resolution[0]), int(resolution[1])),
     )
@@ -342,7 +342,7 @@ def _summarize_vectors(values: np.ndarray | None) -> VectorSummary | None:
     )
 
 
-def _join_strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    height, width = pictures[0].shape[:2]
+def _join_strip(frames: Sequence[np.ndarray]) -> np.ndarray:
+    height, width = frames[0].shape[:2]
     size = (max(1, round(width * _STRIP_HEIGHT / height)), _STRIP_HEIGHT)
-    return np.concatenate([cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures], axis=1)
+    return np.concatenate([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames], axis=1)

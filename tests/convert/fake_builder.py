@@ -55,8 +55,8 @@ class FakeBuilder(base.EpisodeBuilder):
         if behaviour == "bug":
             raise TypeError("a mistake in the builder")
         if behaviour == "warns":
-            yield base.Warned("dark pictures")
-            yield base.Warned("dark pictures")
+            yield base.Warned("dark frames")
+            yield base.Warned("dark frames")
         if behaviour == "left out":
             yield base.LeftOut("record 1: unreadable")
         if behaviour == "not finite":
@@ -68,16 +68,16 @@ class FakeBuilder(base.EpisodeBuilder):
 
 
 def fake_episode(source: Source, index: int, num_steps: int, action: float = 0.5) -> Episode:
-    """An episode whose pictures get brighter by a tenth of the range with every step."""
-    pictures = [np.full((8, 8, 3), 25.5 * step, np.uint8) for step in range(num_steps)]
+    """An episode whose frames get brighter by a tenth of the range with every step."""
+    frames = [np.full((8, 8, 3), 25.5 * step, np.uint8) for step in range(num_steps)]
     steps = [
-        Step({"image": images.encode_jpeg(picture)}, np.full(1, step, np.float32), np.full(2, action))
-        for step, picture in enumerate(pictures)
+        Step({"image": images.encode_jpeg(frame)}, np.full(1, step, np.float32), np.full(2, action))
+        for step, frame in enumerate(frames)
     ]
     return Episode(
         episode_id=f"{source.name}/{index}",
         source_file=source.name,
         control_rate=4.0,
         steps=steps,
-        motion=images.motion([images.thumbnail(picture) for picture in pictures]),
+        motion=images.motion([images.thumbnail(frame) for frame in frames]),
     )

@@ -48,13 +48,13 @@ def make_recording() -> Callable[..., Recording]:
         rng = np.random.default_rng(seed)
         motion = rng.uniform(0.005, 0.02, num_steps).astype(np.float32)
         motion[0] = 0
-        pictures = changes.pop("pictures", {"main": moving_pictures(seed, PROBES)})
+        pictures = changes.pop("frames", {"main": moving_pictures(seed, PROBES)})
         return Recording(
             **{
                 "episode_id": f"episode {seed}",
                 "control_rate": 10.0,
                 "motion": motion,
-                "pictures": pictures,
+                "frames": pictures,
                 "resolution": {camera: shots[0].shape[:2] for camera, shots in pictures.items()},
                 "action": rng.normal(size=(num_steps, 3)).astype(np.float32),
                 "state": rng.normal(size=(num_steps, 2)).astype(np.float32),

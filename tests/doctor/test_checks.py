@@ -65,7 +65,7 @@ def test_hard_cuts_are_named_and_their_pairs_counted(make_recording, healthy, ch
 def with_camera(healthy, make_recording, picture):
     """Healthy recordings with a second camera that shows `picture` all the time."""
     return [
-        make_recording(seed, pictures={**recording.pictures, "wrist": [picture] * PROBES})
+        make_recording(seed, frames={**recording.frames, "wrist": [picture] * PROBES})
         for seed, recording in enumerate(healthy)
     ]
 
@@ -83,13 +83,13 @@ def test_cameras_that_show_nothing(healthy, make_recording, check_all, name, pic
     assert set(found) == {name}
     assert "'wrist'" in found[name].message and "all 6 episodes" in found[name].message
     assert found[name].severity == Severity.WARNING
-    main = check_all([make_recording(seed, pictures={"main": [picture] * PROBES}) for seed in range(NUM)])
+    main = check_all([make_recording(seed, frames={"main": [picture] * PROBES}) for seed in range(NUM)])
     assert main[name].severity == Severity.ERROR
 
 
 def test_cameras_and_sizes_that_differ(make_recording, healthy, check_all):
-    large = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in healthy[0].pictures["main"]]
-    other = make_recording(11, pictures={"main": large, "wrist": large})
+    large = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in healthy[0].frames["main"]]
+    other = make_recording(11, frames={"main": large, "wrist": large})
     found = check_all([*healthy[1:], other])
     assert "from 64x48 to 128x96, and 1 aspect ratio." in found["mixed-resolutions"].message
     assert "is only in 1 of 6 episodes" in found["missing-camera"].message
@@ -170,16 +170,16 @@ def test_episodes_that_were_encoded_anew_are_nearly_equal(make_recording, health
         small = cv2.resize(picture, (120, 90), interpolation=cv2.INTER_AREA)
         return cv2.imdecode(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 70])[1], cv2.IMREAD_COLOR)
 
-    large = [cv2.resize(picture, (240, 180)) for picture in healthy[3].pictures["main"]]
-    healthy[3] = make_recording(3, pictures={"main": large})
+    large = [cv2.resize(picture, (240, 180)) for picture in healthy[3].frames["main"]]
+    healthy[3] = make_recording(3, frames={"main": large})
     pictures = {"main": [encode(picture) for picture in large]}
-    copy = make_recording(3, episode_id="copy", pictures=pictures, motion=healthy[3].motion * np.float32(1.02))
+    copy = make_recording(3, episode_id="copy", frames=pictures, motion=healthy[3].motion * np.float32(1.02))
     found = check_all([*healthy, copy])
     assert "episode 3 = copy" in found["near-duplicates"].message
     assert "duplicates" not in found
     # The same scene with another course of motion is another episode.
     motion = np.linspace(0, 0.03, 40, dtype=np.float32) ** 2
-    assert "near-duplicates" not in check_all([*healthy, make_recording(3, pictures=pictures, motion=motion)])
+    assert "near-duplicates" not in check_all([*healthy, make_recording(3, frames=pictures, motion=motion)])
 
 
 def test_a_sample_of_rows_is_bounded_and_fair():

@@ -123,8 +123,8 @@ def test_a_policy_sees_in_an_environment_what_it_saw_in_training(family: str, ro
         episode = part.episode[step]
         back = spec.stride * np.arange(1 - spec.instants, 1)
         records = np.maximum(step + back, part.source.start[episode])
-        pictures = [decode_jpeg(jpeg, 64) for jpeg in part.source.read_jpegs(records.tolist())]
-        images = [{spec.cameras[0]: picture} for picture in pictures]
+        frames = [decode_jpeg(jpeg, 64) for jpeg in part.source.read_jpegs(records.tolist())]
+        images = [{spec.cameras[0]: frame} for frame in frames]
         return History(images, part.source.state[records], part.source.instruction[episode])
 
     scales = NormStats(normalizer([0.0], [1.0]), next(iter(spec.robots.values())).state)

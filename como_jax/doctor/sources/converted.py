@@ -150,18 +150,18 @@ def _read_episode(cameras: dict[str, EpisodeSource], index: int) -> Recording | 
     begin, length = int(source.start[index]), int(source.length[index])
     steps = slice(begin, begin + length)
     try:
-        pictures, resolution = {}, {}
+        frames, resolution = {}, {}
         for camera, records in cameras.items():
             jpegs = records.read_jpegs([begin + step for step in probe_steps(length)])
             resolution[camera] = simplejpeg.decode_jpeg_header(jpegs[0])[:2]
-            pictures[camera] = [images.decode_image(jpeg) for jpeg in jpegs]
+            frames[camera] = [images.decode_image(jpeg) for jpeg in jpegs]
     except _READ_ERRORS as fault:
         return Problem(f"{source.episode_id[index]} ({source.split})", one_line(fault))
     return Recording(
         episode_id=source.episode_id[index],
         control_rate=float(source.control_rate[index]),
         motion=source.motion[steps],
-        pictures=pictures,
+        frames=frames,
         resolution=resolution,
         action=None if source.action is None else np.asarray(source.action[steps]),
         state=None if source.state is None else np.asarray(source.state[steps]),
