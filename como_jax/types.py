@@ -79,7 +79,7 @@ class Observation:
 
     Attributes:
       images: uint8 RGB `[B, T, C, H, W, 3]`; the last instant is now.
-      has_camera: float32 `[B, C]`, 0 where the dataset lacks the camera and its picture is black.
+      has_camera: float32 `[B, C]`, 0 where the dataset lacks the camera and its image is black.
       state: float32 `[B, T, S]`, normalised proprioception, or None when the policy has none.
       has_state: float32 `[B]`, 0 where the dataset has no state, or None.
       text: int32 `[B, M]`, ids of the instruction's tokens plus one, 0 after its end, or None.

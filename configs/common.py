@@ -109,7 +109,7 @@ def shrink_to_smoke(config: ConfigDict) -> None:
         config.encoder.update({"patch_size": 16, "width": 32, "depth": 1, "num_heads": 2})
     config.data.update({"image_size": 32, "batch_size": 8})
     config.train.update({"num_steps": 4, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2})
-    config.evaluation.update({"num_clips": 8, "num_pictures": 2, "batch_size": 8})
+    config.evaluation.update({"num_clips": 8, "num_images": 2, "batch_size": 8})
 
 
 def shrink_policy(config: ConfigDict) -> None:

@@ -37,7 +37,7 @@ def evaluate(
     *,
     num_transitions: int = 1000,
     batch_size: int = 64,
-    num_pictures: int = 6,
+    num_images: int = 6,
     probe: bool = True,
     labelled: str | None = None,
     action_classes: epath.PathLike | None = None,
@@ -49,7 +49,7 @@ def evaluate(
       data: DIR,DIR; the run's own datasets by default.
       out: directory of the two files; `workdir`/report by default.
       num_transitions: of every dataset, held out, and as many to fit the probe on; fewer where there are fewer.
-      batch_size, num_pictures, probe, labelled, action_classes: see `define_flags`.
+      batch_size, num_images, probe, labelled, action_classes: see `define_flags`.
 
     Raises:
       UsageError: run, data and `out` do not fit together, or episodes are too few for the probe.
@@ -67,12 +67,12 @@ def evaluate(
     for item, fitting in chosen:
         logger.info("Evaluating on %s (%s)", item.name, item.split)
         num_clips = -(-num_transitions // 2)
-        found = runner(run.params, item, num_clips, num_pictures)
+        found = runner(run.params, item, num_clips, num_images)
         fitted = runner(run.params, fitting, num_clips) if fitting else None
         with _probe_flag_named():
             results.append(measure(item, found, fitted))
     metrics = {**summarize(results), "step": run.step, "family": run.config.family}
-    strips = transfer_strips(run.model, run.params, [result.item for result in results], num_pictures, notes)
+    strips = transfer_strips(run.model, run.params, [result.item for result in results], num_images, notes)
     facts = {"Run": str(run.workdir), "Step": str(run.step), "Family": run.config.family}
     facts |= describe_measurements(results)
     report = Report(f"Latent motion of {run.workdir.name}", facts, notes, metrics, results, strips, matrix)
@@ -129,7 +129,7 @@ def define_flags() -> None:
         "num_transitions", 1000, "Transitions per dataset, and as many to fit the probe.", lower_bound=2
     )
     flags.DEFINE_integer("batch_size", 64, "Clips per batch; a clip has two transitions.", lower_bound=1)
-    flags.DEFINE_integer("num_pictures", 6, "Rows of predictions in the report, of every dataset.", lower_bound=1)
+    flags.DEFINE_integer("num_images", 6, "Rows of predictions in the report, of every dataset.", lower_bound=1)
     flags.DEFINE_bool("probe", True, "Whether to fit the linear probe where there are actions.")
     flags.DEFINE_string("labelled", None, "DIR,DIR: labelled datasets of several domains, to be compared.")
     flags.DEFINE_string("action_classes", None, 'FILE.json, {"INSTRUCTION": "ACTION"}: instructions of one action.')
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
     hosts.connect()
-    names = ("workdir", "data", "out", "num_transitions", "batch_size", "num_pictures", "probe")
+    names = ("workdir", "data", "out", "num_transitions", "batch_size", "num_images", "probe")
     names = (*names, "labelled", "action_classes")
     evaluate(**{name: flags.FLAGS[name].value for name in names})
 

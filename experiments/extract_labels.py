@@ -121,7 +121,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Directory of the labelled dataset, to be made.", required=True)
     flags.DEFINE_float("gap_seconds", None, "Time between the two frames of a pair [that of the run].")
     flags.DEFINE_string("camera", "", "Observation key; empty for the dataset's first camera.")
-    flags.DEFINE_enum("fit", None, ("crop", "stretch"), "How pictures become square [as in the run].")
+    flags.DEFINE_enum("fit", None, ("crop", "stretch"), "How images become square [as in the run].")
     flags.DEFINE_integer("batch_size", 64, "Frames at once, on all devices of a host.")
     flags.DEFINE_integer("threads", 8, "Decoding threads.")
     flags.DEFINE_bool("drift", True, "Compare the latents with those of the run's training data.")

@@ -39,7 +39,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     Args:
       config: of configs/pretrain_*.py.
-      workdir: gets config.json, checkpoints, tensorboard, pictures and metrics.jsonl.
+      workdir: gets config.json, checkpoints, tensorboard, images and metrics.jsonl.
 
     Raises:
       UsageError: config, data and workdir do not fit together.

@@ -151,7 +151,7 @@ def sample_data() -> Path:
 
 @pytest.fixture(scope="session")
 def make_como() -> Callable[..., ModelDef]:
-    """Makes the smallest CoMo for 16-pixel pictures; keyword arguments are fields of `MotionConfig`."""
+    """Makes the smallest CoMo for 16-pixel images; keyword arguments are fields of `MotionConfig`."""
 
     def make(remat: str = "none", **changes: Any) -> ModelDef:
         sizes = {"idm_width": 16, "idm_depth": 2, "idm_heads": 2, "fdm_width": 16, "fdm_depth": 1, "fdm_heads": 2}

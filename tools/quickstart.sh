@@ -21,6 +21,6 @@ cat <<END
 Done.
   model        $PWD/$runs/como/checkpoints
   TensorBoard  pip install tensorboard && tensorboard --logdir $PWD/$runs
-  predictions  $(ls "$PWD/$runs"/como/pictures/eval_val_*.png | tail -n 1)
+  predictions  $(ls "$PWD/$runs"/como/images/eval_val_*.png | tail -n 1)
                each row: current frame, predicted frame, true frame, error
 END

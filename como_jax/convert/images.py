@@ -19,7 +19,7 @@ JPEG_QUALITY = 95
 THUMBNAIL_SIZE = 32
 # The same limit as for videos: a header can claim any size.
 MAX_PIXELS = 2**26
-# RLDS pictures: more than any camera of a robot has, and few enough for every process of a conversion to hold some.
+# RLDS images: more than any camera of a robot has, and few enough for every process of a conversion to hold some.
 MAX_STORED_PIXELS = 2**25
 
 
@@ -38,12 +38,12 @@ def make_frame(image: np.ndarray, shorter_side: int) -> Frame:
 
 
 def convert_stored(stored: bytes | np.ndarray, shorter_side: int) -> Frame:
-    """Converts an encoded picture, or uint8 `[H, W, C]` with 1, 3 or 4 channels (grey, RGB, RGBA).
+    """Converts an encoded image, or uint8 `[H, W, C]` with 1, 3 or 4 channels (grey, RGB, RGBA).
 
     Colour JPEGs whose shorter side is small enough are kept byte for byte.
 
     Raises:
-      ValueError: the picture is empty, damaged, larger than `MAX_STORED_PIXELS`, or not a picture.
+      ValueError: the image is empty, damaged, larger than `MAX_STORED_PIXELS`, or not an image.
     """
     image = decode_image(stored, MAX_STORED_PIXELS) if isinstance(stored, bytes) else _to_rgb(stored)
     small = shrink(image, shorter_side)
@@ -97,10 +97,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes a JPEG, a PNG or another format that OpenCV reads to RGB, uint8 `[H, W, 3]`.
 
     Raises:
-      ValueError: the picture is empty, damaged, of an unknown format, or has more than `max_pixels` pixels.
+      ValueError: the image is empty, damaged, of an unknown format, or has more than `max_pixels` pixels.
     """
     if not data:
-        raise ValueError("the picture is empty")
+        raise ValueError("the image is empty")
     _check_pixels(*_encoded_size(data), max_pixels)
     if _is_jpeg(data):
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -109,7 +109,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except cv2.error:
         bgr = None
     if bgr is None:
-        raise ValueError("a picture cannot be decoded")
+        raise ValueError("an image cannot be decoded")
     return np.ascontiguousarray(bgr[..., ::-1])
 
 
@@ -127,9 +127,9 @@ def motion(thumbnails: Sequence[np.ndarray]) -> np.ndarray:
 
 def _to_rgb(image: np.ndarray) -> np.ndarray:
     if image.ndim != 3 or image.dtype != np.uint8 or image.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"a picture has shape {image.shape} and type {image.dtype}")
+        raise ValueError(f"an image has shape {image.shape} and type {image.dtype}")
     if not image.size:
-        raise ValueError("the picture is empty")
+        raise ValueError("the image is empty")
     _check_pixels(*image.shape[:2], MAX_STORED_PIXELS)
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else np.ascontiguousarray(image[..., :3])
 
@@ -144,7 +144,7 @@ def _is_colour_jpeg(data: bytes) -> bool:
 
 
 def _encoded_size(data: bytes) -> tuple[int, int]:
-    """Reads height and width from the header, without decoding the picture."""
+    """Reads height and width from the header, without decoding the image."""
     if _is_jpeg(data):
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         return height, width
@@ -154,15 +154,15 @@ def _encoded_size(data: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                return picture.height, picture.width
+            with Image.open(io.BytesIO(data)) as image:
+                return image.height, image.width
     except (OSError, SyntaxError, EOFError) as error:
         # The message may hold the address of the bytes, which differs from run to run.
-        raise ValueError("a picture cannot be decoded") from error
+        raise ValueError("an image cannot be decoded") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"a picture has more than {MAX_PIXELS} pixels") from error
+        raise ValueError(f"an image has more than {MAX_PIXELS} pixels") from error
 
 
 def _check_pixels(height: int, width: int, limit: int) -> None:
     if height * width > limit:
-        raise ValueError(f"a picture of {width}x{height} pixels, which are more than the {limit} that are read")
+        raise ValueError(f"an image of {width}x{height} pixels, which are more than the {limit} that are read")

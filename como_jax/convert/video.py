@@ -77,7 +77,7 @@ class VideoReader:
         count, first, last = 0, None, None
         try:
             for frame in self._decoded():
-                image = self._picture(frame, f"frame {count}")
+                image = self._image(frame, f"frame {count}")
                 first = frame.time if first is None else first
                 last = frame.time
                 count += 1
@@ -111,7 +111,7 @@ class VideoReader:
                 continue
             if frame.time >= end:
                 return
-            yield self._picture(frame, f"the frame at {frame.time:.3f} s")
+            yield self._image(frame, f"the frame at {frame.time:.3f} s")
 
     def _first_video(self) -> av.VideoStream:
         """Returns the first video stream; raises ValueError if there is none that can be decoded."""
@@ -129,9 +129,9 @@ class VideoReader:
             yield from self._container.decode(self._stream)
         except av.error.ArgumentError as error:
             # A decoder says no more about a size that is too large and that the container did not announce.
-            raise ValueError(f"{error}; pictures of more than {MAX_PIXELS} pixels are not read") from error
+            raise ValueError(f"{error}; images of more than {MAX_PIXELS} pixels are not read") from error
 
-    def _picture(self, frame: av.VideoFrame, name: str) -> np.ndarray:
+    def _image(self, frame: av.VideoFrame, name: str) -> np.ndarray:
         """Returns the RGB image of a frame, upright; raises ValueError if it cannot be used."""
         if frame.is_corrupt:
             raise ValueError(f"{name} is damaged")

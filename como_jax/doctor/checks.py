@@ -105,7 +105,7 @@ def check_resolutions(survey: Survey) -> Iterator[Finding]:
             shapes = len({round(width / height, 2) for width, height in sizes})
             yield info(
                 "mixed-resolutions",
-                f"Pictures of camera {camera!r} have {len(sizes)} sizes, from {sizes[0][0]}x{sizes[0][1]} to "
+                f"Images of camera {camera!r} have {len(sizes)} sizes, from {sizes[0][0]}x{sizes[0][1]} to "
                 f"{sizes[-1][0]}x{sizes[-1][1]}, and {shapes} aspect ratio{'s' if shapes > 1 else ''}.",
                 "Training scales all to one square; --config.data.fit chooses between cropping and padding.",
             )
@@ -125,7 +125,7 @@ def check_dull_cameras(survey: Survey) -> Iterator[Finding]:
 
     yield from _check_each(survey, "black-camera", "is black", is_black)
     yield from _check_each(survey, "uniform-camera", "shows one colour only", is_uniform)
-    yield from _check_each(survey, "frozen-camera", "shows the same picture from beginning to end", is_frozen)
+    yield from _check_each(survey, "frozen-camera", "shows the same image from beginning to end", is_frozen)
 
 
 def _check_each(survey: Survey, name: str, what: str, is_faulty: Callable[[CameraSummary], bool]) -> Iterator[Finding]:
@@ -174,7 +174,7 @@ def check_cuts(survey: Survey) -> Iterator[Finding]:
         share = share_of(len(cut), len(survey.episodes), "episode")
         yield warning(
             "hard-cuts",
-            f"The picture changes by more than {limit:g} in one step in {share}, {cuts} times in all, such as "
+            f"The image changes by more than {limit:g} in one step in {share}, {cuts} times in all, such as "
             f"{name_some([episode.episode_id for episode in cut])}; {pairs:.1%} of the pairs span such a cut.",
             f"Leave these pairs out of training with --config.data.max_motion={limit:g}, "
             "or a larger value if fast motion is meant.",

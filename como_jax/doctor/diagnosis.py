@@ -94,7 +94,7 @@ def _facts(view: DatasetView, survey: Survey, num_instructions: int) -> dict[str
     return {
         "Kind": f"{view.kind} in {view.directory}",
         "Looked at": f"{count_of(len(episodes), 'episode')}, out of {count_of(view.total, view.unit)}: "
-        f"{sum(lengths)} steps, {PROBES} pictures of each camera",
+        f"{sum(lengths)} steps, {PROBES} images of each camera",
         **view.facts(),
         "Length": f"{min(lengths)} to {max(lengths)} steps, median {statistics.median(lengths):g}",
         **_seconds(survey),

@@ -107,7 +107,7 @@ class Report:
     domains: TransferMatrix | None = None
 
 
-class Picture(NamedTuple):
+class Image(NamedTuple):
     """An image on the page: title, data, and whether its pixels stay sharp when it is enlarged."""
 
     title: str
@@ -123,12 +123,12 @@ def write_report(path: epath.PathLike, report: Report) -> None:
         report=report,
         metrics=METRICS,
         number=format_number,
-        reconstructions=[reconstruction_picture(result) for result in report.results if result.found.pictures],
-        transfers=[transfer_picture(strip) for strip in report.transfer],
-        components=component_pictures(report.results),
-        similarity=similarity_picture(report.results),
-        histogram=histogram_picture(report.results),
-        domains=report.domains and domain_picture(report.domains),
+        reconstructions=[reconstruction_image(result) for result in report.results if result.found.images],
+        transfers=[transfer_image(strip) for strip in report.transfer],
+        components=component_images(report.results),
+        similarity=similarity_image(report.results),
+        histogram=histogram_image(report.results),
+        domains=report.domains and domain_image(report.domains),
     )
 
 
@@ -203,20 +203,20 @@ def format_number(value: float) -> str:
     return str(value) if isinstance(value, int) else "–" if np.isnan(value) else f"{value:.4g}"
 
 
-def reconstruction_picture(result: DatasetResult) -> Picture:
+def reconstruction_image(result: DatasetResult) -> Image:
     """Rows of current frame, predicted frame, true frame and error."""
-    return Picture(result.item.name, image_uri(comparison_grid(result.found.pictures)), pixelated=True)
+    return Image(result.item.name, image_uri(comparison_grid(result.found.images)), pixelated=True)
 
 
-def transfer_picture(strip: TransferStrip) -> Picture:
+def transfer_image(strip: TransferStrip) -> Image:
     """The source clip above the rollout."""
     rows = [strip.source / 255.0, strip.rollout]
-    return Picture(strip.caption, image_uri(comparison_grid(rows, min_side=96)), pixelated=True)
+    return Image(strip.caption, image_uri(comparison_grid(rows, min_side=96)), pixelated=True)
 
 
-def component_pictures(results: Sequence[DatasetResult]) -> list[Picture]:
+def component_images(results: Sequence[DatasetResult]) -> list[Image]:
     """Principal components of the latents, coloured by the best-read dimensions of the action, and by dataset."""
-    pictures = []
+    images = []
     for result in results:
         if result.probe is not None:
             r2 = result.probe.per_dimension_r2
@@ -224,17 +224,17 @@ def component_pictures(results: Sequence[DatasetResult]) -> list[Picture]:
             titles = [f"action {dimension}, R² {format_number(r2[dimension])}" for dimension in order]
             coordinates, shares = principal_components(result.found.latent, 2)
             figure = figures.action_figure(coordinates, shares, result.found.latent_action[:, order], titles)
-            pictures.append(Picture(f"{result.item.name}, by action", figure_uri(figure)))
+            images.append(Image(f"{result.item.name}, by action", figure_uri(figure)))
     if len(results) > 1:
         latent = np.concatenate([result.found.latent for result in results])
         dataset = np.repeat(np.arange(len(results)), [len(result.found.latent) for result in results])
         coordinates, shares = principal_components(latent, 2)
         figure = figures.dataset_figure(coordinates, shares, dataset, [result.item.name for result in results])
-        pictures.append(Picture("All datasets together, by dataset", figure_uri(figure)))
-    return pictures
+        images.append(Image("All datasets together, by dataset", figure_uri(figure)))
+    return images
 
 
-def similarity_picture(results: Sequence[DatasetResult]) -> Picture:
+def similarity_image(results: Sequence[DatasetResult]) -> Image:
     """Cosine similarity between the mean latents of episodes, ordered by dataset and instruction."""
     groups, labels, means = [], [], []
     for result in results:
@@ -250,21 +250,21 @@ def similarity_picture(results: Sequence[DatasetResult]) -> Picture:
         [f"{groups[row]}: {labels[row]}" if several else labels[row] for row in shown],
         [groups[row] for row in shown],
     )
-    return Picture(f"{len(shown)} of {len(means)} episodes", figure_uri(figure))
+    return Image(f"{len(shown)} of {len(means)} episodes", figure_uri(figure))
 
 
-def histogram_picture(results: Sequence[DatasetResult]) -> Picture:
+def histogram_image(results: Sequence[DatasetResult]) -> Image:
     """S-PCFC of single clips."""
     similarities = {
         result.item.name: past_future_similarities(result.found.past_to_current, result.found.future_to_current)
         for result in results
     }
-    return Picture("S-PCFC of single clips", figure_uri(figures.similarity_histogram(similarities)))
+    return Image("S-PCFC of single clips", figure_uri(figures.similarity_histogram(similarities)))
 
 
-def domain_picture(matrix: TransferMatrix) -> Picture:
+def domain_image(matrix: TransferMatrix) -> Image:
     """Cosines between the segments of labelled datasets."""
-    return Picture(f"Labels of {', '.join(matrix.names)}", figure_uri(transfer_figure(matrix)))
+    return Image(f"Labels of {', '.join(matrix.names)}", figure_uri(transfer_figure(matrix)))
 
 
 def _episode_label(item: EvaluationSet, row: int) -> str:

@@ -159,12 +159,12 @@ def read_frames(reader: BatchReader, frames: Samples) -> tuple[np.ndarray, np.nd
     try:
         return reader.decode(frames)[0][:, 0, 0], np.ones(len(frames), bool)
     except READ_ERRORS:
-        pictures, readable = np.zeros((len(frames), *reader.image_shape), np.uint8), np.zeros(len(frames), bool)
+        images, readable = np.zeros((len(frames), *reader.image_shape), np.uint8), np.zeros(len(frames), bool)
         for row in range(len(frames)):
             with contextlib.suppress(*READ_ERRORS):
-                pictures[row] = reader.decode(frames[row : row + 1])[0][0, 0, 0]
+                images[row] = reader.decode(frames[row : row + 1])[0][0, 0, 0]
                 readable[row] = True
-        return pictures, readable
+        return images, readable
 
 
 def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:

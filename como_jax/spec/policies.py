@@ -238,9 +238,9 @@ class VlaConfig:
       latent_head: "regression" or "flow", of continuous latents.
       head_width, head_depth, flow_steps: of the networks that match flows, and of their sampling.
       action_weight, latent_weight, text_weight: of the losses; 0.99 and 0.01 for latents and text in LAPA.
-      causal_text: whether the instruction reads itself from left to right and pictures do not read it, which learning
+      causal_text: whether the instruction reads itself from left to right and images do not read it, which learning
         it as text needs.
-      color_jitter: strength of random changes of the pictures' colours in training; 0 for none.
+      color_jitter: strength of random changes of the images' colours in training; 0 for none.
       temperature: of generated codes and bins; 0 takes the likeliest.
     """
 

@@ -110,7 +110,7 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
     Args:
       task: what is trained, and on what.
       config: with the sections `train`, `optim`, `mesh` and `data`; no size is 0 any more (see `resolve`).
-      workdir: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and pictures/.
+      workdir: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and images/.
       mesh: the devices.
 
     Raises:
@@ -209,7 +209,7 @@ def _describe(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mes
         return sum(leaf.size for leaf in traverse_util.flatten_dict(params).values()) / 1e6
 
     lines = [
-        f"Run: {workdir} (config.json, metrics.jsonl, tensorboard/, pictures/, checkpoints/)",
+        f"Run: {workdir} (config.json, metrics.jsonl, tensorboard/, images/, checkpoints/)",
         f"Devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} hosts, mesh {dict(mesh.shape)}",
         f"Model: {config.family}, {millions(state.params):.2f} M parameters trained, {millions(state.frozen):.2f} M "
         f"frozen, compute in {config.train.dtype}",

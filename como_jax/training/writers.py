@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: TensorBoard, metrics.jsonl and PNG files."""
+"""Where a run's numbers and images go: TensorBoard, metrics.jsonl and PNG files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from como_jax.files import write_atomic, write_text
 
 
 class MetricWriter:
-    """Writes scalars and pictures of one run; opening it at a step drops what was written after that step."""
+    """Writes scalars and images of one run; opening it at a step drops what was written after that step."""
 
     def __init__(self, workdir: epath.PathLike, resume_step: int):
         self._workdir = epath.Path(workdir)
         self._metrics = self._workdir / "metrics.jsonl"
-        self._pictures = self._workdir / "pictures"
-        self._pictures.mkdir(parents=True, exist_ok=True)
+        self._images = self._workdir / "images"
+        self._images.mkdir(parents=True, exist_ok=True)
         self._keep_until(resume_step)
         self._board = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resume_step + 1)
 
@@ -41,9 +41,9 @@ class MetricWriter:
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds a uint8 `[H, W, 3]` picture."""
-        path = self._pictures / f"{name.replace('/', '_')}_{step:07d}.png"
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds a uint8 `[H, W, 3]` image."""
+        path = self._images / f"{name.replace('/', '_')}_{step:07d}.png"
         write_atomic(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
         self._board.add_image(name, image, step, dataformats="HWC")
 
@@ -74,7 +74,7 @@ class NullWriter:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Does nothing."""
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ def make_video() -> Callable[..., Path]:
             stream.height, stream.width = size
             stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
             if codec == "libx264":
-                # A picture group a frame lets a damaged file be decoded up to the damage.
+                # An image group a frame lets a damaged file be decoded up to the damage.
                 stream.options = {"crf": "4", "g": "1"}
             if rotation:
                 stream.set_display_rotation(rotation)
@@ -112,10 +112,10 @@ class TinyRlds(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _episodes(self, shard: Sequence[list[dict]]) -> Iterator[tuple[int, dict]]:
         for index, steps in enumerate(shard):
-            yield index, {"steps": [_with_encoded_pictures(step) for step in steps]}
+            yield index, {"steps": [_with_encoded_images(step) for step in steps]}
 
 
-def _with_encoded_pictures(step: dict) -> dict:
+def _with_encoded_images(step: dict) -> dict:
     # TFDS needs TensorFlow to encode them by itself.
     observation = step["observation"]
     png = cv2.imencode(".png", observation["main"][..., ::-1])[1].tobytes()

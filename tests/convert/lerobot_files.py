@@ -37,8 +37,8 @@ def write_video(path: Path, values: Sequence[int]) -> None:
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
         stream.options = {"crf": "4", "bf": "3", "g": "9", "b_strategy": "0", "sc_threshold": "0"}
         for value in values:
-            picture = np.full((24, 32, 3), value, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            image = np.full((24, 32, 3), value, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 

@@ -3,7 +3,7 @@
     python tests/convert/lerobot_package.py write FOLDER MAX_VIDEO_MEGABYTES
     python tests/convert/lerobot_package.py read FOLDER
 
-`read` prints what it finds as JSON. `write` makes five episodes: every picture is grey, 20 + 30 * episode + 4 * step,
+`read` prints what it finds as JSON. `write` makes five episodes: every image is grey, 20 + 30 * episode + 4 * step,
 actions are (step, episode), and the task alternates.
 """
 

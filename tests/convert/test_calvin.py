@@ -20,8 +20,8 @@ from como_jax.errors import ConversionError
 SHAPES = {"rel_actions": 7, "actions": 7, "robot_obs": 15, "scene_obs": 24}
 
 
-def picture(number: int, size: int) -> np.ndarray:
-    """A smooth picture that no other step has, brighter to the right and the bottom."""
+def image(number: int, size: int) -> np.ndarray:
+    """A smooth image that no other step has, brighter to the right and the bottom."""
     ramp = np.linspace(0, 100, size, dtype=np.float32)
     red, green = np.meshgrid(ramp, ramp)
     return np.stack([red, green, np.full_like(red, 10 * (number % 20))], -1).astype(np.uint8)
@@ -30,8 +30,8 @@ def picture(number: int, size: int) -> np.ndarray:
 def step_arrays(number: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(number)
     numbers = {key: rng.uniform(-1, 1, size) for key, size in SHAPES.items()}
-    pictures = {"rgb_static": picture(number, 40), "rgb_gripper": picture(number, 16)}
-    return {**numbers, **pictures, "depth_static": np.ones((40, 40), np.float32)}
+    images = {"rgb_static": image(number, 40), "rgb_gripper": image(number, 16)}
+    return {**numbers, **images, "depth_static": np.ones((40, 40), np.float32)}
 
 
 def write_step(folder: Path, number: int, **changes: Any) -> None:
@@ -174,7 +174,7 @@ DAMAGE = {
     "too large": ({"robot_obs": np.full(15, 1e300)}, "robot_obs is not finite"),
     "length": ({"robot_obs": np.zeros(14)}, "robot_obs has shape (14,) and type float64, not 15 numbers"),
     "words": ({"robot_obs": np.array(["a"] * 15)}, "robot_obs has shape (15,) and type <U1, not 15 numbers"),
-    "picture": ({"rgb_static": np.zeros((40, 40))}, "rgb_static has shape (40, 40) and type float64, not a picture"),
+    "image": ({"rgb_static": np.zeros((40, 40))}, "rgb_static has shape (40, 40) and type float64, not an image"),
     "no pixels": ({"rgb_static": np.zeros((0, 4, 3), np.uint8)}, "rgb_static has shape (0, 4, 3) and type uint8"),
     "pickle": ({"rel_actions": np.array([print] * 7)}, "the file is damaged"),
 }

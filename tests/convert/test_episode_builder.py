@@ -50,7 +50,7 @@ def test_broken_parts_are_left_out_and_counted(tmp_path, check_dataset, read_jso
     ]
     assert report["warnings"] == [
         {"message": "about everything", "count": 1, "examples": []},
-        {"message": "dark pictures", "count": 2, "examples": ["06_warns", "07_warns"]},
+        {"message": "dark images", "count": 2, "examples": ["06_warns", "07_warns"]},
     ]
 
 

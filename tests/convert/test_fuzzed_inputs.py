@@ -63,14 +63,14 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def write_h264(path: Path, sizes: list[tuple[int, int]]) -> None:
-    """A raw H.264 stream whose resolution may change from picture to picture."""
+    """A raw H.264 stream whose resolution may change from image to image."""
     with path.open("wb") as file:
         for index, (height, width) in enumerate(sizes):
             codec = av.CodecContext.create("libx264", "w")
             assert isinstance(codec, av.VideoCodecContext)
             codec.width, codec.height, codec.pix_fmt, codec.framerate = width, height, "yuv420p", 10
-            picture = av.VideoFrame.from_ndarray(np.full((height, width, 3), 20 * index, np.uint8), format="rgb24")
-            for packet in [*codec.encode(picture), *codec.encode(None)]:
+            image = av.VideoFrame.from_ndarray(np.full((height, width, 3), 20 * index, np.uint8), format="rgb24")
+            for packet in [*codec.encode(image), *codec.encode(None)]:
                 file.write(bytes(packet))
 
 
@@ -93,7 +93,7 @@ def test_truncated_mp4_at_every_place(tmp_path, make_video, check_dataset, movfl
     check_dataset(tmp_path / "out")
     assert report["sources"]["found"] == 1 + len(cuts)
     damaged = reasons(report) | reasons(report, "partially_converted")
-    # The last byte may belong to nothing that is needed for the pictures.
+    # The last byte may belong to nothing that is needed for the images.
     assert set(damaged) >= {f"cut_{cut:06d}.mp4" for cut in cuts[:-1]}
     assert all(damaged.values())
 
@@ -108,16 +108,16 @@ def test_files_that_are_not_what_their_name_says(tmp_path, make_video, check_dat
     (source / "stream.mp4").write_text("v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n")
     (source / "zero.mp4").write_bytes(b"")
     (source / "zeros.mp4").write_bytes(bytes(5000))
-    (source / "picture.mp4").write_bytes(cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1].tobytes())
+    (source / "image.mp4").write_bytes(cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1].tobytes())
     make_video(source / "one_frame.mp4", num_frames=1)
     write_sound(source / "sound.mp4")
     report = convert_folder(source, tmp_path / "out")
     assert sources(check_dataset(tmp_path / "out")["train"]) == {"mp4.avi", "no_suffix"}
     left_out = reasons(report)
-    bad = {"text", "concat", "stream", "zero", "zeros", "picture", "one_frame", "sound"}
+    bad = {"text", "concat", "stream", "zero", "zeros", "image", "one_frame", "sound"}
     assert set(left_out) == {f"{name}.mp4" for name in bad}
     assert left_out["sound.mp4"] == "no video stream"
-    assert "has 1 step(s)" in left_out["picture.mp4"]
+    assert "has 1 step(s)" in left_out["image.mp4"]
     assert "has 1 step(s)" in left_out["one_frame.mp4"]
 
 
@@ -193,7 +193,7 @@ def test_metadata_of_a_video_that_are_not_utf8_do_not_matter(tmp_path, make_vide
         assert len(list(reader.frames())) == 4
 
 
-def test_videos_of_huge_pictures_are_left_out(tmp_path, make_video, check_dataset):
+def test_videos_of_huge_images_are_left_out(tmp_path, make_video, check_dataset):
     source = tmp_path / "clips"
     make_video(source / "good.mp4", num_frames=4)
     (source / "claims.mp4").write_bytes(png_header(60000, 60000))
@@ -203,7 +203,7 @@ def test_videos_of_huge_pictures_are_left_out(tmp_path, make_video, check_datase
     check_dataset(tmp_path / "out")
     left_out = reasons(report)
     assert set(left_out) == {"claims.mp4", "large.mp4", "wide.h264"}
-    assert f"pictures of more than {MAX_PIXELS} pixels are not read" in left_out["large.mp4"]
+    assert f"images of more than {MAX_PIXELS} pixels are not read" in left_out["large.mp4"]
 
 
 def test_the_limit_of_pixels_holds_before_anything_is_decoded(tmp_path, make_video, monkeypatch):
@@ -218,9 +218,9 @@ def test_the_limit_of_pixels_holds_before_anything_is_decoded(tmp_path, make_vid
 
 
 @pytest.mark.parametrize("size", [(60000, 60000), (20000, 10000)])
-def test_pictures_of_tables_that_are_huge_are_refused(size):
+def test_images_of_tables_that_are_huge_are_refused(size):
     for data in (png_header(*size), huge_jpeg(*size)):
-        with pytest.raises(ValueError, match=f"a picture of {size[0]}x{size[1]} pixels, which are more than"):
+        with pytest.raises(ValueError, match=f"an image of {size[0]}x{size[1]} pixels, which are more than"):
             decode_image(data)
 
 

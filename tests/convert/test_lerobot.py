@@ -50,8 +50,8 @@ def left_out(report: dict[str, Any]) -> dict[str, list[str]]:
     return {entry["source"]: entry["reasons"] for entry in report["left_out"]}
 
 
-def check_pictures(directory: Path, camera: str = "top") -> None:
-    """Every picture is the one that belongs to the action of its step."""
+def check_images(directory: Path, camera: str = "top") -> None:
+    """Every image is the one that belongs to the action of its step."""
     for record in tfds.builder_from_directory(directory).as_data_source("train"):
         step, index = record["action"]
         assert abs(record["observation"][camera].mean() - brightness(int(index), int(step))) < 2
@@ -61,7 +61,7 @@ def check_pictures(directory: Path, camera: str = "top") -> None:
 def test_every_format_gives_the_same_episodes(tmp_path, check_dataset, version):
     report = convert(WRITERS[version](tmp_path / "data"), tmp_path / "out")
     table = check_dataset(tmp_path / "out")["train"]
-    check_pictures(tmp_path / "out")
+    check_images(tmp_path / "out")
     assert [row["episode_id"] for row in table] == ["episode_000001", "episode_000002", "episode_000006"]
     assert [row["language_instruction"] for row in table] == ["pull", "push", "push"]
     assert [row["num_steps"] for row in table] == list(LENGTHS.values())
@@ -86,7 +86,7 @@ def test_features_and_control_rate_are_those_that_were_asked_for(tmp_path, check
 def test_all_cameras_are_converted_and_the_main_one_is_named(tmp_path, check_dataset):
     report = convert(write_v2(tmp_path / "data", cameras=(TOP, WRIST)), tmp_path / "out")
     check_dataset(tmp_path / "out")
-    check_pictures(tmp_path / "out", "wrist")
+    check_images(tmp_path / "out", "wrist")
     assert messages(report) == ["the main camera is 'top', the first of several; `camera` chooses another"]
 
 
@@ -96,36 +96,36 @@ def test_rows_are_put_in_order_of_time(tmp_path, check_dataset):
     write_table(v2_paths(source, 2)[0], columns)
     convert(source, tmp_path / "out")
     assert check_dataset(tmp_path / "out")["train"][1]["action"] == rows(2, 7)["action"]
-    check_pictures(tmp_path / "out")
+    check_images(tmp_path / "out")
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
-def test_pictures_in_the_table(tmp_path, check_dataset, version):
+def test_images_in_the_table(tmp_path, check_dataset, version):
     source = WRITERS[version](tmp_path / "data", cameras=())
     info = json.loads((source / "meta" / "info.json").read_text())
     edit_info(source, features=info["features"] | {"image": {"dtype": "image", "shape": [24, 32, 3]}})
     for path in sorted(source.glob("data/**/*.parquet")):
         columns = pq.ParquetFile(path).read().to_pydict()
         actions = columns["action"]
-        pictures = [np.full((24, 32, 3), brightness(int(index), int(step)), np.uint8) for step, index in actions]
-        pictures = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
-        write_table(path, columns | {"image": [{"bytes": png, "path": "frame.png"} for png in pictures]})
+        images = [np.full((24, 32, 3), brightness(int(index), int(step)), np.uint8) for step, index in actions]
+        images = [cv2.imencode(".png", image)[1].tobytes() for image in images]
+        write_table(path, columns | {"image": [{"bytes": png, "path": "frame.png"} for png in images]})
     convert(source, tmp_path / "out")
     assert len(check_dataset(tmp_path / "out")["train"]) == 3
-    check_pictures(tmp_path / "out", "image")
+    check_images(tmp_path / "out", "image")
 
 
-def test_pictures_that_are_not_in_the_table_cost_their_episode(tmp_path):
+def test_images_that_are_not_in_the_table_cost_their_episode(tmp_path):
     source = write_v2(tmp_path / "data", cameras=())
     info = json.loads((source / "meta" / "info.json").read_text())
     edit_info(source, features=info["features"] | {"image": {"dtype": "image", "shape": [24, 32, 3]}})
     for index, length in LENGTHS.items():
-        picture = {"bytes": simplejpeg.encode_jpeg(np.zeros((24, 32, 3), np.uint8)), "path": None}
+        image = {"bytes": simplejpeg.encode_jpeg(np.zeros((24, 32, 3), np.uint8)), "path": None}
         if index == 2:
-            picture = {"bytes": None, "path": "images/frame.png"}
-        write_table(v2_paths(source, index)[0], rows(index, length) | {"image": [picture] * length})
+            image = {"bytes": None, "path": "images/frame.png"}
+        write_table(v2_paths(source, index)[0], rows(index, length) | {"image": [image] * length})
     report = convert(source, tmp_path / "out")
-    assert left_out(report) == {"episode_000002": ["the picture of row 0 is not in the table"]}
+    assert left_out(report) == {"episode_000002": ["the image of row 0 is not in the table"]}
 
 
 def test_the_split_is_drawn_by_episode_or_taken_from_info(tmp_path, check_dataset):
@@ -151,7 +151,7 @@ def test_cameras_without_files_are_left_out_and_named(tmp_path, check_dataset):
     check_dataset(tmp_path / "out")
     assert messages(report) == [
         f"camera '{WRIST}' was left out: it has no files",
-        "camera 'observation.images.depth' was left out: its pictures are depth maps",
+        "camera 'observation.images.depth' was left out: its images are depth maps",
     ]
     for path in source.glob("videos/**/*.mp4"):
         path.unlink()
@@ -213,7 +213,7 @@ def test_v3_damage_costs_only_the_episodes_that_it_hits(tmp_path, check_dataset)
     (source / V3_VIDEO.format(video_key=TOP, chunk_index=0, file_index=1)).unlink()
     report = convert(source, tmp_path / "out")
     assert [row["num_steps"] for row in check_dataset(tmp_path / "out")["train"]] == [5, 7]
-    check_pictures(tmp_path / "out")
+    check_images(tmp_path / "out")
     assert left_out(report) == {
         "episode_000006": [f"videos/{TOP}/chunk-000/file-001.mp4 is missing"],
         "episode_000020": ["the table has 5 rows, but camera 'top' has more frames"],

@@ -40,7 +40,7 @@ def run_package(tmp_path_factory) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("max_megabytes", [200, 0.002])
-def test_pictures_actions_and_tasks_are_those_that_were_recorded(tmp_path, run_package, check_dataset, max_megabytes):
+def test_images_actions_and_tasks_are_those_that_were_recorded(tmp_path, run_package, check_dataset, max_megabytes):
     source = tmp_path / "data"
     run_package("write", source, max_megabytes)
     videos = sorted(path.relative_to(source).as_posix() for path in source.glob("videos/*.top/**/*.mp4"))

@@ -22,7 +22,7 @@ NAME = "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5"
 
 
 def write_file(path: Path, lengths: list[int], instruction: Any = "turn on the stove", seed: int = 0) -> Path:
-    """Demonstrations with the published structure, and pictures whose upper left corner, as stored, is red."""
+    """Demonstrations with the published structure, and images whose upper left corner, as stored, is red."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
@@ -39,10 +39,10 @@ def write_file(path: Path, lengths: list[int], instruction: Any = "turn on the s
             for key, size in sizes.items():
                 demo[f"obs/{key}"] = rng.normal(size=(length, size))
             for camera in ("agentview_rgb", "eye_in_hand_rgb"):
-                pictures = np.full((length, 32, 32, 3), 40, np.uint8)
-                pictures += (5 * np.arange(length, dtype=np.uint8))[:, None, None, None]
-                pictures[:, :12, :12] = (250, 20, 20)
-                demo[f"obs/{camera}"] = pictures
+                images = np.full((length, 32, 32, 3), 40, np.uint8)
+                images += (5 * np.arange(length, dtype=np.uint8))[:, None, None, None]
+                images[:, :12, :12] = (250, 20, 20)
+                demo[f"obs/{camera}"] = images
     return path
 
 
@@ -51,7 +51,7 @@ def convert(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return BUILDERS["libero"](out, settings, None).convert()
 
 
-def picture(record: Any, camera: str = "agentview_rgb") -> np.ndarray:
+def image(record: Any, camera: str = "agentview_rgb") -> np.ndarray:
     return np.asarray(record["observation"][camera]).astype(int)
 
 
@@ -70,7 +70,7 @@ def test_demonstrations_are_converted_with_actions_states_and_language(
     with h5py.File(path) as file:
         for row, demo in zip(rows, ("demo_0", "demo_1"), strict=True):
             group = file[f"data/{demo}"]
-            # Published pictures show what the action of the same index led to.
+            # Published images show what the action of the same index led to.
             np.testing.assert_array_equal(np.float32(row["action"]), np.float32(group["actions"][1:]))
             state = np.concatenate([group["obs/ee_states"][()], group["obs/gripper_states"][()]], axis=1)
             np.testing.assert_array_equal(np.float32(row["state"]), np.float32(state[:-1]))
@@ -78,27 +78,27 @@ def test_demonstrations_are_converted_with_actions_states_and_language(
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [("rotate180", (-1, -1)), ("flip", (-1, 0)), ("stored", (0, 0))])
-def test_pictures_are_turned(tmp_path: Path, orientation: str, corner: tuple[int, int]) -> None:
+def test_images_are_turned(tmp_path: Path, orientation: str, corner: tuple[int, int]) -> None:
     write_file(tmp_path / "in" / NAME, [3])
     convert(tmp_path / "in", tmp_path / "out", orientation=orientation)
     for camera in ("agentview_rgb", "eye_in_hand_rgb"):
-        found = picture(records(tmp_path / "out")[1], camera)
+        found = image(records(tmp_path / "out")[1], camera)
         assert np.abs(found[corner] - (250, 20, 20)).max() < 12
         opposite = found[-1 - corner[0], -1 - corner[1]]
         assert np.abs(opposite - 45).max() < 12
 
 
-def test_files_that_store_pictures_upright_are_not_turned_twice() -> None:
-    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    np.testing.assert_array_equal(turn(picture, "flip", "opengl"), np.flipud(picture))
-    np.testing.assert_array_equal(turn(picture, "rotate180", ""), np.rot90(picture, 2))
-    np.testing.assert_array_equal(turn(picture, "flip", "opencv"), picture)
-    np.testing.assert_array_equal(turn(picture, "rotate180", "opencv"), np.fliplr(picture))
-    np.testing.assert_array_equal(turn(picture, "stored", "opengl"), picture)
+def test_files_that_store_images_upright_are_not_turned_twice() -> None:
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    np.testing.assert_array_equal(turn(image, "flip", "opengl"), np.flipud(image))
+    np.testing.assert_array_equal(turn(image, "rotate180", ""), np.rot90(image, 2))
+    np.testing.assert_array_equal(turn(image, "flip", "opencv"), image)
+    np.testing.assert_array_equal(turn(image, "rotate180", "opencv"), np.fliplr(image))
+    np.testing.assert_array_equal(turn(image, "stored", "opengl"), image)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
-def test_pictures_states_and_actions_belong_together(
+def test_images_states_and_actions_belong_together(
     tmp_path: Path, shift: int, check_dataset: Callable[[Path], dict[str, Any]]
 ) -> None:
     path = write_file(tmp_path / "in" / NAME, [6])
@@ -110,7 +110,7 @@ def test_pictures_states_and_actions_belong_together(
         np.testing.assert_array_equal(np.float32(row["action"]), np.float32(demo["actions"][shift:]))
         parts = [demo["robot_states" if key == "robot_states" else f"obs/{key}"][: 6 - shift] for key in keys]
         np.testing.assert_array_equal(np.float32(row["state"]), np.float32(np.concatenate(parts, axis=1)))
-    stored = [picture(record, "eye_in_hand_rgb") for record in records(tmp_path / "out")]
+    stored = [image(record, "eye_in_hand_rgb") for record in records(tmp_path / "out")]
     np.testing.assert_allclose([each[2, 2, 1] for each in stored], 40 + 5 * np.arange(6 - shift), atol=2)
     share = 1 - (12 / 32) ** 2
     np.testing.assert_allclose(row["motion"][1:], share * 5 / 255, atol=0.002)
@@ -147,14 +147,14 @@ def test_long_demonstrations_are_read_in_blocks(
     tmp_path: Path, options: dict[str, Any], check_dataset: Callable[[Path], dict[str, Any]]
 ) -> None:
     path = write_file(tmp_path / "in" / NAME, [70])
-    pictures = np.broadcast_to(np.arange(70, dtype=np.uint8)[:, None, None, None], (70, 32, 32, 3))
+    images = np.broadcast_to(np.arange(70, dtype=np.uint8)[:, None, None, None], (70, 32, 32, 3))
     with h5py.File(path, "a") as file:
         del file["data/demo_0/obs/agentview_rgb"]
-        file["data/demo_0/obs"].create_dataset("agentview_rgb", data=pictures, **options)
+        file["data/demo_0/obs"].create_dataset("agentview_rgb", data=images, **options)
         file["data/demo_0/actions"][10:40] = 0
     convert(path.parent, tmp_path / "out", drop_noops=True)
     check_dataset(tmp_path / "out")
-    found = [picture(record).mean() for record in records(tmp_path / "out")]
+    found = [image(record).mean() for record in records(tmp_path / "out")]
     # The first still step opens the gripper; the others, up to stored action 39, are left out.
     np.testing.assert_allclose(found, [*range(10), *range(39, 69)], atol=1)
 
@@ -258,7 +258,7 @@ def break_demo(demo: h5py.Group, kind: str) -> None:
         "no camera": ("obs/eye_in_hand_rgb", None),
         "no obs": ("obs", None),
         "no actions": ("actions", None),
-        "pictures": ("obs/agentview_rgb", np.zeros((2, 32, 32, 3), np.uint8)),
+        "images": ("obs/agentview_rgb", np.zeros((2, 32, 32, 3), np.uint8)),
         "floats": ("obs/agentview_rgb", np.zeros((4, 32, 32, 3))),
         "states": ("obs/ee_states", np.zeros((9, 6))),
         "width": ("actions", np.zeros((4, 9))),
@@ -282,14 +282,14 @@ def break_demo(demo: h5py.Group, kind: str) -> None:
         ("no camera", "has no array obs/eye_in_hand_rgb"),
         ("no obs", "has no array obs/agentview_rgb"),
         ("no actions", "has no array actions"),
-        ("pictures", "obs/agentview_rgb has 2 steps, and actions 4"),
-        ("floats", "obs/agentview_rgb has shape .* and type float64, not pictures"),
+        ("images", "obs/agentview_rgb has 2 steps, and actions 4"),
+        ("floats", "obs/agentview_rgb has shape .* and type float64, not images"),
         ("states", "obs/ee_states has 9 steps, and actions 4"),
         ("width", "actions has shape .* and type float64, not 7 numbers a step"),
         ("axes", "actions has shape .* not 7 numbers a step"),
         ("scalar", "obs/ee_states has no steps, and actions 4"),
         ("text", "obs/ee_states has shape .* and type object, not 6 numbers a step"),
-        ("no pixels", "obs/agentview_rgb has shape .* not pictures"),
+        ("no pixels", "obs/agentview_rgb has shape .* not images"),
         ("no group", "has no array obs/agentview_rgb|cannot be read as HDF5"),
         ("too short", "holds no steps"),
         ("empty", "holds no steps"),
@@ -332,7 +332,7 @@ def test_a_random_flip_never_stops_the_conversion(tmp_path: Path) -> None:
     write_file(tmp_path / "in" / NAME, [3])
     for case in range(20):
         damaged = bytearray(content)
-        # The first bytes hold the structure of the file; pictures come later.
+        # The first bytes hold the structure of the file; images come later.
         for position in rng.integers(0, 4000, 3):
             damaged[position] = rng.integers(256)
         (tmp_path / "in" / "bad_demo.hdf5").write_bytes(damaged)

@@ -24,15 +24,15 @@ def convert(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return Npz(out, NpzSettings(source=str(source), **given)).convert()
 
 
-def pictures(*lead: int) -> np.ndarray:
-    """Plain grey pictures `[*lead, 8, 12, 3]` that get brighter with every one."""
+def images(*lead: int) -> np.ndarray:
+    """Plain grey images `[*lead, 8, 12, 3]` that get brighter with every one."""
     values = np.arange(np.prod(lead)).reshape(lead) * 10
     return np.broadcast_to(values[..., None, None, None], (*lead, 8, 12, 3)).astype(np.uint8)
 
 
 def arrays(*lead: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {"observations": pictures(*lead), "states": rng.normal(size=(*lead, 3)), "actions": rng.normal(size=lead)}
+    return {"observations": images(*lead), "states": rng.normal(size=(*lead, 3)), "actions": rng.normal(size=lead)}
 
 
 def write(path: Path, **values: Any) -> Path:
@@ -74,7 +74,7 @@ def test_one_trajectory_and_a_batch_give_the_same_steps(tmp_path, check_dataset)
 def test_arrays_are_those_that_were_asked_for(tmp_path, check_dataset):
     values = arrays(4)
     fortran = np.asfortranarray(np.arange(24.0).reshape(4, 2, 3))
-    write(tmp_path / "data" / "a.npz", **values, wrist=pictures(4)[:, ::2], torque=fortran)
+    write(tmp_path / "data" / "a.npz", **values, wrist=images(4)[:, ::2], torque=fortran)
     report = convert(
         tmp_path / "data", tmp_path / "out", camera=("wrist", "observations"), action=("torque", "actions"), state=()
     )
@@ -95,7 +95,7 @@ def test_a_batch_in_fortran_order(tmp_path, check_dataset):
 
 
 @pytest.mark.parametrize("lead", [(4,), (2, 4)])
-def test_the_last_picture_may_go_without_an_action(tmp_path, check_dataset, lead):
+def test_the_last_image_may_go_without_an_action(tmp_path, check_dataset, lead):
     values = arrays(*lead)
     write(tmp_path / "data" / "a.npz", **values | {"actions": values["actions"][..., :-1]})
     report = convert(tmp_path / "data", tmp_path / "out")
@@ -169,7 +169,7 @@ def test_damage_costs_only_its_file(tmp_path, check_dataset):
         "nan.npz": "episode nan.npz/000000: some action is not finite",
         "overflow.npz": "episode overflow.npz/000000: some action is not finite",
         "wide.npz": "episode wide.npz/000000: not every action has 1 numbers",
-        "float.npz": "array 'observations' is float32 [4, 8, 12, 3], but pictures are uint8 [T, H, W, 3] or "
+        "float.npz": "array 'observations' is float32 [4, 8, 12, 3], but images are uint8 [T, H, W, 3] or "
         "[N, T, H, W, 3]",
         "still.npz": "episode still.npz/000000: has 1 step(s), and a pair of frames needs 2",
         "nothing.npz": "array 'observations' is empty: uint8 [0, 8, 12, 3]",
@@ -206,7 +206,7 @@ def test_any_flipped_byte_ends_in_the_report(tmp_path, check_dataset, position):
     ("values", "settings", "message"),
     [
         (
-            {"a": pictures(4), "b": pictures(4)},
+            {"a": images(4), "b": images(4)},
             {},
             r"a.npz: more than one array is uint8 .*`camera` from: a uint8 ",
         ),
@@ -215,16 +215,16 @@ def test_any_flipped_byte_ends_in_the_report(tmp_path, check_dataset, position):
             {},
             r"no array is uint8 .*`camera` from: a float64 \[4, 8, 8, 3\]",
         ),
-        ({"a": np.zeros((4, 8, 8, 3))}, {"camera": ("a",)}, r"'a' is float64 \[4, 8, 8, 3\], but pictures are uint8"),
-        ({"a": pictures(4)}, {"camera": ("b",)}, r"there is no array 'b'; there are: a uint8"),
-        ({"a": pictures(4)}, {"action": ("torque",)}, "there is no array 'torque'"),
+        ({"a": np.zeros((4, 8, 8, 3))}, {"camera": ("a",)}, r"'a' is float64 \[4, 8, 8, 3\], but images are uint8"),
+        ({"a": images(4)}, {"camera": ("b",)}, r"there is no array 'b'; there are: a uint8"),
+        ({"a": images(4)}, {"action": ("torque",)}, "there is no array 'torque'"),
         (
-            {"a": pictures(4), "words": np.array(["x"] * 4)},
+            {"a": images(4), "words": np.array(["x"] * 4)},
             {"state": ("words",)},
             r"'words' is <U1 .4., which are",
         ),
-        ({"a": pictures(4), "objects": np.array([None] * 4)}, {"state": ("objects",)}, "holds Python objects"),
-        ({"a/b": pictures(4), "a.b": pictures(4)}, {"camera": ("a/b", "a.b")}, "do not have different names"),
+        ({"a": images(4), "objects": np.array([None] * 4)}, {"state": ("objects",)}, "holds Python objects"),
+        ({"a/b": images(4), "a.b": images(4)}, {"camera": ("a/b", "a.b")}, "do not have different names"),
     ],
 )
 def test_what_cannot_be_chosen(tmp_path, values, settings, message):

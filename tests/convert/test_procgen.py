@@ -19,7 +19,7 @@ SCRIPT = Path(generate.__file__)
 
 
 class Game:
-    """Stands for a game: the picture shows the number of steps, and the sixth action ends the episode."""
+    """Stands for a game: the image shows the number of steps, and the sixth action ends the episode."""
 
     def __init__(self, level: int):
         self.level, self.actions = level, []
@@ -29,8 +29,8 @@ class Game:
 
     def observe(self) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
         count = len(self.actions) % 6
-        picture = np.full((1, 64, 64, 3), 40 * count, np.uint8)
-        return np.array([float(count)]), {"rgb": picture}, np.array([count == 0])
+        image = np.full((1, 64, 64, 3), 40 * count, np.uint8)
+        return np.array([float(count)]), {"rgb": image}, np.array([count == 0])
 
     def act(self, actions: np.ndarray) -> None:
         self.actions.append(int(actions[0]))
@@ -67,7 +67,7 @@ def write(path: Path, **changes: Any) -> None:
     np.savez(path, **{key: value for key, value in (values | changes).items() if value is not None})
 
 
-def test_pictures_actions_and_rewards_belong_to_one_step():
+def test_images_actions_and_rewards_belong_to_one_step():
     game = Game(3)
     arrays = generate.play(game, generate.random_actions(np.random.default_rng(0), 2), max_steps=100)
     assert arrays["observations"].shape == (6, 64, 64, 3)

@@ -47,7 +47,7 @@ def test_steps_are_those_of_the_source(tmp_path, make_rlds, steps, check_dataset
     np.testing.assert_array_equal(np.float32(row["state"]), [step["observation"]["state"] for step in steps[1]])
 
 
-def test_png_pictures_become_jpeg_of_the_right_size(tmp_path, make_rlds, rlds_steps):
+def test_png_images_become_jpeg_of_the_right_size(tmp_path, make_rlds, rlds_steps):
     steps = rlds_steps(2, 0, height=64, width=96)
     smooth = cv2.GaussianBlur(steps[0]["observation"]["main"], (31, 31), 0)
     steps[0]["observation"]["main"] = smooth

@@ -51,14 +51,14 @@ def png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-def picture(height: int = 10, width: int = 12) -> np.ndarray:
+def image(height: int = 10, width: int = 12) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
 
 
 def encode(*changes: dict[str, Any]) -> bytes:
     """A record with one step for each change to the values of a usual step."""
     values = {
-        "main": png(picture()),
+        "main": png(image()),
         "raw": np.full((9, 8, 4), 200, np.uint8),
         "grey": np.full((8, 8, 1), 77, np.uint8),
         "present/xyz": np.arange(3, dtype=np.float32),
@@ -99,7 +99,7 @@ def test_language_that_is_not_utf8_is_replaced_and_warned_about():
     assert warning == "a language instruction is not UTF-8; its bad bytes were replaced by \ufffd"
 
 
-def test_raw_grey_and_transparent_pictures_become_colour():
+def test_raw_grey_and_transparent_images_become_colour():
     episode, _ = reader(cameras=("observation/raw", "observation/grey")).read(encode({}, {}), "file", 0)
     np.testing.assert_array_equal(decode(episode.steps[0].images["raw"]), np.full((9, 8, 3), 200))
     np.testing.assert_array_equal(decode(episode.steps[1].images["grey"]), np.full((8, 8, 3), 77))
@@ -108,46 +108,46 @@ def test_raw_grey_and_transparent_pictures_become_colour():
         np.testing.assert_array_equal(decode(episode.steps[0].images["main"]), np.full((8, 8, 3), 77))
 
 
-def test_pictures_of_several_sizes_keep_theirs_up_to_the_largest():
-    record = encode({}, {"main": png(picture(20, 30))}, {"main": png(picture(100, 128))})
+def test_images_of_several_sizes_keep_theirs_up_to_the_largest():
+    record = encode({}, {"main": png(image(20, 30))}, {"main": png(image(100, 128))})
     episode, warnings = reader().read(record, "file", 0)
     shapes = [decode(step.images["main"]).shape for step in episode.steps]
     assert shapes == [(10, 12, 3), (20, 30, 3), (64, 82, 3)]
-    assert warnings == ["pictures of camera 'main' change their size within an episode"]
+    assert warnings == ["images of camera 'main' change their size within an episode"]
 
 
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (b"", "the picture is empty"),
-        (b"no picture", "a picture cannot be decoded"),
-        (png(picture())[:60], "a picture cannot be decoded"),
-        (simplejpeg.encode_jpeg(picture())[:20], ""),
-        (simplejpeg.encode_jpeg(picture())[:8] + bytes(99), ""),
+        (b"", "the image is empty"),
+        (b"no image", "an image cannot be decoded"),
+        (png(image())[:60], "an image cannot be decoded"),
+        (simplejpeg.encode_jpeg(image())[:20], ""),
+        (simplejpeg.encode_jpeg(image())[:8] + bytes(99), ""),
     ],
 )
-def test_a_picture_that_cannot_be_decoded_is_named(stored, message):
+def test_a_image_that_cannot_be_decoded_is_named(stored, message):
     with pytest.raises(ValueError, match="step 1, camera 'main': " + message) as error:
         reader().read(encode({}, {"main": stored}), "file", 0)
     assert "0x" not in str(error.value)
 
 
-def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
+def test_a_huge_image_is_refused_before_it_is_decoded(monkeypatch):
     huge = np.zeros((9000, 12000), np.uint8)
     for stored in (png(huge), simplejpeg.encode_jpeg(huge[..., None], colorspace="GRAY")):
         with monkeypatch.context() as patch:
             patch.setattr(images.simplejpeg, "decode_jpeg", None)
             patch.setattr(images.cv2, "imdecode", None)
-            with pytest.raises(ValueError, match="picture of 12000x9000 pixels, .*more than the 33554432"):
+            with pytest.raises(ValueError, match="image of 12000x9000 pixels, .*more than the 33554432"):
                 images.convert_stored(stored, 64)
-    with pytest.raises(ValueError, match="picture of 12000x9000 pixels"):
+    with pytest.raises(ValueError, match="image of 12000x9000 pixels"):
         images.convert_stored(huge[..., None], 64)
 
 
-def test_what_is_no_picture_is_refused():
-    with pytest.raises(ValueError, match="the picture is empty"):
+def test_what_is_no_image_is_refused():
+    with pytest.raises(ValueError, match="the image is empty"):
         images.convert_stored(np.zeros((0, 8, 3), np.uint8), 64)
-    with pytest.raises(ValueError, match=r"a picture has shape \(8, 8, 2\) and type uint8"):
+    with pytest.raises(ValueError, match=r"an image has shape \(8, 8, 2\) and type uint8"):
         images.convert_stored(np.zeros((8, 8, 2), np.uint8), 64)
 
 
@@ -198,7 +198,7 @@ def test_episodes_that_cannot_be_used_leave_the_others(tmp_path, make_rlds, rlds
     first, second = sorted(reasons(report))
     assert first.endswith("some action is not finite")
     assert second == "record 2: holds no steps"
-    assert "pictures of camera 'main' change their size within an episode" in messages(report)
+    assert "images of camera 'main' change their size within an episode" in messages(report)
 
 
 def test_more_records_than_announced_are_converted_too(tmp_path, make_rlds, rlds_steps, check_dataset):

@@ -77,11 +77,11 @@ def test_conversion_of_a_folder(tmp_path, make_video, check_dataset, colours):
     np.testing.assert_allclose(image[40, 50], colours[1], atol=25)
 
 
-def test_motion_is_the_difference_of_the_pictures(tmp_path, make_video, check_dataset, colours):
+def test_motion_is_the_difference_of_the_images(tmp_path, make_video, check_dataset, colours):
     make_video(tmp_path / "clips" / "a.mp4", num_frames=4)
     convert(tmp_path / "clips", tmp_path / "out", control_rate=3.0)
     (row,) = check_dataset(tmp_path / "out")["train"]
-    # A sixteenth of the picture is the white corner, which stays.
+    # A sixteenth of the image is the white corner, which stays.
     differences = np.abs(np.diff(np.array(colours), axis=0)).mean(1) / 255 * 15 / 16
     np.testing.assert_allclose(row["motion"], [0, *differences], atol=0.01)
 
@@ -102,7 +102,7 @@ def test_frame_stride_divides_the_control_rate(tmp_path, make_video, check_datas
     assert max(row["motion"]) < 0.01
 
 
-def test_pictures_are_scaled_down_but_not_up(tmp_path, make_video):
+def test_images_are_scaled_down_but_not_up(tmp_path, make_video):
     make_video(tmp_path / "clips" / "a.mp4", size=(96, 160))
     make_video(tmp_path / "clips" / "b.mp4", size=(32, 48))
     convert(tmp_path / "clips", tmp_path / "out", control_rate=3.0, image_size=48, validation_fraction=0.0)

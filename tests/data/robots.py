@@ -58,13 +58,13 @@ class RobotBuilder(base.EpisodeBuilder):
         def draw(size: int | None) -> np.ndarray | None:
             return None if size is None else rng.normal(3, 5, size).astype(np.float32)
 
-        def picture() -> bytes:
+        def image() -> bytes:
             coarse = rng.integers(0, 256, (settings.height // 8, settings.width // 8, 3), np.uint8)
             return images.encode_jpeg(coarse.repeat(8, axis=0).repeat(8, axis=1))
 
         steps = [
             Step(
-                {camera: picture() for camera in settings.cameras},
+                {camera: image() for camera in settings.cameras},
                 draw(settings.state_size),
                 draw(settings.action_size),
             )

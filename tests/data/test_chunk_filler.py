@@ -60,7 +60,7 @@ def episode_of(source: EpisodeSource, record: int) -> tuple[int, range]:
 
 
 def moments(part: PolicyPart, instants: int, stride: int, row: int) -> list[int]:
-    """Records of the pictures of a sample."""
+    """Records of the images of a sample."""
     record = int(part.steps[row])
     _, records = episode_of(part.source, record)
     found = [record]
@@ -142,7 +142,7 @@ def test_labels_of_a_robot_are_used_only_if_asked_for(arm: Path) -> None:
     np.testing.assert_array_equal(batch["has_latent"][:, 0], part.source.latent_valid)
 
 
-def test_pictures_are_those_of_record_camera_and_instant(arm: Path) -> None:
+def test_images_are_those_of_record_camera_and_instant(arm: Path) -> None:
     data = open_data(arm, cameras=("wrist", "front"), instants=2, stride=3, image_size=24)
     batch, [part] = read(data), data.parts
     assert batch["images"].shape == (21, 2, 2, 24, 24, 3) and np.all(batch["has_camera"] == 1)
@@ -156,7 +156,7 @@ def test_pictures_are_those_of_record_camera_and_instant(arm: Path) -> None:
                 np.testing.assert_allclose(batch["images"][row, instant, slot].astype(int), recorded, atol=2)
 
 
-def test_all_pictures_of_a_sample_are_changed_alike(arm: Path) -> None:
+def test_all_images_of_a_sample_are_changed_alike(arm: Path) -> None:
     data = open_data(arm, cameras=("wrist", "front"), instants=2)
     [part], augmentation = data.parts, Augmentation(3, 0.5)
     batch = read(data, augmentation=augmentation)
@@ -235,7 +235,7 @@ def test_the_number_of_threads_and_a_trip_to_another_process_change_nothing(arm:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_unreadable_picture_is_named(arm: Path, tmp_path: Path, threads: int) -> None:
+def test_an_unreadable_image_is_named(arm: Path, tmp_path: Path, threads: int) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(arm, broken)
     [path] = broken.glob("*-train.array_record-*")

@@ -37,7 +37,7 @@ def join(batches: list[Samples]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([vars(batch)[name] for batch in batches]) for name in vars(batches[0])}
 
 
-def test_a_window_reaches_from_the_first_picture_to_the_end_of_the_chunk() -> None:
+def test_a_window_reaches_from_the_first_image_to_the_end_of_the_chunk() -> None:
     assert (ChunkConfig(1, 5, 4).history, ChunkConfig(1, 5, 4).window) == (0, 4)
     assert (ChunkConfig(3, 2, 4).history, ChunkConfig(3, 2, 4).window) == (4, 8)
 
@@ -95,12 +95,12 @@ def test_crops_and_shifts_stay_within_their_limits_and_differ(parts: tuple[Polic
     assert {tuple(row) for row in found["shift"].tolist()} >= {(2, -2), (-2, 2), (0, 1)}
 
 
-def test_without_augmentation_pictures_are_seen_whole(parts: tuple[PolicyPart, ...]) -> None:
+def test_without_augmentation_images_are_seen_whole(parts: tuple[PolicyPart, ...]) -> None:
     found = join(draw(parts, 2, augmentation=Augmentation()))
     assert not found["shift"].any() and np.all(found["crop"] == [1, 0.5, 0.5])
 
 
-def test_a_picture_of_every_name_is_looked_for_in_each_dataset(arm: Path, hand: Path) -> None:
+def test_a_image_of_every_name_is_looked_for_in_each_dataset(arm: Path, hand: Path) -> None:
     source, entry = EpisodeSource(arm, "train"), MixtureEntry(str(arm))
     assert find_cameras(source, entry, ()) == ("front",)
     assert find_cameras(source, entry, ("front", "wrist")) == ("front", "wrist")
@@ -110,7 +110,7 @@ def test_a_picture_of_every_name_is_looked_for_in_each_dataset(arm: Path, hand: 
     assert find_cameras(EpisodeSource(arm, "train", "wrist"), MixtureEntry(str(arm), camera="wrist"), ()) == ("wrist",)
 
 
-def test_a_dataset_with_none_of_the_pictures_is_refused_by_name(hand: Path) -> None:
+def test_a_dataset_with_none_of_the_images_is_refused_by_name(hand: Path) -> None:
     with pytest.raises(DatasetError, match=f"{hand} has none of the cameras front, wrist; it has top.*camera = "):
         find_cameras(EpisodeSource(hand, "train"), MixtureEntry(str(hand)), ("front", "wrist"))
 

@@ -14,7 +14,7 @@ def texture() -> np.ndarray:
 
 
 @pytest.mark.parametrize(("right", "down"), [(0, 0), (3, 0), (0, -2), (2, 4)])
-def test_a_shifted_picture_flows_by_the_shift(texture: np.ndarray, right: int, down: int) -> None:
+def test_a_shifted_image_flows_by_the_shift(texture: np.ndarray, right: int, down: int) -> None:
     first, second = texture[16:80, 16:80], texture[16 - down : 80 - down, 16 - right : 80 - right]
     flow = optical_flow(np.ascontiguousarray(first), np.ascontiguousarray(second))
     assert flow.shape == (16, 16, 2) and flow.dtype == np.float32

@@ -129,7 +129,7 @@ def test_all_frames_of_a_clip_get_the_same_crop(open_reader: Callable) -> None:
     rng, drawn = np.random.default_rng(0), Augmentation(0, 0.5)
     samples = reader.filler.draw(np.zeros(8, np.int64), np.arange(8), rng, drawn)
     assert samples.crop[:, 0].min() < 0.7 < samples.crop[:, 0].max() <= 1 and len(np.unique(samples.crop)) == 24
-    # Reading the same picture as every instant gives the same frame.
+    # Reading the same image as every instant gives the same frame.
     first = samples.records[:, :1]
     same = dataclasses.replace(samples, records=np.repeat(first, 3, 1), offsets=np.repeat(first, 2, 1))
     batch = reader.map(same)

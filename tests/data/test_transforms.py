@@ -43,15 +43,15 @@ def test_a_jpeg_of_the_wanted_size_keeps_its_pixels() -> None:
 
 def test_a_file_that_is_no_jpeg_is_refused() -> None:
     with pytest.raises(ValueError):
-        transforms.decode_jpeg(b"not a picture", 16)
+        transforms.decode_jpeg(b"not an image", 16)
 
 
-def test_the_central_square_of_a_tall_picture_leaves_out_top_and_bottom() -> None:
+def test_the_central_square_of_a_tall_image_leaves_out_top_and_bottom() -> None:
     image = np.arange(6)[:, None, None] * np.ones((1, 2, 3))
     np.testing.assert_array_equal(transforms.cut(image, transforms.Crop())[:, 0, 0], [2, 3])
 
 
-def test_a_stretched_picture_keeps_its_sides(striped: np.ndarray) -> None:
+def test_a_stretched_image_keeps_its_sides(striped: np.ndarray) -> None:
     decoded = transforms.decode_jpeg(encode(striped), 48, transforms.Crop("stretch")).astype(int)
     for columns, colour in ((slice(2, 10), (0, 255, 0)), (slice(14, 22), (255, 0, 0)), (slice(26, 34), (0, 0, 255))):
         assert np.abs(decoded[:, columns] - colour).max() < 12
@@ -76,10 +76,10 @@ def test_a_shift_equals_a_loop_over_pixels() -> None:
         np.testing.assert_array_equal(shifted, expected)
 
 
-def test_a_decoder_reuses_its_memory_for_pictures_of_any_size(striped: np.ndarray) -> None:
-    decoder, pictures = transforms.FrameDecoder(), [encode(striped), encode(striped[:16, 20:70]), encode(striped)]
+def test_a_decoder_reuses_its_memory_for_images_of_any_size(striped: np.ndarray) -> None:
+    decoder, images = transforms.FrameDecoder(), [encode(striped), encode(striped[:16, 20:70]), encode(striped)]
     for crop in (transforms.Crop(), transforms.Crop("stretch", 0.5, 0.2, 0.8, 2, -1)):
-        for data in pictures:
+        for data in images:
             frame = np.empty((24, 24, 3), np.uint8)
             decoder(data, frame, crop)
             np.testing.assert_array_equal(frame, transforms.decode_jpeg(data, 24, crop))

@@ -26,18 +26,18 @@ from como_jax.doctor.survey import PROBES, Recording, Survey, Thresholds
 sys.path.append(str(Path(__file__).resolve().parents[1] / "convert"))
 
 
-def moving_pictures(seed: int, count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
+def moving_images(seed: int, count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
     """A bright square that moves over a fixed, smooth background of its own."""
     rng = np.random.default_rng(seed)
     height, width = size
     background = cv2.resize(rng.integers(0, 200, (6, 8, 3), dtype=np.uint8), (width, height))
-    pictures = []
+    images = []
     for index in range(count):
-        picture = background.copy()
+        image = background.copy()
         left = round(index / max(1, count - 1) * (width - width // 4))
-        picture[height // 3 : height // 2, left : left + width // 4] = 255
-        pictures.append(picture)
-    return pictures
+        image[height // 3 : height // 2, left : left + width // 4] = 255
+        images.append(image)
+    return images
 
 
 @pytest.fixture
@@ -48,14 +48,14 @@ def make_recording() -> Callable[..., Recording]:
         rng = np.random.default_rng(seed)
         motion = rng.uniform(0.005, 0.02, num_steps).astype(np.float32)
         motion[0] = 0
-        pictures = changes.pop("frames", {"main": moving_pictures(seed, PROBES)})
+        images = changes.pop("frames", {"main": moving_images(seed, PROBES)})
         return Recording(
             **{
                 "episode_id": f"episode {seed}",
                 "control_rate": 10.0,
                 "motion": motion,
-                "frames": pictures,
-                "resolution": {camera: shots[0].shape[:2] for camera, shots in pictures.items()},
+                "frames": images,
+                "resolution": {camera: shots[0].shape[:2] for camera, shots in images.items()},
                 "action": rng.normal(size=(num_steps, 3)).astype(np.float32),
                 "state": rng.normal(size=(num_steps, 2)).astype(np.float32),
                 "instruction": f"do task {seed % 3}",
@@ -95,7 +95,7 @@ def diagnose() -> Callable[..., Diagnosis]:
 
 @pytest.fixture
 def write_clip() -> Callable[..., Path]:
-    """Writes a video of `moving_pictures`."""
+    """Writes a video of `moving_images`."""
 
     def write(
         path: Path,
@@ -110,8 +110,8 @@ def write_clip() -> Callable[..., Path]:
             stream = container.add_stream(codec, rate=Fraction(rate))
             stream.height, stream.width = size
             stream.pix_fmt = "yuv420p"
-            for picture in moving_pictures(seed, num_frames, size):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            for image in moving_images(seed, num_frames, size):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
         return path
 
@@ -159,10 +159,10 @@ class FlaggedRlds(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _steps(self, seed: int) -> list[dict[str, Any]]:
         count, faulty = 8, self._faulty
-        front, wrist = moving_pictures(seed, count), moving_pictures(1000 + seed, count)
+        front, wrist = moving_images(seed, count), moving_images(1000 + seed, count)
         actions = np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
         if faulty:
-            wrist = [np.zeros_like(picture) for picture in wrist]
+            wrist = [np.zeros_like(image) for image in wrist]
             actions[0] = 0
         return [
             {

@@ -62,33 +62,33 @@ def test_hard_cuts_are_named_and_their_pairs_counted(make_recording, healthy, ch
     assert "hard-cuts" not in check_all([*healthy, cut], Thresholds(cut=0.5))
 
 
-def with_camera(healthy, make_recording, picture):
-    """Healthy recordings with a second camera that shows `picture` all the time."""
+def with_camera(healthy, make_recording, image):
+    """Healthy recordings with a second camera that shows `image` all the time."""
     return [
-        make_recording(seed, frames={**recording.frames, "wrist": [picture] * PROBES})
+        make_recording(seed, frames={**recording.frames, "wrist": [image] * PROBES})
         for seed, recording in enumerate(healthy)
     ]
 
 
 @pytest.mark.parametrize(
-    ("name", "picture"),
+    ("name", "image"),
     [
         ("black-camera", np.full((8, 8, 3), 3, np.uint8)),
         ("uniform-camera", np.full((8, 8, 3), 90, np.uint8)),
         ("frozen-camera", np.arange(192, dtype=np.uint8).reshape(8, 8, 3)),
     ],
 )
-def test_cameras_that_show_nothing(healthy, make_recording, check_all, name, picture):
-    found = check_all(with_camera(healthy, make_recording, picture))
+def test_cameras_that_show_nothing(healthy, make_recording, check_all, name, image):
+    found = check_all(with_camera(healthy, make_recording, image))
     assert set(found) == {name}
     assert "'wrist'" in found[name].message and "all 6 episodes" in found[name].message
     assert found[name].severity == Severity.WARNING
-    main = check_all([make_recording(seed, frames={"main": [picture] * PROBES}) for seed in range(NUM)])
+    main = check_all([make_recording(seed, frames={"main": [image] * PROBES}) for seed in range(NUM)])
     assert main[name].severity == Severity.ERROR
 
 
 def test_cameras_and_sizes_that_differ(make_recording, healthy, check_all):
-    large = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in healthy[0].frames["main"]]
+    large = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in healthy[0].frames["main"]]
     other = make_recording(11, frames={"main": large, "wrist": large})
     found = check_all([*healthy[1:], other])
     assert "from 64x48 to 128x96, and 1 aspect ratio." in found["mixed-resolutions"].message
@@ -166,20 +166,20 @@ def test_equal_episodes_and_splits_that_share_them(make_recording, healthy, chec
 
 
 def test_episodes_that_were_encoded_anew_are_nearly_equal(make_recording, healthy, check_all):
-    def encode(picture):
-        small = cv2.resize(picture, (120, 90), interpolation=cv2.INTER_AREA)
+    def encode(image):
+        small = cv2.resize(image, (120, 90), interpolation=cv2.INTER_AREA)
         return cv2.imdecode(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 70])[1], cv2.IMREAD_COLOR)
 
-    large = [cv2.resize(picture, (240, 180)) for picture in healthy[3].frames["main"]]
+    large = [cv2.resize(image, (240, 180)) for image in healthy[3].frames["main"]]
     healthy[3] = make_recording(3, frames={"main": large})
-    pictures = {"main": [encode(picture) for picture in large]}
-    copy = make_recording(3, episode_id="copy", frames=pictures, motion=healthy[3].motion * np.float32(1.02))
+    images = {"main": [encode(image) for image in large]}
+    copy = make_recording(3, episode_id="copy", frames=images, motion=healthy[3].motion * np.float32(1.02))
     found = check_all([*healthy, copy])
     assert "episode 3 = copy" in found["near-duplicates"].message
     assert "duplicates" not in found
     # The same scene with another course of motion is another episode.
     motion = np.linspace(0, 0.03, 40, dtype=np.float32) ** 2
-    assert "near-duplicates" not in check_all([*healthy, make_recording(3, frames=pictures, motion=motion)])
+    assert "near-duplicates" not in check_all([*healthy, make_recording(3, frames=images, motion=motion)])
 
 
 def test_a_sample_of_rows_is_bounded_and_fair():
@@ -197,7 +197,7 @@ def test_strips_come_from_all_over_the_dataset(make_recording):
         survey.add(make_recording(seed, num_steps=4))
     shown = [int(strip.episode_id.split()[1]) for strip in survey.strips]
     assert len(shown) == 4 and shown == sorted(shown) and shown[-1] > 10
-    assert survey.strips[0].picture.shape == (96, PROBES * 128, 3)
+    assert survey.strips[0].image.shape == (96, PROBES * 128, 3)
 
 
 def test_names_are_short():

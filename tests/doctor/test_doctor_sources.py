@@ -123,7 +123,7 @@ def test_lerobot_with_gaps_in_its_numbers_only(tmp_path, diagnose, write):
     diagnosis = diagnose(write(tmp_path / "data"))
     found = by_name(diagnosis)
     assert found["episode-numbers"].message.endswith("from 0: 1-2, 6.")
-    # The pictures of this dataset are plain, its episodes short, and its actions count up from 0.
+    # The images of this dataset are plain, its episodes short, and its actions count up from 0.
     made = {"uniform-camera", "too-short", "too-fast", "first-action-zero"}
     assert alarming(diagnosis) - made == {"episode-numbers"}
     assert diagnosis.facts["Codecs"].startswith("h264")

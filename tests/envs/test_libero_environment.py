@@ -53,10 +53,10 @@ def test_options_that_cannot_be_followed_are_refused(options: dict[str, object],
         make_environment("robosuite:Lift", EnvironmentOptions(**options))
 
 
-def test_pictures_are_turned_as_in_converted_datasets() -> None:
+def test_images_are_turned_as_in_converted_datasets() -> None:
     rendered = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     for orientation in builder.ORIENTATIONS:
-        shown = view({"orientation": orientation}, image_size=32).picture(rendered)
+        shown = view({"orientation": orientation}, image_size=32).image(rendered)
         np.testing.assert_array_equal(shown, builder.turn(rendered, orientation, "opengl"))
 
 
@@ -77,7 +77,7 @@ def test_rotations_are_axes_times_angles() -> None:
 
 @pytest.fixture(scope="module")
 def lift() -> Iterator[arm.PandaEnvironment]:
-    """Small, and turned so that the pictures are what a camera sees."""
+    """Small, and turned so that the images are what a camera sees."""
     settings = {**SMALL, "orientation": "flip", "state": ",".join(arm.STATES)}
     env = make_environment("robosuite:Lift", EnvironmentOptions(image_size=64, max_steps=3, settings=settings))
     yield env
@@ -110,15 +110,15 @@ def test_equal_seeds_give_equal_episodes(lift: arm.PandaEnvironment) -> None:
 
 
 @needs_robosuite
-def test_pictures_are_upright_and_rgb(lift: arm.PandaEnvironment) -> None:
+def test_images_are_upright_and_rgb(lift: arm.PandaEnvironment) -> None:
     from robosuite.utils import camera_utils
 
-    picture = lift.reset(0).images["agentview_rgb"].astype(int)
+    image = lift.reset(0).images["agentview_rgb"].astype(int)
     sim = lift._env.sim
     matrix = camera_utils.get_camera_transform_matrix(sim, "agentview", 64, 64)
     cube = sim.data.body_xpos[lift._env.cube_body_id]
     expected = camera_utils.project_points_from_world_to_camera(cube, matrix, 64, 64)
-    red = (picture[..., 0] > 2 * picture[..., 1]) & (picture[..., 0] > 2 * picture[..., 2]) & (picture[..., 0] > 60)
+    red = (image[..., 0] > 2 * image[..., 1]) & (image[..., 0] > 2 * image[..., 2]) & (image[..., 0] > 60)
     assert red.sum() > 4
     np.testing.assert_allclose(np.argwhere(red).mean(axis=0), expected, atol=2.5)
 

@@ -39,7 +39,7 @@ def make(request):
 
 
 def play(environment, seed, steps=4):
-    """Pictures and states of an episode's first steps under the expert."""
+    """Images and states of an episode's first steps under the expert."""
     observations = [environment.reset(seed)]
     observations += [environment.step(environment.expert_action()).observation for _ in range(steps)]
     return np.stack([s.images["corner4"] for s in observations]), np.stack([s.state for s in observations])
@@ -49,7 +49,7 @@ def cyan_finger(image):
     """Row and column of the cyan finger."""
     red, green, blue = np.moveaxis(image.astype(int), -1, 0)
     rows, columns = np.nonzero((green > red + 60) & (blue > red + 60))
-    assert rows.size, "the finger is not in the picture"
+    assert rows.size, "the finger is not in the image"
     return np.array([rows.mean(), columns.mean()])
 
 
@@ -142,7 +142,7 @@ def test_an_episode_follows_from_its_seed_alone(make):
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
-def test_the_first_picture_shows_where_things_lie_now(make):
+def test_the_first_image_shows_where_things_lie_now(make):
     environment = make("drawer-open-v3", action_repeat="1")
     environment.reset(1)
     for seed in (2, 3):
@@ -164,7 +164,7 @@ def test_steps_of_two_environments_can_alternate(make):
 
 
 @pytest.mark.parametrize(("camera", "away"), [("corner4", 1), ("corner2", 1), ("corner3", 1), ("corner", -1)])
-def test_pictures_are_upright_not_mirrored_and_rgb(make, camera, away):
+def test_images_are_upright_not_mirrored_and_rgb(make, camera, away):
     environment = make(image_size=128, cameras=(camera,), action_repeat="5")
     start = cyan_finger(environment.reset(0).images[camera])
     for _ in range(3):
@@ -173,7 +173,7 @@ def test_pictures_are_upright_not_mirrored_and_rgb(make, camera, away):
     environment.reset(0)
     for _ in range(3):
         moved = environment.step(np.array([0, 1, 0, -1])).observation
-    # The robot stands at the left in these pictures, but at the right for the corner on the other side.
+    # The robot stands at the left in these images, but at the right for the corner on the other side.
     assert away * (cyan_finger(moved.images[camera])[1] - start[1]) > 1
 
 

@@ -73,9 +73,9 @@ def test_the_agent_goes_where_it_is_sent_and_is_seen_there(size: int) -> None:
     for _ in range(20):
         observation = env.step(np.array([400.0, 80.0])).observation
     np.testing.assert_allclose(observation.state, [400, 80], atol=2)
-    picture = observation.images["image"].astype(int)
-    assert picture.shape == (size, size, 3)
-    blue = picture[..., 2] - picture[..., 0] > 80
+    image = observation.images["image"].astype(int)
+    assert image.shape == (size, size, 3)
+    blue = image[..., 2] - image[..., 0] > 80
     rows, columns = np.nonzero(blue)
     np.testing.assert_allclose([columns.mean() * 512 / size, rows.mean() * 512 / size], [400, 80], atol=10)
 

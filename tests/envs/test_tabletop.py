@@ -167,8 +167,8 @@ def test_each_action_dimension_is_visible(dimension, look):
         assert changed.sum() > 25
 
 
-def test_the_directions_differ_in_the_picture():
-    """A model that sees pictures only must be able to tell dx, dy and dz apart."""
+def test_the_directions_differ_in_the_image():
+    """A model that sees images only must be able to tell dx, dy and dz apart."""
     env = Tabletop("reach")
     flows = []
     for dimension in range(3):
@@ -206,7 +206,7 @@ def test_image_sizes_agree(look, size):
 @pytest.mark.parametrize(
     "change", [{"background": "textured"}, {"distractors": 3}, {"camera_shake": 0.03}, {"lighting": 0.8}]
 )
-def test_each_switch_changes_the_picture(change):
+def test_each_switch_changes_the_image(change):
     images, _ = _play(Tabletop("push", look=Look(**change)), seed=1, steps=4)
     plain, _ = _play(Tabletop("push"), seed=1, steps=4)
     assert (_difference(images, plain) > 10).any(axis=(1, 2)).all()

@@ -26,13 +26,13 @@ class Recorder:
     """Keeps what would be written."""
 
     def __init__(self):
-        self.pictures = {}
+        self.images = {}
 
     def scalars(self, step, values):
         self.values = values
 
-    def picture(self, step, name, image):
-        self.pictures[name] = image
+    def image(self, step, name, image):
+        self.images[name] = image
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +87,24 @@ def test_motion_metrics_equal_a_plain_computation(sets, make_como, como_params):
     assert metrics["eval_val/lp_mse"] == pytest.approx(probe.lp_mse, rel=1e-2)
     assert metrics["eval_val/lp_mse_mean_action"] == pytest.approx(probe.lp_mse_mean_action, rel=1e-5)
     assert metrics["eval_val/lp_r2"] == pytest.approx(probe.r2, abs=1e-2)
-    assert recorder.values == metrics and len(recorder.pictures) == 2
+    assert recorder.values == metrics and len(recorder.images) == 2
 
 
 def test_too_few_episodes_for_the_probe_are_a_warning_and_no_number(sets, make_como, como_params, caplog):
     # One clip of the training episodes comes from one episode.
-    config = EvaluationConfig(num_clips=1, num_pictures=1, batch_size=8)
+    config = EvaluationConfig(num_clips=1, num_images=1, batch_size=8)
     metrics = MotionEvaluator(make_como(), sets, sharding.make_mesh(), config)(como_params, 0, Recorder())
     assert "the linear probe needs 2 episodes" in caplog.text
     assert "eval_val/psnr" in metrics and "eval_val/lp_mse" not in metrics
 
 
-def test_a_picture_shows_current_predicted_true_and_error(sets, make_como, como_params):
+def test_a_image_shows_current_predicted_true_and_error(sets, make_como, como_params):
     recorder = Recorder()
-    mesh, config = sharding.make_mesh(), EvaluationConfig(num_clips=8, num_pictures=1, batch_size=8)
+    mesh, config = sharding.make_mesh(), EvaluationConfig(num_clips=8, num_images=1, batch_size=8)
     MotionEvaluator(make_como(), sets[:1], mesh, config)(como_params, 0, recorder)
-    (picture,) = recorder.pictures.values()
+    (image,) = recorder.images.values()
     frames, _, _ = all_clips(sets[0])
-    cells = [picture[2:-2, x + 2 : x + 130] for x in range(0, picture.shape[1], 132)]
+    cells = [image[2:-2, x + 2 : x + 130] for x in range(0, image.shape[1], 132)]
     enlarged = frames[0].repeat(8, axis=1).repeat(8, axis=2)
     np.testing.assert_array_equal(cells[0], enlarged[1])
     np.testing.assert_array_equal(cells[2], enlarged[2])
@@ -117,11 +117,11 @@ def test_the_masked_autoencoder_is_judged_on_both_splits(sets):
     vit = VitConfig(SIZE, patch_size=4, width=16, depth=1, num_heads=2)
     model = ModelDef.create(lambda rngs: Mae(vit, config, rngs=rngs))
     params, recorder = jax.jit(model.init)(jax.random.key(0)), Recorder()
-    evaluator = MaeEvaluator(model, sets, sharding.make_mesh(), EvaluationConfig(num_pictures=3, batch_size=8))
+    evaluator = MaeEvaluator(model, sets, sharding.make_mesh(), EvaluationConfig(num_images=3, batch_size=8))
     metrics = evaluator(params, 0, recorder)
     assert set(metrics) == {"eval_train/masked_patch_mse", "eval_val/masked_patch_mse"}
     assert all(0.5 < value < 5 for value in metrics.values())
-    assert all(picture.shape == (3 * 132, 3 * 132, 3) for picture in recorder.pictures.values())
+    assert all(image.shape == (3 * 132, 3 * 132, 3) for image in recorder.images.values())
 
 
 def test_a_dataset_without_long_enough_episodes_is_not_evaluated_but_named(tabletop_dataset: Path, caplog):

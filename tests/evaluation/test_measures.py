@@ -45,7 +45,7 @@ def plain_ssim(x: np.ndarray, y: np.ndarray) -> float:
     return np.mean(above / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4)))
 
 
-def test_ssim_equals_a_plain_computation_for_every_picture_and_channel() -> None:
+def test_ssim_equals_a_plain_computation_for_every_image_and_channel() -> None:
     rng = np.random.default_rng(0)
     target = rng.random((3, 17, 24, 3))
     guess = np.clip(target + rng.normal(size=target.shape) * np.array([0.02, 0.1, 0.5])[:, None, None, None], 0, 1)
@@ -57,13 +57,13 @@ def test_ssim_equals_a_plain_computation_for_every_picture_and_channel() -> None
     assert found[0] > found[1] > found[2]
 
 
-def test_ssim_of_a_picture_with_itself_is_one_and_with_its_negative_is_negative() -> None:
-    picture = np.random.default_rng(0).random((2, 11, 11, 3))
-    np.testing.assert_allclose(jax.jit(ssim)(picture, picture), 1.0, atol=1e-5)
-    assert np.all(jax.jit(ssim)(picture, 1 - picture) < 0)
+def test_ssim_of_a_image_with_itself_is_one_and_with_its_negative_is_negative() -> None:
+    image = np.random.default_rng(0).random((2, 11, 11, 3))
+    np.testing.assert_allclose(jax.jit(ssim)(image, image), 1.0, atol=1e-5)
+    assert np.all(jax.jit(ssim)(image, 1 - image) < 0)
 
 
-def test_ssim_of_pictures_smaller_than_its_window_is_refused() -> None:
+def test_ssim_of_images_smaller_than_its_window_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 11 x 11 pixels, not 12 x 10"):
         ssim(np.zeros((1, 12, 10, 3)), np.zeros((1, 12, 10, 3)))
 
@@ -79,15 +79,15 @@ def test_a_grid_shows_rows_and_columns_in_order_in_rgb() -> None:
     np.testing.assert_array_equal(grid[:, [0, 5, 6, 11]], 255)
 
 
-def test_small_pictures_are_enlarged_by_whole_pixels() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (3, 3, 3)) / 255.0
-    grid = comparison_grid([[picture]], min_side=7, border=0)
-    np.testing.assert_array_equal(grid, np.rint(255 * picture).repeat(3, axis=0).repeat(3, axis=1))
+def test_small_images_are_enlarged_by_whole_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (3, 3, 3)) / 255.0
+    grid = comparison_grid([[image]], min_side=7, border=0)
+    np.testing.assert_array_equal(grid, np.rint(255 * image).repeat(3, axis=0).repeat(3, axis=1))
 
 
 def test_values_outside_the_range_are_clipped() -> None:
-    picture = np.stack([np.full((2, 2), -1.0), np.full((2, 2), 0.0), np.full((2, 2), 2.0)], axis=-1)
-    np.testing.assert_array_equal(comparison_grid([[picture]], min_side=2, border=0)[0, 0], [0, 0, 255])
+    image = np.stack([np.full((2, 2), -1.0), np.full((2, 2), 0.0), np.full((2, 2), 2.0)], axis=-1)
+    np.testing.assert_array_equal(comparison_grid([[image]], min_side=2, border=0)[0, 0], [0, 0, 255])
 
 
 def test_the_error_map_is_black_where_perfect_and_twice_the_error_elsewhere() -> None:

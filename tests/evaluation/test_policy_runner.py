@@ -1,4 +1,4 @@
-"""The policy as rollouts ask it: units, sizes and pictures of its robot, and what a chunk depends on."""
+"""The policy as rollouts ask it: units, sizes and images of its robot, and what a chunk depends on."""
 
 import dataclasses
 import importlib
@@ -136,7 +136,7 @@ def test_a_policy_sees_in_an_environment_what_it_saw_in_training(family: str, ro
         )
         runner = PolicyRunner(model, {}, spec, scales, reader, sharding.make_mesh())
         found = runner.sample([scene(step) for step in steps], [(0,)] * count)
-        # Training halves large pictures while it decodes them, which rounds otherwise.
+        # Training halves large images while it decodes them, which rounds otherwise.
         limit = 1.0 if field == "images" else 1e-6
         assert np.abs(found.ravel() - batch[field].ravel()).mean() < limit, field
 

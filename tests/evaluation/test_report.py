@@ -42,7 +42,7 @@ class Page(HTMLParser):
         if self.in_row and data.strip():
             self.rows[-1].append(data.strip())
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         addresses = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
         return [Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) for address in addresses]
 
@@ -59,10 +59,10 @@ def made_up(num_episodes: int = 3, seed: int = 0) -> Transitions:
     past, future, back = rng.normal(size=(3, count, 2, 3))
     action = rng.normal(size=(count, 2, 6))
     action[:, 0, 1], action[:, 1, 1] = past[:, 0, 0], future[:, 0, 0]
-    pictures = [list(rng.uniform(size=(4, 16, 16, 3))) for _ in range(2)]
+    images = [list(rng.uniform(size=(4, 16, 16, 3))) for _ in range(2)]
     scores = np.full(count, 0.1)
     return Transitions(
-        past, future, back, scores, scores, scores, scores, np.arange(count) % num_episodes, action, pictures
+        past, future, back, scores, scores, scores, scores, np.arange(count) % num_episodes, action, images
     )
 
 
@@ -110,12 +110,12 @@ def test_every_metric_stands_beside_what_good_is(tmp_path: Path, result):
     assert rows["1"][2] == report.format_number(result.probe.per_dimension_r2[1])
 
 
-def test_pictures_are_all_there(tmp_path: Path, result):
-    pictures = render(tmp_path, make_report([result])).pictures()
+def test_images_are_all_there(tmp_path: Path, result):
+    images = render(tmp_path, make_report([result])).images()
     # Reconstructions, transfer, components, similarity, histogram.
-    assert len(pictures) == 5
-    assert pictures[0].size == (4 * 132, 2 * 132) and pictures[1].size == (5 * 100, 2 * 100)
-    assert all(np.asarray(picture.convert("RGB")).std() > 10 for picture in pictures)
+    assert len(images) == 5
+    assert images[0].size == (4 * 132, 2 * 132) and images[1].size == (5 * 100, 2 * 100)
+    assert all(np.asarray(image.convert("RGB")).std() > 10 for image in images)
 
 
 def test_several_datasets_have_columns_and_a_common_cloud_of_points(tmp_path: Path, held_out, result):
@@ -125,7 +125,7 @@ def test_several_datasets_have_columns_and_a_common_cloud_of_points(tmp_path: Pa
     assert rows["LP-MSE"][1:3] == [report.format_number(result.metrics["lp_mse"]), "–"]
     assert rows["Transitions"][:3] == ["96 in all", "48", "48"]
     assert "No probe of two." in page.text and "All datasets together" in page.text
-    assert len(page.pictures()) == 2 + 1 + 2 + 2
+    assert len(page.images()) == 2 + 1 + 2 + 2
 
 
 def test_without_actions_the_page_says_that_there_is_nothing_to_colour_by(tmp_path: Path, held_out):
@@ -144,7 +144,7 @@ def test_text_of_a_dataset_cannot_change_the_page(tmp_path: Path, held_out):
 def test_the_probe_s_best_dimensions_colour_the_components(result, monkeypatch):
     drawn = {}
     monkeypatch.setattr(figures, "action_figure", lambda *found: drawn.update(found=found) or figures.Figure())
-    report.component_pictures([result])
+    report.component_images([result])
     coordinates, shares, action, titles = drawn["found"]
     assert coordinates.shape == (48, 2) and action.shape == (48, 4) and titles[0].startswith("action 1, R² ")
     np.testing.assert_array_equal(action[:, 0], result.found.latent_action[:, 1])
@@ -157,9 +157,9 @@ def test_episodes_are_ordered_by_dataset_and_instruction_and_thinned_out(held_ou
     instructions = [f"task {number % 7}" for number in range(100)]
     items = [with_instructions(held_out, name, instructions) for name in "ab"]
     results = [measure(item, made_up(100, seed), None) for seed, item in enumerate(items)]
-    picture = report.similarity_picture(results)
+    image = report.similarity_image(results)
     matrix, labels, groups = drawn["found"]
-    assert picture.title == "60 of 200 episodes" and matrix.shape == (60, 60)
+    assert image.title == "60 of 200 episodes" and matrix.shape == (60, 60)
     assert labels == sorted(labels) and groups == sorted(groups) and set(groups) == {"a", "b"}
     latent, episode = results[0].found.latent, results[0].found.latent_episode
     first, last = (latent[episode == row].mean(axis=0) for row in (0, 0))

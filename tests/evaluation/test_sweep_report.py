@@ -162,10 +162,10 @@ def test_other_swept_fields_give_curves_of_their_own(tmp_path: Path):
 
 def test_the_figure_files_are_not_blank(results: list[CellResult], tmp_path: Path):
     write_report(tmp_path, results)
-    picture = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(float)
-    left, right = np.split(picture[:, : picture.shape[1] // 2 * 2], 2, axis=1)
+    image = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(float)
+    left, right = np.split(image[:, : image.shape[1] // 2 * 2], 2, axis=1)
     assert min(np.std(left), np.std(right)) > 5.0
-    colors = picture.reshape(-1, 3)
+    colors = image.reshape(-1, 3)
     assert np.any(np.ptp(colors, axis=1) > 50), "no coloured curve"
     assert (tmp_path / "figure.svg").read_text().count("<path") > 10
 

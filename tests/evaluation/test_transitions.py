@@ -33,7 +33,7 @@ def sets(tabletop_dataset: Path) -> list[EvaluationSet]:
 @pytest.fixture(scope="module")
 def train(sets, make_como, como_params) -> Transitions:
     runner = TransitionRunner(make_como(), sharding.make_mesh(), batch_size=16, with_ssim=True)
-    return runner(como_params, sets[0], num_clips=40, num_pictures=3)
+    return runner(como_params, sets[0], num_clips=40, num_images=3)
 
 
 def made_up(count: int = 24, action: np.ndarray | None = None, seed: int = 0) -> Transitions:
@@ -69,13 +69,13 @@ def test_latents_keep_their_tokens_and_line_up_with_actions_and_episodes(sets, t
     np.testing.assert_array_equal(train.latent_action[:40], train.action[:, 0])
     np.testing.assert_array_equal(train.latent_action[40:], train.action[:, 1])
     np.testing.assert_array_equal(train.latent_episode[40:], train.episode)
-    assert [len(row) for row in train.pictures] == [4, 4, 4]
+    assert [len(row) for row in train.images] == [4, 4, 4]
 
 
 def test_ssim_is_computed_when_asked_for_alone(sets, train, make_como, como_params):
     runner = TransitionRunner(make_como(), sharding.make_mesh(), batch_size=16)
     assert runner(como_params, sets[0], num_clips=4).ssim is None
-    frames = np.stack([picture for row in train.pictures for picture in row[:3]]).astype(np.float32)
+    frames = np.stack([image for row in train.images for image in row[:3]]).astype(np.float32)
     current, predicted, future = (jnp.asarray(frames[k::3]) for k in range(3))
     rows = np.linspace(0, 39, 3).astype(int)
     np.testing.assert_allclose(train.ssim[rows], jax.jit(ssim)(predicted, future), atol=1e-4)

@@ -18,7 +18,7 @@ from experiments.evaluate import evaluate
 from experiments.extract_labels import extract_labels
 from experiments.pretrain import pretrain
 
-SIZES = {"num_transitions": 20, "batch_size": 8, "num_pictures": 2}
+SIZES = {"num_transitions": 20, "batch_size": 8, "num_images": 2}
 
 
 def train(recipe, dataset: Path, workdir: Path) -> Path:

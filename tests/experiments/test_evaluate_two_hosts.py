@@ -46,9 +46,9 @@ def test_two_hosts_measure_what_one_does(
 ) -> None:
     workdir, out = smoke_run("como"), tmp_path / "two"
     flags = [f"--workdir={workdir}", f"--data={tabletop_dataset}", f"--out={out}"]
-    outputs = on_two_hosts([*flags, "--num_transitions=20", "--batch_size=6", "--num_pictures=2"], [[], []])
+    outputs = on_two_hosts([*flags, "--num_transitions=20", "--batch_size=6", "--num_images=2"], [[], []])
     assert "Report: " in outputs[0] and "Report: " not in outputs[1]
-    sizes: dict[str, Any] = {"num_transitions": 20, "batch_size": 6, "num_pictures": 2}
+    sizes: dict[str, Any] = {"num_transitions": 20, "batch_size": 6, "num_images": 2}
     one = evaluate(workdir, str(tabletop_dataset), tmp_path / "one", **sizes)
     found = json.loads((out / "metrics.json").read_text())
     assert found.pop("family") == one.pop("family") == "como"

@@ -1,4 +1,4 @@
-"""Pretraining runs from end to end: resume, kill, refusal of what does not fit, pictures."""
+"""Pretraining runs from end to end: resume, kill, refusal of what does not fit, images."""
 
 import json
 import random
@@ -93,11 +93,11 @@ def test_two_steps_and_two_more_equal_four(finished, tabletop_dataset: Path, tmp
     chex.assert_trees_all_equal(resumed, state)
 
 
-def test_a_run_leaves_pictures_metrics_and_a_board(finished):
+def test_a_run_leaves_images_metrics_and_a_board(finished):
     _, workdir, _ = finished
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
-    pictures = sorted((workdir / "pictures").glob("eval_val_*_0000004.png"))
-    assert pictures and np.asarray(Image.open(pictures[0])).std() > 0
+    images = sorted((workdir / "images").glob("eval_val_*_0000004.png"))
+    assert images and np.asarray(Image.open(images[0])).std() > 0
     keys = set().union(*(json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()))
     assert {"speed/pairs_per_second", "train/loss", "train/grad_norm"} <= keys
 

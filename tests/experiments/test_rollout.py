@@ -45,7 +45,7 @@ def run(workdir: Path, *arguments: str, crash: bool = False) -> subprocess.Compl
     return subprocess.run(code, capture_output=True, text=True, cwd=REPOSITORY, check=False)
 
 
-def test_tables_videos_and_pictures_agree(tmp_path: Path):
+def test_tables_videos_and_images_agree(tmp_path: Path):
     summary = rollout(tmp_path, "tabletop:reach,push", OPTIONS, max_steps=5, settings={"look": "hard"})
     (out,) = (tmp_path / "rollouts").iterdir()
     assert out.name == "tabletop-reach-push-step7"

@@ -17,7 +17,7 @@ from experiments.sweep import sweep
 from tests.conftest import REPOSITORY
 
 RECIPE = str(REPOSITORY / "configs" / "pretrain_como.py") + ":smoke"
-FAST = ["train.num_steps=2", "train.evaluate_every=0", "evaluation.num_pictures=1"]
+FAST = ["train.num_steps=2", "train.evaluate_every=0", "evaluation.num_images=1"]
 
 
 def cells_of(out: Path, dataset: Path, swept: dict[str, list[str]], fixed: list[str] = FAST, seeds=(0,)) -> list[Cell]:

@@ -223,8 +223,8 @@ def test_instructions_embedded_beforehand_go_from_the_dataset_to_the_run(robot_d
     assert json.loads((workdir / "config.json").read_text())["text"]["embedding_size"] == 6
 
     runner = load_policy(workdir, sharding.make_mesh())
-    picture, known = np.zeros((64, 64, 3), np.uint8), EpisodeSource(dataset, "train").instruction[0]
-    scene = History([{"image": picture}], np.zeros((1, 4), np.float32), known)
+    image, known = np.zeros((64, 64, 3), np.uint8), EpisodeSource(dataset, "train").instruction[0]
+    scene = History([{"image": image}], np.zeros((1, 4), np.float32), known)
     assert np.isfinite(runner.sample([scene], [(0,)])).all()
     with pytest.raises(DatasetError, match=f"{EMBEDDINGS_NAME} has no embedding of 'dance'"):
         runner.sample([scene._replace(instruction="dance")], [(0,)])

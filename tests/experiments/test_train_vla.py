@@ -71,11 +71,9 @@ def test_finetuning_keeps_the_trunk_and_says_what_is_new(
 def test_a_finetuned_model_acts_within_the_range_of_its_demonstrations(robot_dataset: Path, tmp_path: Path) -> None:
     train_policy(recipe("finetune", robot_dataset), tmp_path)
     runner = load_policy(tmp_path, sharding.make_mesh())
-    picture = np.zeros((64, 64, 3), np.uint8)
+    image = np.zeros((64, 64, 3), np.uint8)
     states = np.zeros((1, runner.spec.state_size), np.float32)
-    scenes = [
-        History([{camera: picture for camera in runner.spec.cameras}], states, text) for text in ("push", "reach")
-    ]
+    scenes = [History([{camera: image for camera in runner.spec.cameras}], states, text) for text in ("push", "reach")]
     chunks = runner.sample(scenes, [[0], [1]])
     actions = EpisodeSource(robot_dataset, "train").action
     assert chunks.shape == (2, runner.spec.chunk, actions.shape[1])

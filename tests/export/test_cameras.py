@@ -1,4 +1,4 @@
-"""Several cameras, and pictures of odd or different sizes."""
+"""Several cameras, and images of odd or different sizes."""
 
 import json
 
@@ -26,7 +26,7 @@ BRIGHTNESS = {"top": 60, "wrist": 180}
 
 
 class TwoCameras(EpisodeBuilder):
-    """Grey pictures of an odd size, whose later episodes the tests may give another."""
+    """Grey images of an odd size, whose later episodes the tests may give another."""
 
     heights = {"a": 33, "b": 33}
 
@@ -86,7 +86,7 @@ def test_rlds_has_an_observation_for_each(two_cameras, tmp_path):
     check_cameras(tmp_path / "back")
 
 
-def test_lerobot_refuses_pictures_of_several_sizes(tmp_path, with_changed_rows, monkeypatch):
+def test_lerobot_refuses_images_of_several_sizes(tmp_path, with_changed_rows, monkeypatch):
     monkeypatch.setattr(TwoCameras, "heights", {"a": 33, "b": 40})
     TwoCameras(tmp_path / "two", Settings(image_size=64)).convert()
     source = LabelledDataset(with_changed_rows(tmp_path / "two", label))

@@ -126,7 +126,7 @@ def test_statistics_leave_out_steps_without_a_label(exported, labelled, rows_of)
     assert statistics["latent_motion"]["count"] == [valid.sum()]
     np.testing.assert_allclose(statistics["latent_motion"]["mean"], motion.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(statistics["latent_motion"]["q99"], np.quantile(motion, 0.99, axis=0), rtol=1e-5)
-    pictures = np.stack(
+    images = np.stack(
         [
             step["observation"]["image"] / 255
             for split in ("train", "val")
@@ -134,7 +134,7 @@ def test_statistics_leave_out_steps_without_a_label(exported, labelled, rows_of)
         ]
     )
     for name in ("mean", "std", "min", "max"):
-        expected = getattr(pictures, name)(axis=(0, 1, 2)).reshape(3, 1, 1)
+        expected = getattr(images, name)(axis=(0, 1, 2)).reshape(3, 1, 1)
         np.testing.assert_allclose(statistics[CAMERA][name], expected, rtol=1e-6, atol=1e-9)
     assert set(statistics) == set(read_info(exported)["features"])
 

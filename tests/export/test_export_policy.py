@@ -68,8 +68,8 @@ def test_an_export_acts_and_says_where_it_comes_from_and_a_wrong_one_is_refused(
     assert all(f"\n{name}>=" in requirements for name in ("numpy", "safetensors", "torch", "tokenizers"))
     policy = Policy.from_pretrained(out, robot="arm", seed=0)
     assert policy.metadata["cameras"] == list(spec.cameras) and policy.metadata["chunk"] == spec.chunk
-    picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    observation = {"images": dict.fromkeys(spec.cameras, picture), "state": np.zeros(spec.state_size)}
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    observation = {"images": dict.fromkeys(spec.cameras, image), "state": np.zeros(spec.state_size)}
     action = policy.act(observation, "push the cube")
     # The sampler clips what it makes.
     assert action.shape == (spec.action_size,) and np.abs(spec.robots["arm"].action(action)).max() <= 1 + 1e-4

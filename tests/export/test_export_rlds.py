@@ -25,11 +25,11 @@ def test_a_record_is_an_episode_with_its_labels(exported, labelled, rows_of):
     builder = tfds.builder_from_directory(exported)
     assert len(builder.info.splits["train"].shard_lengths) > 1
     episodes = [episode for split in ("train", "val") for episode in builder.as_data_source(split, decoders=JPEGS)]
-    pictures = tfds.builder_from_directory(labelled)
+    images = tfds.builder_from_directory(labelled)
     jpegs = [
         step["observation"]["image"]
         for split in ("train", "val")
-        for step in pictures.as_data_source(split, decoders={"observation": JPEGS["steps"]["observation"]})
+        for step in images.as_data_source(split, decoders={"observation": JPEGS["steps"]["observation"]})
     ]
     rows = rows_of(labelled)
     assert len(episodes) == len(rows)
@@ -66,7 +66,7 @@ def test_our_own_builder_reads_it(exported, labelled, rows_of, tmp_path):
     for before, after in zip(rows_of(labelled), rows_of(tmp_path / "back"), strict=True):
         for field in ("language_instruction", "num_steps", "action", "state"):
             assert after[field] == before[field], field
-        # Measured on the pictures before and after they became JPEGs.
+        # Measured on the images before and after they became JPEGs.
         np.testing.assert_allclose(after["motion"], before["motion"], atol=0.01)
 
 

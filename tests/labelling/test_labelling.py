@@ -56,7 +56,7 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def damage(directory: Path, split: str, row: int, step: int) -> None:
-    """Replaces the picture of one step in its shard of records."""
+    """Replaces the image of one step in its shard of records."""
     start = 0
     record = int(EpisodeSource(directory, split).start[row]) + step
     for path in sorted(directory.glob(f"*-{split}.array_record-*")):
@@ -168,7 +168,7 @@ def test_the_dataset_itself_is_no_place_for_its_labels(run: Run, few: Path, tmp_
     assert identities(data) == before
 
 
-def test_an_unreadable_picture_is_listed_and_masks_only_its_own_pairs(
+def test_an_unreadable_image_is_listed_and_masks_only_its_own_pairs(
     run: Run, few: Path, labelled: Path, tmp_path: Path
 ) -> None:
     broken, out = tmp_path / "broken" / "few", tmp_path / "few"
@@ -190,9 +190,7 @@ def test_an_unreadable_picture_is_listed_and_masks_only_its_own_pairs(
     assert report["labelled"] == sum(valid)
 
 
-def test_a_shard_without_a_readable_picture_is_an_error_and_the_rest_is_kept(
-    run: Run, few: Path, tmp_path: Path
-) -> None:
+def test_a_shard_without_a_readable_image_is_an_error_and_the_rest_is_kept(run: Run, few: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(few, broken)
     (val,) = broken.glob("*-val.array_record-*")

@@ -219,7 +219,7 @@ def test_a_residual_model_starts_by_copying_the_current_frame(make_como: MakeCom
     np.testing.assert_allclose(predicted, frame / 255.0, atol=1e-6)
 
 
-def test_the_prediction_depends_on_the_latent_and_lies_in_the_range_of_pictures(
+def test_the_prediction_depends_on_the_latent_and_lies_in_the_range_of_images(
     como: ModelDef, como_params: Params
 ) -> None:
     frame = clips(1).repeat(2, axis=0)

@@ -44,7 +44,7 @@ class Runner:
         return np.asarray(patchify(masked, PATCH)), np.asarray(patchify(filled, PATCH))
 
     def masked(self) -> np.ndarray:
-        """Which patches the key masks, `[NUM_IMAGES, N]`: those of a white picture that are not white."""
+        """Which patches the key masks, `[NUM_IMAGES, N]`: those of a white image that are not white."""
         white = np.full((NUM_IMAGES, SIZE, SIZE, 3), 255, np.uint8)
         return self.reconstruct(self.params, white)[0].min(axis=-1) < 0.9
 
@@ -65,7 +65,7 @@ def frames() -> np.ndarray:
     return np.random.default_rng(0).integers(96, 160, (NUM_IMAGES, SIZE, SIZE, 3), dtype=np.uint8)
 
 
-def test_the_mask_ratio_holds_for_every_picture_and_masks_differ(mae: Runner) -> None:
+def test_the_mask_ratio_holds_for_every_image_and_masks_differ(mae: Runner) -> None:
     masked = mae.masked()
     np.testing.assert_array_equal(masked.sum(axis=1), 12)
     assert len(np.unique(masked, axis=0)) > 1

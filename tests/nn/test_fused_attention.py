@@ -97,12 +97,12 @@ REAL_SHAPES: dict[str, dict[str, Any]] = {
     "encoder, ViT-L": {"queries": (197, 16), "keys": (197, 16), "head_size": 64},
     "last layer of the Q-former": {"queries": (8, 12), "keys": (403, 12), "head_size": 64},
     "forward dynamics": {"queries": (196, 12), "keys": (196, 12), "head_size": 64},
-    "pictures and instruction": {"queries": (64, 12), "keys": (145, 12), "head_size": 64, "mask": (2, 1, 145)},
+    "images and instruction": {"queries": (64, 12), "keys": (145, 12), "head_size": 64, "mask": (2, 1, 145)},
 }
 
 
 @pytest.mark.usefixtures("with_cudnn_library")
-@pytest.mark.parametrize("name", mostly_slow(REAL_SHAPES, "pictures and instruction"))
+@pytest.mark.parametrize("name", mostly_slow(REAL_SHAPES, "images and instruction"))
 def test_attention_of_the_recipes_is_lowered_to_cudnn_forwards_and_backwards(name: str) -> None:
     text, bias = lowered_for_cuda(**REAL_SHAPES[name]), "ScaleBias" if "mask" in REAL_SHAPES[name] else ""
     assert f"@__cudnn$fmha{bias}Softmax(" in text and f"@__cudnn$fmha{bias}SoftmaxBackward(" in text

@@ -58,6 +58,6 @@ def test_denormalizing_returns_every_pixel_value() -> None:
     np.testing.assert_allclose(back, frames / 255.0, atol=1e-6)
 
 
-def test_denormalized_frames_are_clipped_to_the_range_of_pictures() -> None:
+def test_denormalized_frames_are_clipped_to_the_range_of_images() -> None:
     back = layers.denormalize_frames(np.array([[-9.0, 0.0, 9.0]], np.float32))
     np.testing.assert_allclose(back, [[0.0, 0.456, 1.0]], rtol=1e-6)

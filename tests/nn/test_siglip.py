@@ -24,11 +24,11 @@ def test_every_patch_is_a_token_that_knows_its_place() -> None:
     params = jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape).astype(x.dtype), shapes)
     found = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))(params, np.zeros((2, 14, 14, 3)))
     assert found.shape == (2, 4, 12) and found.dtype == np.float32
-    # Of an even picture, patches differ by their positions alone.
+    # Of an even image, patches differ by their positions alone.
     assert len(np.unique(np.asarray(found[0]).round(4), axis=0)) == 4
 
 
-def test_pictures_of_another_size_are_refused() -> None:
+def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(AssertionError):
         nnx.eval_shape(lambda: Siglip(CONFIG, rngs=nnx.Rngs(0))(np.zeros((1, 21, 14, 3))))
 

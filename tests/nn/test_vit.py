@@ -133,6 +133,6 @@ def test_an_unknown_remat_is_refused_with_the_choices() -> None:
         make_stack("some")
 
 
-def test_a_picture_that_patches_cannot_tile_is_refused() -> None:
+def test_a_image_that_patches_cannot_tile_is_refused() -> None:
     with pytest.raises(ConfigError, match="image_size 20 must be a multiple of encoder.patch_size 8"):
         VitConfig(image_size=20, patch_size=8, width=16, depth=1, num_heads=1)

@@ -69,7 +69,7 @@ def with_latent(inputs: Inputs, instant: int, token: int) -> Inputs:
 
 
 @pytest.mark.parametrize("instant", range(INSTANTS))
-def test_a_picture_changes_all_from_its_instant_on_and_nothing_before_it(instant: int) -> None:
+def test_a_image_changes_all_from_its_instant_on_and_nothing_before_it(instant: int) -> None:
     latents, actions = changed(make_inputs(), with_pixels(make_inputs(), 0, instant))
     expected = np.arange(INSTANTS) >= instant
     np.testing.assert_array_equal(actions[0], expected)

@@ -15,7 +15,7 @@ def test_no_strength_changes_nothing() -> None:
     np.testing.assert_allclose(jitter(IMAGES, jax.random.key(0), 0.0), IMAGES, atol=1)
 
 
-def test_pictures_of_a_sample_change_alike_and_those_of_two_do_not() -> None:
+def test_images_of_a_sample_change_alike_and_those_of_two_do_not() -> None:
     images = np.repeat(IMAGES[:, :1], 2, axis=1)
     images[1] = images[0]
     found = np.asarray(jitter(images, jax.random.key(0), 1.0))

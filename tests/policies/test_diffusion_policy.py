@@ -135,7 +135,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(sampler: Callable[..., np.nd
     assert np.abs(sampler(observation, jax.random.split(jax.random.key(6), 4)) - whole).max() > 1e-3
 
 
-def test_a_sample_follows_picture_state_and_instruction(sampler: Callable[..., np.ndarray]) -> None:
+def test_a_sample_follows_image_state_and_instruction(sampler: Callable[..., np.ndarray]) -> None:
     observation, keys = fake_policy_batch(2).observation, jax.random.split(jax.random.key(5), 2)
     base = sampler(observation, keys)
     text = observation.text.copy()

@@ -67,7 +67,7 @@ def shapes(config: ObservationConfig, observation: Observation) -> ObservationFe
 
 
 def without_cameras(observation: Observation, *pairs: tuple[int, int]) -> Observation:
-    """Without some cameras of some rows; their pictures stay."""
+    """Without some cameras of some rows; their images stay."""
     has_camera = observation.has_camera.copy()
     for pair in pairs:
         has_camera[pair] = 0
@@ -124,16 +124,16 @@ def test_a_vit_s_tokens_are_its_patches_averaged_in_squares() -> None:
 def test_the_convolutional_tower_has_one_token_for_sixteen_pixels() -> None:
     tower = ConvTower(16, dtype=jnp.float32, rngs=nnx.Rngs(0))
     read = jax.jit(lambda x: tower(x))
-    pictures = np.random.default_rng(0).normal(size=(1, 64, 48, 3)).astype(np.float32)
-    found = np.asarray(read(pictures))
+    images = np.random.default_rng(0).normal(size=(1, 64, 48, 3)).astype(np.float32)
+    found = np.asarray(read(images))
     assert found.shape == (1, 4, 3, 16)
-    pictures[:, :8, :8] += 1
-    changed = np.abs(np.asarray(read(pictures)) - found).max(axis=-1)[0] > 1e-6
+    images[:, :8, :8] += 1
+    changed = np.abs(np.asarray(read(images)) - found).max(axis=-1)[0] > 1e-6
     assert changed[0, 0] and not changed[2:].any() and not changed[:, 2].any()
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_picture_changes_its_own_tokens_alone(tower: str) -> None:
+def test_a_image_changes_its_own_tokens_alone(tower: str) -> None:
     config, observation = dataclasses.replace(BASE, image_tower=tower, pool=2), make_observation()
     images = observation.images.copy()
     images[1, 2, 0] = 255 - images[1, 2, 0]

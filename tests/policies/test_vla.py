@@ -170,7 +170,7 @@ def test_padding_of_the_instruction_changes_nothing(variant: str) -> None:
 
 
 def test_who_reads_whom() -> None:
-    """Two tokens of pictures, the second missing; two of text; outputs of two tokens and of one."""
+    """Two tokens of images, the second missing; two of text; outputs of two tokens and of one."""
     present = jnp.array([[True, False, True, True]])
     full = np.asarray(attention_mask(present, 2, [2, 1], causal_text=False))[0].astype(int)
     causal = np.asarray(attention_mask(present, 2, [2, 1], causal_text=True))[0].astype(int)

@@ -117,7 +117,7 @@ def test_weights_of_every_kind_of_head_are_loaded_and_read_back(variant: str, tm
 
 
 def observations(count: int, seed: int) -> list[Observation]:
-    """What an environment shows, in pictures that have to be cut and resized."""
+    """What an environment shows, in images that have to be cut and resized."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, 2, 40, 60, 3), dtype=np.uint8)
     states = rng.uniform(-1, 1, (count, STATE_SIZE)).astype(np.float32)

@@ -102,9 +102,9 @@ def test_instructions_are_read_as_in_training(stored: Callable[[str], Stored], v
 def test_a_whole_chunk_compiles_to_one_graph(stored: Callable[[str], Stored], variant: str) -> None:
     policy = Policy.from_pretrained(stored(variant).folder, robot="arm")
     instants = policy.config.observation.instants
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     states = np.zeros((instants, policy.spec.state_size), np.float32)
-    scene = History([dict.fromkeys(policy.spec.cameras, picture)] * instants, states, "the red cube")
+    scene = History([dict.fromkeys(policy.spec.cameras, image)] * instants, states, "the red cube")
     with torch.inference_mode():
         arguments = policy.observe([scene]), GivenNoise(())
         compiled = torch.compile(policy.module.sample_actions, fullgraph=True, backend="eager")(*arguments)

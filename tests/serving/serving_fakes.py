@@ -21,8 +21,8 @@ INPUTS = PolicyInputs(cameras=("top", "wrist"), state_size=3, uses_text=True)
 
 def observation(**changes: Any) -> dict[str, Any]:
     """What the fake policy understands."""
-    picture = np.zeros((4, 6, 3), np.uint8)
-    fields = {"observation/top": picture, "observation/wrist": picture, "observation/state": np.arange(3.0)}
+    image = np.zeros((4, 6, 3), np.uint8)
+    fields = {"observation/top": image, "observation/wrist": image, "observation/state": np.arange(3.0)}
     return {**fields, "prompt": "go", **changes}
 
 

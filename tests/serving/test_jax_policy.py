@@ -109,12 +109,12 @@ def test_a_run_gives_a_client_what_it_gives_here(policy_run: Callable[..., Polic
     runner, noise = policy.runner, np.random.default_rng(0)
     spec = runner.spec
     [camera] = spec.cameras
-    picture = noise.integers(0, 256, (48, 64, 3), np.uint8)
+    image = noise.integers(0, 256, (48, 64, 3), np.uint8)
     state = noise.normal(size=spec.state_size).astype(np.float32)
     with serving(policy) as running, PolicyClient(running.url) as client:
         assert client.metadata["step"] == 1
-        found = client.infer({f"observation/{camera}": picture, "state": state, "prompt": "reach"})["actions"]
-    scene = History([{camera: picture}] * spec.instants, np.stack([state] * spec.instants), "reach")
+        found = client.infer({f"observation/{camera}": image, "state": state, "prompt": "reach"})["actions"]
+    scene = History([{camera: image}] * spec.instants, np.stack([state] * spec.instants), "reach")
     # The first session warmed it up.
     np.testing.assert_array_equal(found, runner.sample([scene], [(3, 1, 0)])[0])
 

@@ -14,22 +14,22 @@ from como_jax.serving.policy import PolicyInputs
 from como_jax.serving.protocol import RequestError
 from tests.serving.serving_fakes import INPUTS, observation
 
-PICTURE = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+IMAGE = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
 
 
 def test_fields_are_found_where_clients_for_libero_and_aloha_put_them() -> None:
     read = ObservationReader(INPUTS).read
-    libero = observation(**{"observation/top": PICTURE})
+    libero = observation(**{"observation/top": IMAGE})
     # Channels first, and maps in maps.
     aloha = {
-        "images": {"top": np.moveaxis(PICTURE, 2, 0), "wrist": PICTURE},
+        "images": {"top": np.moveaxis(IMAGE, 2, 0), "wrist": IMAGE},
         "state": np.arange(3, dtype=">f8"),
         "prompt": np.array("go"),
     }
-    plain = {"top": PICTURE, "wrist": PICTURE, "state": [0, 1, 2], "prompt": "go", "other": None, "reset": True}
+    plain = {"top": IMAGE, "wrist": IMAGE, "state": [0, 1, 2], "prompt": "go", "other": None, "reset": True}
     for message in (libero, aloha, plain):
         found = read(message)
-        np.testing.assert_array_equal(found.images["top"], PICTURE)
+        np.testing.assert_array_equal(found.images["top"], IMAGE)
         assert found.state.dtype == np.float32 and found.state.tolist() == [0, 1, 2]
         assert type(found.prompt) is str and found.prompt == "go"
         assert found.reset == ("reset" in message)
@@ -39,8 +39,8 @@ def test_fields_of_any_robot_can_be_named_and_parts_of_the_state_joined() -> Non
     fields = {"top": ["observation/exterior_image_1_left"], "state": ["joints", "gripper"], "prompt": ["task"]}
     reader = ObservationReader(INPUTS, fields)
     message = {
-        "observation/exterior_image_1_left": PICTURE,
-        "wrist": PICTURE,
+        "observation/exterior_image_1_left": IMAGE,
+        "wrist": IMAGE,
         "joints": np.array([1.0, 2.0]),
         "gripper": 0.5,
         "task": "go",
@@ -50,12 +50,12 @@ def test_fields_of_any_robot_can_be_named_and_parts_of_the_state_joined() -> Non
     assert set(reader.describe()) == {*sum(fields.values(), []), "observation/wrist"}
     # A field that was named is not looked for elsewhere.
     with pytest.raises(RequestError, match="^observation/exterior_image_1_left is missing"):
-        reader.read({**message, "observation/exterior_image_1_left": {}, "observation/top": PICTURE})
+        reader.read({**message, "observation/exterior_image_1_left": {}, "observation/top": IMAGE})
 
 
 def test_a_policy_without_state_and_text_needs_none() -> None:
     reader = ObservationReader(PolicyInputs(("top",), 0, uses_text=False))
-    found = reader.read({"top": PICTURE, "state": "nonsense", "prompt": 3})
+    found = reader.read({"top": IMAGE, "state": "nonsense", "prompt": 3})
     assert found.state.shape == (0,) and found.prompt == ""
     assert set(reader.describe()) == {"observation/top"}
 
@@ -69,9 +69,9 @@ def test_messages_without_prompt_get_the_default_one() -> None:
     ("changes", "reason"),
     [
         ({"observation/top": None}, "observation/top must be an array of uint8, RGB from 0 to 255, not NoneType"),
-        ({"observation/top": PICTURE / 255}, "observation/top must be an array of uint8, RGB from 0 to 255, not float"),
-        ({"observation/wrist": PICTURE[0]}, "observation/wrist must have shape [H, W, 3], not [6, 3]"),
-        ({"observation/wrist": PICTURE[:0]}, "observation/wrist must have shape [H, W, 3], not [0, 6, 3]"),
+        ({"observation/top": IMAGE / 255}, "observation/top must be an array of uint8, RGB from 0 to 255, not float"),
+        ({"observation/wrist": IMAGE[0]}, "observation/wrist must have shape [H, W, 3], not [6, 3]"),
+        ({"observation/wrist": IMAGE[:0]}, "observation/wrist must have shape [H, W, 3], not [0, 6, 3]"),
         ({"observation/state": np.zeros(4)}, "observation/state must be 3 numbers, not 4"),
         ({"observation/state": np.array([0, np.inf, 0])}, "observation/state holds numbers that are not finite"),
         ({"observation/state": [1e300, 0, 0]}, "observation/state holds numbers that are not finite"),

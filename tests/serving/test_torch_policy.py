@@ -33,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def see(step: int) -> dict[str, object]:
-    picture = np.random.default_rng(step).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    return {"top": picture, "state": np.full(STATE_SIZE, 0.1 * step, np.float32), "prompt": "go up"}
+    image = np.random.default_rng(step).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    return {"top": image, "state": np.full(STATE_SIZE, 0.1 * step, np.float32), "prompt": "go up"}
 
 
 def test_chunks_and_queues_are_those_of_the_policy(folder: Path) -> None:

@@ -42,7 +42,7 @@ def test_shrinking_averages_areas() -> None:
 
 
 def test_shrinking_a_little_is_close_to_averaging_areas() -> None:
-    """Pictures have little at the finest scale; there the cheaper filter must not differ visibly."""
+    """Images have little at the finest scale; there the cheaper filter must not differ visibly."""
     rng = np.random.default_rng(0)
     image = cv2.GaussianBlur(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8), (0, 0), 1.5)
     frame = np.empty((224, 224, 3), np.uint8)

@@ -57,7 +57,7 @@ def implementations(model: ModelDef) -> list[str]:
         ("pretrain_como", {}, 3),
         # Instruction, and both attentions of the trunk.
         ("policy_diffusion", {}, 3),
-        # Pictures and instruction; keys of the decoder are shared.
+        # Images and instruction; keys of the decoder are shared.
         ("policy_vla", {"encoder__tower": "vit"}, 2),
     ],
 )

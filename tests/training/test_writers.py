@@ -44,12 +44,12 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None
     assert read_metrics(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 0.5}]
 
 
-def test_a_picture_is_written_as_it_is(tmp_path: Path) -> None:
+def test_a_image_is_written_as_it_is(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     writer = MetricWriter(tmp_path, 0)
-    writer.picture(12, "eval_val/grid", image)
+    writer.image(12, "eval_val/grid", image)
     writer.close()
-    [path] = (tmp_path / "pictures").iterdir()
+    [path] = (tmp_path / "images").iterdir()
     assert path.name == "eval_val_grid_0000012.png"
     np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
 

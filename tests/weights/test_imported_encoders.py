@@ -83,7 +83,7 @@ def randomize(model: Any, fixed: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["facebook", "huggingface"])
-def test_an_mae_gives_the_same_features_and_pictures(layout: str, images: np.ndarray, run: Callable[..., Any]) -> None:
+def test_an_mae_gives_the_same_features_and_images(layout: str, images: np.ndarray, run: Callable[..., Any]) -> None:
     tensors = models.mae()
     make, named = (mae_facebook, tensors) if layout == "facebook" else (mae_huggingface, models.as_huggingface(tensors))
     params, accounts, config = convert(make, named)

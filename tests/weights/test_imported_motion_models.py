@@ -183,8 +183,8 @@ def test_laq_computes_as_lapa_s_code_does() -> None:
     expected_codes = torch.cdist(expected, tensors["vq.codebooks"][None]).argmin(-1)
     assert models.relative_error(inferred, expected) < TOLERANCE
     np.testing.assert_array_equal(codes, expected_codes)
-    picture = reference.draw(reference.embed(pixels[:, :1]), tensors["vq.codebooks"][expected_codes])
-    assert models.relative_error(drawn, picture) < TOLERANCE
+    image = reference.draw(reference.embed(pixels[:, :1]), tensors["vq.codebooks"][expected_codes])
+    assert models.relative_error(drawn, image) < TOLERANCE
 
 
 def test_laq_of_another_image_size_or_length_is_refused() -> None:
@@ -245,7 +245,7 @@ def encoder_tensors() -> dict[str, Any]:
 
 
 class TorchMoto:
-    """Moto's forward pass, of pictures that are normalised."""
+    """Moto's forward pass, of images that are normalised."""
 
     def __init__(self, tensors: dict[str, Any], *, separate_types: bool):
         self.tensors, self.separate_types = tensors, separate_types

@@ -109,7 +109,7 @@ def save(directory: Path, tensors: Tensors, config: dict[str, Any] = CONFIG) -> 
 
 
 class Reader(nnx.Module):
-    """The parts of a policy that read pictures and instructions."""
+    """The parts of a policy that read images and instructions."""
 
     def __init__(self, sizes: dict[str, dict[str, Any]], rngs: nnx.Rngs, **options: Any):
         encoder = dict(sizes["encoder"])
@@ -148,7 +148,7 @@ def read_prompts(weights: Path) -> np.ndarray:
 
 
 def numpy_model(tensors: Tensors, image: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-    """Last hidden states of one picture and prompt, from tensors named as in "first", in double precision."""
+    """Last hidden states of one image and prompt, from tensors named as in "first", in double precision."""
     tensors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
 
     def dense(x: np.ndarray, name: str) -> np.ndarray:

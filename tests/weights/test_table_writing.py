@@ -57,9 +57,9 @@ def test_what_is_written_and_read_again_is_what_it_was(tmp_path: Path) -> None:
 
 def test_patches_are_those_of_a_convolution() -> None:
     rng = np.random.default_rng(0)
-    picture, value = rng.normal(size=(2, 2, 3)), rng.normal(size=(12, 6))
+    image, value = rng.normal(size=(2, 2, 3)), rng.normal(size=(12, 6))
     [weight] = patches("patches", 6, 2).unmake(value)
-    np.testing.assert_allclose(np.einsum("ocij,ijc->o", weight, picture), picture.reshape(-1) @ value)
+    np.testing.assert_allclose(np.einsum("ocij,ijc->o", weight, image), image.reshape(-1) @ value)
 
 
 def test_parameters_and_tables_that_do_not_fit_are_refused() -> None:

@@ -138,7 +138,7 @@ def time_all(runs: Contestants, rounds: int) -> dict[str, list[float]]:
 
 
 @contextlib.contextmanager
-def counting_pictures() -> Iterator[list[int]]:
+def counting_images() -> Iterator[list[int]]:
     """Collects the numbers of all records that are read for decoding."""
     seen: list[int] = []
     read = EpisodeSource.read_cameras
@@ -175,7 +175,7 @@ def print_rates(rates: dict[str, list[float]], share: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints machine, shapes, rates, ratios and the count of pictures."""
+    """Prints machine, shapes, rates, ratios and the count of images."""
     cli.no_arguments(arguments)
     config = _CONFIG.value
     config.train.dtype = "float32"
@@ -196,14 +196,14 @@ def main(arguments: Sequence[str]) -> None:
             f"{len(steps.records)} steps of {steps.episode[-1] + 1} episodes, pairs {gap} steps apart; "
             f"frames or pairs a second, median of {_ROUNDS.value} (range)"
         )
-        with counting_pictures() as seen:
+        with counting_images() as seen:
             valid = int(labeller(reader, *steps).valid.sum())
         programs = Programs(model, params)
         time_all(contestants(programs, labeller, reader, steps.head(labeller.batch_size)), rounds=1)
         rates = time_all(contestants(programs, labeller, reader, steps), _ROUNDS.value)
         print_rates(rates, valid / len(steps.records))
         print(
-            f"pictures decoded: {len(seen)}, of {len(set(seen))} records; {len(seen) / len(steps.records):.3f} a step, "
+            f"images decoded: {len(seen)}, of {len(set(seen))} records; {len(seen) / len(steps.records):.3f} a step, "
             f"{len(seen) / valid:.3f} a valid label, of which there are {valid}"
         )
 

@@ -33,7 +33,7 @@ from como_jax.errors import ConfigError
 from tools.benchmarks.machine import describe_machine
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of videos; without it the embedded environment.")
-_STORED_SIZE = flags.DEFINE_integer("stored_size", 224, "Shorter side of the stored pictures.")
+_STORED_SIZE = flags.DEFINE_integer("stored_size", 224, "Shorter side of the stored images.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Side of the frames of a batch.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pairs of a batch.")
 _SECONDS = flags.DEFINE_float("seconds", 4.0, "Time of one measurement.")

@@ -170,7 +170,7 @@ def _describe_shapes(config: ConfigDict) -> str:
     config = with_fake_sizes(config, latents=True)
     data, model, encoder = config.data, config.model, config.encoder
     return (
-        f"{config.family}: {data.batch_size} samples a step, {data.instants} x {max(1, len(data.cameras))} pictures of "
+        f"{config.family}: {data.batch_size} samples a step, {data.instants} x {max(1, len(data.cameras))} images of "
         f"{data.image_size} px, chunks of {data.chunk} x {model.action_size}, latent motion {model.latent_queries} x "
         f"{model.latent_dim}, {config.train.dtype}, remat {config.train.remat}, encoder "
         f"{'frozen' if encoder.frozen else 'trained'}, mesh {config.mesh.to_dict()}"

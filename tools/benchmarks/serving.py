@@ -117,7 +117,7 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("model", None, "As for tools.serve; by default a policy that answers at once.")
     flags.DEFINE_integer("cameras", 2, "Of the policy that answers at once.", lower_bound=1)
-    flags.DEFINE_integer("image_size", 224, "Height of the pictures that are sent.", lower_bound=1)
+    flags.DEFINE_integer("image_size", 224, "Height of the images that are sent.", lower_bound=1)
     flags.DEFINE_integer("image_width", 0, "Their width; 0 for the height.", lower_bound=0)
     flags.DEFINE_integer("requests", 1000, "That are timed, after twenty that are not.", lower_bound=1)
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> None:
     with serving(given.model, given.cameras) as (url, inputs):
         total, policy = time_requests(url, make_observation(inputs, height, width), given.requests, warm_up=20)
     print(describe_machine())
-    print(f"{given.requests} requests of {len(inputs.cameras)} pictures of {height} x {width}")
+    print(f"{given.requests} requests of {len(inputs.cameras)} images of {height} x {width}")
     print("\n| ms | 50 % | 95 % | 99 % | most |\n|---|---|---|---|---|")
     for name, seconds in (("round trip", total), ("policy", policy), ("all else", total - policy)):
         print(describe(name, seconds))

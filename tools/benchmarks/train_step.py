@@ -226,7 +226,7 @@ def describe_shapes(config: ConfigDict) -> str:
     data, encoder = config.data, config.get("encoder", {})
     frozen = "" if not encoder else f", encoder {'frozen' if encoder.get('frozen') else 'trained'}"
     return (
-        f"{config.family}: {data.instants} pictures of {data.image_size} px an element, {config.train.dtype}, remat "
+        f"{config.family}: {data.instants} images of {data.image_size} px an element, {config.train.dtype}, remat "
         f"{config.train.remat}, attention by {config.train.attention}, accumulation {config.train.accumulation}"
         f"{frozen}, mesh {config.mesh.to_dict()}"
     )

@@ -37,7 +37,7 @@ CONTROL_RATE_HZ = 30.0
 FOLDERS = {"training": "train", "validation": "val"}
 SEGMENTS = ("language", "play", "both")
 # The approximate size of an image as JPEG.
-_BYTES_PER_PICTURE = 2**14
+_BYTES_PER_IMAGE = 2**14
 EMPTY = "an annotation is empty"
 
 
@@ -91,7 +91,7 @@ class Calvin(EpisodeBuilder):
 
     def sources(self) -> list[Source]:
         """One source a segment; file names are made from numbers, so that no folder of a million files is listed."""
-        per_step = _BYTES_PER_PICTURE * len(self.settings.camera)
+        per_step = _BYTES_PER_IMAGE * len(self.settings.camera)
         return [
             Source(
                 f"{folder}/{segment.name}",

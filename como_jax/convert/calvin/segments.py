@@ -100,12 +100,12 @@ def read_step(path: epath.Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     for key in keys:
         if key not in arrays:
             raise StepError(f"the file has no {key}")
-    return {key: _picture(key, array) if key in CAMERAS else _numbers(key, array) for key, array in arrays.items()}
+    return {key: _image(key, array) if key in CAMERAS else _numbers(key, array) for key, array in arrays.items()}
 
 
-def _picture(key: str, array: np.ndarray) -> np.ndarray:
+def _image(key: str, array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise StepError(f"{key} has shape {array.shape} and type {array.dtype}, not a picture")
+        raise StepError(f"{key} has shape {array.shape} and type {array.dtype}, not an image")
     return array
 
 

@@ -37,7 +37,7 @@ _STATE_KEYS = ("observation.state", "state")
 _STATE = "state"
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 # The approximate size of an image of the default size as JPEG.
-_BYTES_PER_PICTURE = 2**15
+_BYTES_PER_IMAGE = 2**15
 NO_TASK = "no task is known: the language instruction is empty"
 SEVERAL_TASKS = "the task changes within an episode: that of its first step counts"
 OTHER_LENGTH = "the metadata list another number of steps than the table has"
@@ -77,7 +77,7 @@ class LeRobot(EpisodeBuilder):
         for position, entry in enumerate(self.metadata.episodes):
             in_validation = any(position in positions for positions in validation)
             split = ("val" if in_validation else "train") if validation else None
-            num_bytes = (entry.length or 0) * len(self.layout.cameras) * _BYTES_PER_PICTURE
+            num_bytes = (entry.length or 0) * len(self.layout.cameras) * _BYTES_PER_IMAGE
             sources.append(Source(entry.name, split, num_bytes=num_bytes))
         return sources
 
@@ -177,7 +177,7 @@ class LeRobot(EpisodeBuilder):
         metadata, faults = self.metadata, {}
         for key, feature in metadata.features.items():
             if feature.is_depth:
-                faults[key] = "its pictures are depth maps"
+                faults[key] = "its images are depth maps"
             elif feature.dtype == "video":
                 faults[key] = "" if metadata.has_video(key) else "it has no files"
             elif feature.dtype == "image":

@@ -91,12 +91,12 @@ def stored_frames(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
     """Yields the RGB images of a column of encoded images, or of structs with a field `bytes`.
 
     Raises:
-      SourceError: a picture is not in the table.
-      ValueError: a picture is damaged.
+      SourceError: an image is not in the table.
+      ValueError: an image is damaged.
     """
     for row, value in enumerate(column):
         stored = value.as_py()
         data = stored.get("bytes") if isinstance(stored, dict) else stored
         if not isinstance(data, bytes):
-            raise SourceError(f"the picture of row {row} is not in the table")
+            raise SourceError(f"the image of row {row} is not in the table")
         yield images.decode_image(data)

@@ -37,7 +37,7 @@ _NOOP = 1e-4
 
 NAMED = "the file has no readable instruction: the one in its name counts"
 UNPUBLISHED = (
-    "the file lacks the attributes of the published ones; if it was made by a replay that recorded pictures before "
+    "the file lacks the attributes of the published ones; if it was made by a replay that recorded images before "
     "actions, it needs an `action_shift` of 0"
 )
 OUT_OF_RANGE = "some actions lie outside [-1, 1]"
@@ -159,7 +159,7 @@ class Libero(FolderBuilder):
             images.make_frame(
                 np.ascontiguousarray(turn(image, self.settings.orientation, convention)), self.settings.image_size
             )
-            for image in demonstration.pictures(camera, kept)
+            for image in demonstration.images(camera, kept)
         ]
 
     @functools.cached_property
@@ -176,15 +176,15 @@ class Libero(FolderBuilder):
         return contents
 
 
-def turn(picture: np.ndarray, orientation: str, convention: str) -> np.ndarray:
+def turn(image: np.ndarray, orientation: str, convention: str) -> np.ndarray:
     """Turns a stored image, uint8 `[H, W, 3]`, as the setting `orientation` asks.
 
     MuJoCo's renderer begins with the row at the bottom, and robosuite hands that on unless its macro IMAGE_CONVENTION,
     which LIBERO stores with the data, is `opencv`.
     """
     if orientation == "stored":
-        return picture
-    upright = picture if convention == "opencv" else picture[::-1]
+        return image
+    upright = image if convention == "opencv" else image[::-1]
     return upright[:, ::-1] if orientation == "rotate180" else upright
 
 

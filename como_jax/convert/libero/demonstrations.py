@@ -82,12 +82,12 @@ class Demonstration:
         """Reads one of `STATES`, float32 `[T, size]`."""
         return self._numbers(*STATES[key])
 
-    def pictures(self, camera: str, indices: np.ndarray) -> Iterator[np.ndarray]:
+    def images(self, camera: str, indices: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the images of a camera at some steps as they are stored, uint8 `[H, W, 3]`; `indices` ascend."""
         path = f"obs/{camera}"
         stored = self._array(path)
         if stored.dtype != np.uint8 or stored.ndim != 4 or stored.shape[3] != 3 or 0 in stored.shape[1:]:
-            raise SourceError(f"{path} has shape {stored.shape} and type {stored.dtype}, not pictures")
+            raise SourceError(f"{path} has shape {stored.shape} and type {stored.dtype}, not images")
         for start in range(0, len(stored), _BLOCK):
             with _hdf5_errors():
                 block = stored[start : start + _BLOCK]

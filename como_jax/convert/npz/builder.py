@@ -20,7 +20,7 @@ from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError
 
-WITHOUT_LAST = "there is one action less than there are pictures: the last picture was left off"
+WITHOUT_LAST = "there is one action less than there are images: the last image was left off"
 _ACTION_KEYS = ("action", "actions")
 _STATE_KEYS = ("state", "states")
 _LANGUAGE_KEYS = ("language_instruction", "instruction", "language", "task")
@@ -185,7 +185,7 @@ def check(headers: Headers, selection: Selection) -> tuple[int, ...]:
             raise ValueError(f"array {key!r} holds Python objects, which are not read since they may run code")
     for key in cameras:
         if not _is_camera(headers[key]):
-            raise ValueError(f"array {key!r} is {headers[key]}, but pictures are uint8 [T, H, W, 3] or [N, T, H, W, 3]")
+            raise ValueError(f"array {key!r} is {headers[key]}, but images are uint8 [T, H, W, 3] or [N, T, H, W, 3]")
     for key in numbers:
         if headers[key].dtype.kind not in _NUMBER_KINDS:
             raise ValueError(f"array {key!r} is {headers[key]}, which are not numbers")

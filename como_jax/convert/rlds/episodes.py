@@ -121,7 +121,7 @@ def _faults(frames: Mapping[str, Sequence[Frame]]) -> list[str]:
         if max(frame.thumbnail.max() for frame in shown) < _BLACK:
             faults.append(f"camera {camera!r} is black over a whole episode")
         if len({frame.size for frame in shown}) > 1:
-            faults.append(f"pictures of camera {camera!r} change their size within an episode")
+            faults.append(f"images of camera {camera!r} change their size within an episode")
     return faults
 
 
@@ -216,7 +216,7 @@ def _lookup(step: Mapping[str, Any], key: str) -> Any:
 
 def _select_cameras(available: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, str]:
     """Returns the key of every chosen camera by its name, which is the last part of the key."""
-    cameras = [key for key, feature in available.items() if _is_picture(key, feature)]
+    cameras = [key for key, feature in available.items() if _is_image(key, feature)]
     names = ", ".join(key.removeprefix(_OBSERVATION) for key in cameras) or "none"
     if not wanted and len(cameras) != 1:
         raise ConversionError(f"`camera` must choose one of the cameras of this dataset: {names}")
@@ -231,7 +231,7 @@ def _select_cameras(available: Mapping[str, Any], wanted: Sequence[str]) -> dict
     return by_name
 
 
-def _is_picture(key: str, feature: Any) -> bool:
+def _is_image(key: str, feature: Any) -> bool:
     """Whether a feature is a camera. Grey and RGBA images count too, but a single channel may also be depth."""
     shape = feature.shape
     if not key.startswith(_OBSERVATION) or len(shape) != 3 or feature.np_dtype != np.uint8:

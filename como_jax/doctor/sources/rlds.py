@@ -209,7 +209,7 @@ class FlagReader:
                     f"has-flag-{name}",
                     f"{', '.join(flags)} {'are' if len(flags) > 1 else 'is'} {said} although {truth} in "
                     f"{share_of(count, total, 'episode')}.",
-                    "Do not choose episodes by these flags; go by the pictures and texts themselves.",
+                    "Do not choose episodes by these flags; go by the images and texts themselves.",
                 )
 
     def _parse(self, record: bytes) -> EpisodeFlags:
@@ -236,8 +236,8 @@ def _has(recording: Recording, flag: str) -> bool | None:
     """Whether the episode has what a flag such as `has_image_0` speaks of; None if that is not known."""
     if flag == _LANGUAGE:
         return bool(recording.instruction.strip())
-    pictures = recording.pictures.get(flag.removeprefix(_HAS))
-    return None if pictures is None else any(picture.max() >= BLACK for picture in pictures)
+    images = recording.images.get(flag.removeprefix(_HAS))
+    return None if images is None else any(image.max() >= BLACK for image in images)
 
 
 def check_descriptions(description: str, steps: Mapping[str, Any]) -> Iterator[Finding]:

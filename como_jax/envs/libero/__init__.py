@@ -1,11 +1,11 @@
 """LIBERO's tasks and robosuite's own, which share the arm, its controller and the actions.
 
-Both show what a dataset of `como_jax.convert.libero` holds: cameras of the same names, pictures turned the same way,
+Both show what a dataset of `como_jax.convert.libero` holds: cameras of the same names, images turned the same way,
 the same states. Settings have to be those that the policy's dataset was converted with:
 
 - `orientation`: rotate180 (the default), flip or stored, see the builder.
 - `state`: states to join, `ee_states,gripper_states` by default, see `como_jax.envs.libero.arm.STATES`.
-- `render_size`: side in pixels of the rendered pictures, which are then scaled to the asked size: 128 by default, as
+- `render_size`: side in pixels of the rendered images, which are then scaled to the asked size: 128 by default, as
   in LIBERO's files.
 - `instruction`, for LIBERO alone: `problem` (the default), the sentence of the task's problem file, which LIBERO
   writes into its demonstrations, or `name`, that of the task's name, which some conversions have instead. They

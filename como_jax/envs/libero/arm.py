@@ -90,12 +90,12 @@ class View:
         """Numbers in a state."""
         return sum(STATES[name] for name in self.states)
 
-    def picture(self, rendered: np.ndarray) -> np.ndarray:
+    def image(self, rendered: np.ndarray) -> np.ndarray:
         """What robosuite hands out, uint8 `[H, W, 3]` with its lowest row first, turned and scaled."""
         turned = {"rotate180": rendered[::-1, ::-1], "flip": rendered[::-1], "stored": rendered}[self.orientation]
-        picture = np.empty((self.image_size, self.image_size, 3), np.uint8)
-        resize(np.ascontiguousarray(turned), picture)
-        return picture
+        image = np.empty((self.image_size, self.image_size, 3), np.uint8)
+        resize(np.ascontiguousarray(turned), image)
+        return image
 
 
 class PandaEnvironment:
@@ -197,7 +197,7 @@ class PandaEnvironment:
         self._env._update_observables(force=True)
 
     def _observe(self, observation: Mapping[str, np.ndarray]) -> Observation:
-        images = {name: self._view.picture(observation[f"{CAMERAS[name]}_image"]) for name in self._view.cameras}
+        images = {name: self._view.image(observation[f"{CAMERAS[name]}_image"]) for name in self._view.cameras}
         states = [self._state(name, observation) for name in self._view.states]
         return Observation(images, np.concatenate([np.zeros(0), *states]).astype(np.float32))
 

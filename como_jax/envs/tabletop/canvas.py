@@ -1,6 +1,6 @@
 """Drawing of simple shaded solids in perspective.
 
-Everything is drawn without anti-aliasing on a canvas several times larger than the picture, whose reduction
+Everything is drawn without anti-aliasing on a canvas several times larger than the image, whose reduction
 smooths all edges alike. That is faster than anti-aliased polygons and keeps thin gaps between them open.
 """
 
@@ -26,7 +26,7 @@ _HALF_CIRCLE = _arc(-math.pi / 2, math.pi / 2, 11)
 class Camera:
     """A fixed pinhole camera that looks down on the table, slightly from the right.
 
-    Because of the turn to the side, motions along x, y and z lead in different directions in the picture.
+    Because of the turn to the side, motions along x, y and z lead in different directions in the image.
     """
 
     TARGET = np.array([0.01, 0.06, 0.06])
@@ -34,14 +34,14 @@ class Camera:
     PITCH = math.radians(42)
     YAW = math.radians(20)
     FIELD = 0.63
-    """Width that fills the picture at the distance of the target, in metres."""
+    """Width that fills the image at the distance of the target, in metres."""
 
     def __init__(self, size: int, margin: int):
         """Sets the scale.
 
         Args:
-            size: width of the picture on the canvas, in pixels.
-            margin: pixels of canvas on each side of the picture.
+            size: width of the image on the canvas, in pixels.
+            margin: pixels of canvas on each side of the image.
         """
         back = np.array(
             [

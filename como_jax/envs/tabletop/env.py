@@ -41,7 +41,7 @@ class Tabletop(gymnasium.Env):
         Args:
             task: one of TASKS, several of them to choose from in each episode, or "all".
             image_size: side of the square image, 64 to 224 pixels.
-            look: how the pictures look.
+            look: how the images look.
             max_steps: number of steps after which an unsolved episode is truncated.
             render_observations: False leaves the images black, which makes steps much faster.
 
@@ -138,7 +138,7 @@ class Tabletop(gymnasium.Env):
         return self._observe(), float(info["success"]), info["success"], truncated, info
 
     def render(self) -> np.ndarray:
-        """The picture of the current state, uint8 [H, W, 3], RGB."""
+        """The image of the current state, uint8 [H, W, 3], RGB."""
         return self._renderer.render(self.scene, self._steps)
 
     def _observe(self) -> dict[str, np.ndarray]:

@@ -10,12 +10,12 @@ MAX_CAMERA_SHAKE = 0.1
 
 @dataclass(frozen=True)
 class Look:
-    """Appearance of the pictures; it never changes the physics.
+    """Appearance of the images; it never changes the physics.
 
     Attributes:
         background: "plain", or "textured": another table cloth and wall in each episode.
         distractors: number of things that wander about without being part of the task, 0 to 8.
-        camera_shake: largest shift of the picture, as a share of its width, 0 to 0.1.
+        camera_shake: largest shift of the image, as a share of its width, 0 to 0.1.
         lighting: strength of colour cast, uneven light and flicker, 0 to 1.
         agent: "gripper", a robot arm, or "hand", a human arm whose fingers do what the gripper does.
 

@@ -1,4 +1,4 @@
-"""Pictures of the tabletop scene."""
+"""Images of the tabletop scene."""
 
 import math
 from dataclasses import dataclass
@@ -91,12 +91,12 @@ class Distractor:
 
 
 class Renderer:
-    """Draws a scene as the look asks. A picture depends only on the episode, the scene and the step."""
+    """Draws a scene as the look asks. An image depends only on the episode, the scene and the step."""
 
     def __init__(self, image_size: int, look: Look):
         self._image_size = image_size
         self._look = look
-        # At least two canvas pixels for each pixel of the picture, for smooth edges.
+        # At least two canvas pixels for each pixel of the image, for smooth edges.
         self._reduction = max(2, round(_CANVAS_SIZE / image_size))
         self._size = self._reduction * image_size
         self._margin = math.ceil(look.camera_shake * self._size)
@@ -113,7 +113,7 @@ class Renderer:
         self._still: np.ndarray | None = None
 
     def render(self, scene: Scene, step: int) -> np.ndarray:
-        """The picture of the scene at a step of the episode: uint8 [size, size, 3], RGB."""
+        """The image of the scene at a step of the episode: uint8 [size, size, 3], RGB."""
         if self._still is None:
             self._still = self._draw_still(scene)
         seconds = step / CONTROL_RATE_HZ
@@ -193,7 +193,7 @@ class Renderer:
 
 
 def _sample_light(size: int, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Factors [size, size, 3] of an episode's light: brightness, cast, and a slope across the picture."""
+    """Factors [size, size, 3] of an episode's light: brightness, cast, and a slope across the image."""
     brightness = 1 + strength * rng.uniform(-0.35, 0.25)
     cast = 1 + strength * rng.uniform(-0.15, 0.15, 3)
     angle = rng.uniform(0, 2 * math.pi)

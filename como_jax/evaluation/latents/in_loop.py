@@ -36,12 +36,12 @@ class EvaluationConfig:
 
     Attributes:
       num_clips: clips of every dataset and split; each has two transitions.
-      num_pictures: rows of predictions in the image of every dataset.
+      num_images: rows of predictions in the image of every dataset.
       batch_size: clips per batch.
     """
 
     num_clips: int = 1024
-    num_pictures: int = 6
+    num_images: int = 6
     batch_size: int = 64
 
 
@@ -57,7 +57,7 @@ class MotionEvaluator:
         metrics: dict[str, float] = {}
         fitted: dict[str, Transitions] = {}
         for item in self._sets:
-            found = self._run(params, item, self._config.num_clips, self._config.num_pictures)
+            found = self._run(params, item, self._config.num_clips, self._config.num_images)
             prefix = f"eval_{item.split}/{item.name}"
             values = scene_metrics(found)
             if item.split == "train":
@@ -65,8 +65,8 @@ class MotionEvaluator:
             elif found.action is not None and item.name in fitted:
                 values |= _probe(item.name, fitted[item.name], found)
             metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
-            if found.pictures:
-                writer.picture(step, f"{prefix}/current_predicted_true_error", comparison_grid(found.pictures))
+            if found.images:
+                writer.image(step, f"{prefix}/current_predicted_true_error", comparison_grid(found.images))
         metrics = with_means(metrics)
         writer.scalars(step, metrics)
         return metrics
@@ -91,9 +91,9 @@ class MaeEvaluator:
             prefix = f"eval_{item.split}/{item.name}"
             metrics[f"{prefix}/masked_patch_mse"] = float(found["loss"])
             true = batch["frames"][:, 1] / 255.0
-            shown = np.linspace(0, min(count, len(true)) - 1, self._config.num_pictures).astype(int)
+            shown = np.linspace(0, min(count, len(true)) - 1, self._config.num_images).astype(int)
             rows = [[found["masked"][row], found["filled"][row], true[row]] for row in shown]
-            writer.picture(step, f"{prefix}/masked_filled_true", comparison_grid(rows))
+            writer.image(step, f"{prefix}/masked_filled_true", comparison_grid(rows))
         metrics = with_means(metrics)
         writer.scalars(step, metrics)
         return metrics

@@ -199,7 +199,7 @@ class Transitions:
     copy_ssim: np.ndarray | None  # [N]
     episode: np.ndarray  # [N]
     action: np.ndarray | None  # [N, 2, A], of past to current and current to future
-    pictures: list[list[np.ndarray]]  # current, predicted, true, error
+    images: list[list[np.ndarray]]  # current, predicted, true, error
 
     @property
     def latent(self) -> np.ndarray:
@@ -234,12 +234,12 @@ class TransitionRunner:
         self._rows = sharding.batch_rows(mesh, self._batch_size)
         self._analyze = sharding.jit_once(_analyze, mesh, model, with_ssim, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, params: Params, item: EvaluationSet, num_clips: int, num_pictures: int = 0) -> Transitions:
+    def __call__(self, params: Params, item: EvaluationSet, num_clips: int, num_images: int = 0) -> Transitions:
         """One pass over clips that are spread evenly over the set."""
         columns: dict[str, list[np.ndarray]] = {}
-        pictures: list[list[np.ndarray]] = []
+        images: list[list[np.ndarray]] = []
         num_clips = min(num_clips, len(item.index))
-        shown = set(np.linspace(0, num_clips - 1, num_pictures).astype(int))
+        shown = set(np.linspace(0, num_clips - 1, num_images).astype(int))
         first = 0
         for batch, count in hosts.together(set_batches(item, num_clips, self._batch_size, self._rows)):
             batch = {key: batch[key] for key in ("frames", "episode", "action") if key in batch}
@@ -248,7 +248,7 @@ class TransitionRunner:
             for row in sorted(shown.intersection(range(first, first + count))):
                 current, future = frames[row - first, 1:] / 255.0
                 guess = predicted[row - first]
-                pictures.append([current, guess, future, error_map(guess, future)])
+                images.append([current, guess, future, error_map(guess, future)])
             for key, value in found.items():
                 columns.setdefault(key, []).append(value[:count])
             first += count
@@ -258,7 +258,7 @@ class TransitionRunner:
             past_to_current=latents[:, 0],
             current_to_future=latents[:, 1],
             future_to_current=latents[:, 2],
-            pictures=pictures,
+            images=images,
             **{key: data.get(key) for key in ("mse", "copy_mse", "ssim", "copy_ssim", "episode", "action")},
         )
 
