@@ -55,8 +55,8 @@ class FakeBuilder(base.EpisodeBuilder):
         if behaviour == "bug":
             raise TypeError("a mistake in the builder")
         if behaviour == "warns":
-            yield base.Warned("dark frames")
-            yield base.Warned("dark frames")
+            yield base.Warned("dark images")
+            yield base.Warned("dark images")
         if behaviour == "left out":
             yield base.LeftOut("record 1: unreadable")
         if behaviour == "not finite":
