@@ -236,8 +236,8 @@ def _has(recording: Recording, flag: str) -> bool | None:
     """Whether the episode has what a flag such as `has_image_0` speaks of; None if that is not known."""
     if flag == _LANGUAGE:
         return bool(recording.instruction.strip())
-    images = recording.images.get(flag.removeprefix(_HAS))
-    return None if images is None else any(image.max() >= BLACK for image in images)
+    frames = recording.frames.get(flag.removeprefix(_HAS))
+    return None if frames is None else any(frame.max() >= BLACK for frame in frames)
 
 
 def check_descriptions(description: str, steps: Mapping[str, Any]) -> Iterator[Finding]:
