@@ -251,12 +251,16 @@ def test_a_mistyped_flag_is_one_line_and_status_2(
 
 def test_training_needs_neither_tensorflow_nor_torch(tabletop_dataset: Path, tmp_path: Path):
     code = (
-        # With None, importing PyTorch fails. Where it is installed, tensorboardX would import it.
-        "import sys; sys.modules['torch'] = None\n"
+        # Where PyTorch is installed, tensorboardX would import it.
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch': raise ImportError('PyTorch is hidden')\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
         "from configs import pretrain_como; from experiments.pretrain import pretrain\n"
         "config = pretrain_como.get_config('smoke'); config.data.mixture, config.train.stop_after = sys.argv[1], 1\n"
         "pretrain(config, sys.argv[2])\n"
-        "assert 'tensorflow' not in sys.modules"
+        "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules"
     )
     arguments = [sys.executable, "-c", code, str(tabletop_dataset), str(tmp_path / "run")]
     subprocess.run(arguments, check=True, cwd=REPOSITORY)
