@@ -244,7 +244,7 @@ def test_a_robot_dataset_without_held_out_episodes_may_be_the_largest(robot_data
     mesh = sharding.make_mesh()
     with pytest.raises(ConfigError, match="several robot datasets; choose one of large, small"):
         load_policy(workdir, mesh)
-    with pytest.raises(ConfigError, match="--dataset smal: .* large, small.*did you mean small"):
+    with pytest.raises(ConfigError, match="'smal'.* large, small.*did you mean small"):
         load_policy(workdir, mesh, "smal")
     sizes = {name: load_policy(workdir, mesh, name).spec for name in ("large", "small")}
     assert {name: (spec.action_size, spec.state_size) for name, spec in sizes.items()} == {

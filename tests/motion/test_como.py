@@ -323,7 +323,7 @@ def test_labels_are_read_by_a_linear_layer(make_como: MakeComo) -> None:
     terms, params, model = objective(make_como, "label", label_size=4)
     head = params["label_head"]
     predicted = latent_of(model, params) @ head["kernel"] + head["bias"]
-    labels = types.fake_frame_pairs(batch=3, instants=3, flow=True, label_size=4).labels
+    labels = types.fake_frame_pairs(batch=3, instants=3, flow=True, label_size=4).supervision
     np.testing.assert_allclose(terms["label"], np.mean((predicted - labels) ** 2), rtol=1e-4)
 
 
@@ -332,7 +332,7 @@ def test_what_is_not_labelled_does_not_count(make_como: MakeComo) -> None:
     params = jax.jit(model.init)(jax.random.key(0))
     batch = types.fake_frame_pairs(label_size=4)
     batch.has_supervision[1:] = 0.0
-    batch.labels[1:] = np.nan
+    batch.supervision[1:] = np.nan
 
     def loss(params: Params, batch: types.FramePairs) -> jax.Array:
         return model.bind(params).loss(batch, jax.random.key(0)).total
