@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs like quickstart.sh, then checks style, imports and types and runs the everyday tests: less than 14 minutes on
+# Installs like quickstart.sh, then checks style, imports and types and runs the everyday tests: about a quarter of an hour on
 # two CPU cores. With --all it runs the slow tests too. Other arguments go to pytest: tools/test.sh -n 0 FILE
 set -euo pipefail
 cd "$(dirname "$0")/.."
