@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from ml_collections import ConfigDict
 
 from como_jax.errors import ConfigError
-from como_jax.nn import layers
+from como_jax.nn import attention
 from como_jax.nn.attention import FusableAttention
 from como_jax.nn.model_def import ModelDef
 from como_jax.training import sharding
@@ -75,13 +75,13 @@ def test_the_model_is_the_same_where_xla_is_chosen() -> None:
 
 @pytest.mark.slow
 def test_a_whole_train_step_is_lowered_to_cudnn_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, attend = [], layers.attend
+    asked, attend = [], attention.attend
 
     def watch(*args: Any, implementation: str) -> jax.Array:
         asked.append(implementation)
         return attend(*args, implementation=implementation)
 
-    monkeypatch.setattr(layers, "attend", watch)
+    monkeypatch.setattr(attention, "attend", watch)
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     config, model = recipe("pretrain_como", train={"attention": "xla"})
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
