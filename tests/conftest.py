@@ -59,7 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow folders come first, so that no process is left with a long file at the end."""
-    ranks = {name: rank for rank, name in enumerate(("experiments", "training", "policies", "evaluation", "motion"))}
+    ranks = {
+        name: rank for rank, name in enumerate(("tpu", "experiments", "training", "policies", "evaluation", "motion"))
+    }
     items.sort(key=lambda item: ranks.get(item.path.parent.name, len(ranks)))
 
 

@@ -245,7 +245,7 @@ def test_a_mistake_in_the_command_is_one_line_and_status_2(
 
 
 @pytest.mark.slow
-def test_killed_at_five_random_moments_it_goes_on_to_the_same_bytes(
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
     smoke_run: Callable[[str], Path], tabletop_dataset: Path, tmp_path: Path
 ) -> None:
     flags = [f"--workdir={smoke_run('como')}", f"--data={tabletop_dataset}", "--batch_size=8"]
@@ -257,7 +257,7 @@ def test_killed_at_five_random_moments_it_goes_on_to_the_same_bytes(
     out, staging = tmp_path / "out", tmp_path / "out.partial"
     num_shards = len(list(tabletop_dataset.glob("episodes-*")))
     kept: dict[str, tuple[int, int]] = {}
-    for soon_after_a_shard in (True, False, True, False, True):
+    for soon_after_a_shard in (True, False, True):
         process = start(*flags, f"--out={out}")
         if soon_after_a_shard:
             wait_for_shards(staging, min(len(list(staging.glob("done/*.json"))) + 1, num_shards), process)

@@ -173,7 +173,7 @@ def command(workdir: Path, dataset: Path, *more: str, recipe: str = "configs/pre
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_restarted_equals_uninterrupted(tabletop_dataset: Path, tmp_path: Path):
-    steps = 250
+    steps = 120
     flags = [
         f"--config.train.num_steps={steps}",
         "--config.train.checkpoint_every=7",
@@ -185,7 +185,7 @@ def test_killed_at_random_moments_and_restarted_equals_uninterrupted(tabletop_da
     subprocess.run(uninterrupted, check=True, capture_output=True, cwd=REPOSITORY)
 
     killed, moment, kills = tmp_path / "killed", random.Random(0), []
-    while len(kills) < 4:
+    while len(kills) < 2:
         process = subprocess.Popen(command(killed, tabletop_dataset, *flags), stderr=subprocess.DEVNULL, cwd=REPOSITORY)
         begin = kills[-1] if kills else 0
         target = begin + moment.randint(5, 40)

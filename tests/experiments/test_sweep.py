@@ -153,16 +153,13 @@ def test_a_failing_process_is_listed_and_the_status_is_1(tabletop_dataset: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_the_running_cells_and_the_same_command_goes_on(
-    tabletop_dataset: Path, tmp_path: Path, processes: int
-):
+def test_sigterm_saves_the_running_cells_and_the_same_command_goes_on(tabletop_dataset: Path, tmp_path: Path):
     out = tmp_path / "out"
-    endless = ["--set=train.log_every=1", "--seeds=0,1", f"--processes={processes}"]
+    endless = ["--set=train.log_every=1", "--seeds=0,1", "--processes=2"]
     arguments = command(out, tabletop_dataset, *endless)
     arguments[arguments.index("--set=train.num_steps=2")] = "--set=train.num_steps=100000"
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    runs = [out / "pretrain_como-smoke" / f"seed{seed}" for seed in range(processes)]
+    runs = [out / "pretrain_como-smoke" / f"seed{seed}" for seed in range(2)]
     while not all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text() for run in runs):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -173,4 +170,4 @@ def test_sigterm_saves_the_running_cells_and_the_same_command_goes_on(
     done = subprocess.run([*arguments, "--table_only"], text=True, cwd=REPOSITORY)
     assert done.returncode == 0
     statuses = [row["status"] for row in read_csv(out / "cells.csv")]
-    assert statuses == ["unfinished"] * processes + ["not run"] * (2 - processes)
+    assert statuses == ["unfinished"] * 2
