@@ -304,6 +304,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 elif isinstance(item, Warned):
                     outcome.warnings.append(item.message)
                 else:
+                    outcome.warnings += [note for note in item.notes if note not in outcome.warnings]
                     yield item
         except (SourceError, *self.decoder_errors) as error:
             outcome.problems.append(one_line(error))

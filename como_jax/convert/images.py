@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -23,32 +23,74 @@ MAX_PIXELS = 2**26
 MAX_STORED_PIXELS = 2**25
 
 
+GREY = "the images are grey: their one channel became red, green and blue"
+TRANSPARENT = "the images are partly transparent: their colours were taken, and the transparency was left out"
+_ORIENTATION_TAG = 0x0112
+# What is done to an image as it is stored, by its EXIF orientation.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+class NotRgbError(ValueError):
+    """An image is neither RGB nor grey with 8 bits a channel, so it may be a depth map."""
+
+
+class Decoded(NamedTuple):
+    """An upright RGB image, uint8 `[H, W, 3]`.
+
+    Attributes:
+      image: the image.
+      note: what the user should know of how it became RGB, or ''.
+    """
+
+    image: np.ndarray
+    note: str = ""
+
+
 class Frame(NamedTuple):
-    """An image of an episode as it is stored: JPEG, height and width, and thumbnail (see `thumbnail`)."""
+    """An image of an episode as it is stored.
+
+    Attributes:
+      jpeg: the encoded image.
+      size: height and width.
+      thumbnail: see `thumbnail`.
+      note: see `Decoded`.
+    """
 
     jpeg: bytes
     size: tuple[int, int]
     thumbnail: np.ndarray
+    note: str = ""
 
 
-def make_frame(image: np.ndarray, shorter_side: int) -> Frame:
+def make_frame(image: np.ndarray, shorter_side: int, note: str = "") -> Frame:
     """Scales an RGB image, uint8 `[H, W, 3]`, down until its shorter side fits, and encodes it."""
     small = shrink(image, shorter_side)
-    return Frame(encode_jpeg(small), small.shape[:2], thumbnail(small))
+    return Frame(encode_jpeg(small), small.shape[:2], thumbnail(small), note)
 
 
 def convert_stored(stored: bytes | np.ndarray, shorter_side: int) -> Frame:
     """Converts an encoded image, or uint8 `[H, W, C]` with 1, 3 or 4 channels (grey, RGB, RGBA).
 
-    Colour JPEGs whose shorter side is small enough are kept byte for byte.
+    Colour JPEGs that are upright, and whose shorter side is small enough, are kept byte for byte.
 
     Raises:
-      ValueError: the image is empty, damaged, larger than `MAX_STORED_PIXELS`, or not an image.
+      ValueError: the image is empty, damaged, larger than `MAX_STORED_PIXELS`, or has not 8 bits a channel.
     """
-    image = decode_image(stored, MAX_STORED_PIXELS) if isinstance(stored, bytes) else _to_rgb(stored)
-    small = shrink(image, shorter_side)
-    is_kept = small is image and isinstance(stored, bytes) and _is_colour_jpeg(stored)
-    return Frame(stored if is_kept else encode_jpeg(small), small.shape[:2], thumbnail(small))
+    if not isinstance(stored, bytes):
+        image, note = to_rgb(stored, MAX_STORED_PIXELS)
+        return make_frame(image, shorter_side, note)
+    image, note = decode(stored, MAX_STORED_PIXELS)
+    if min(image.shape[:2]) <= shorter_side and _is_colour_jpeg(stored) and _orientation(stored) == 1:
+        return Frame(stored, image.shape[:2], thumbnail(image), note)
+    return make_frame(image, shorter_side, note)
 
 
 def make_episode(
@@ -73,7 +115,8 @@ def make_episode(
         )
         for index in range(len(main))
     ]
-    return Episode(episode_id, source_file, control_rate, steps, motion([frame.thumbnail for frame in main]), language)
+    changes = motion([frame.thumbnail for frame in main])
+    return Episode(episode_id, source_file, control_rate, steps, changes, language, _notes(frames))
 
 
 def shrink(image: np.ndarray, shorter_side: int) -> np.ndarray:
@@ -94,23 +137,54 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes a JPEG, a PNG or another format that OpenCV reads to RGB, uint8 `[H, W, 3]`.
+    """Decodes an image as `decode` does, and returns only the image."""
+    return decode(data, max_pixels).image
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decodes a JPEG, a PNG or another format that OpenCV reads, and turns it upright as its EXIF data ask.
 
     Raises:
-      ValueError: the image is empty, damaged, of an unknown format, or has more than `max_pixels` pixels.
+      ValueError: the image is empty, damaged, of an unknown format, has more than `max_pixels` pixels, or has not
+        8 bits a channel.
     """
     if not data:
         raise ValueError("the image is empty")
     _check_pixels(*_encoded_size(data), max_pixels)
     if _is_jpeg(data):
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    try:
-        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        bgr = None
-    if bgr is None:
-        raise ValueError("an image cannot be decoded")
-    return np.ascontiguousarray(bgr[..., ::-1])
+        is_grey = simplejpeg.decode_jpeg_header(data)[2] == "Gray"
+        decoded = Decoded(simplejpeg.decode_jpeg(data, colorspace="RGB"), GREY if is_grey else "")
+    else:
+        try:
+            stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        except cv2.error:
+            stored = None
+        if stored is None:
+            raise ValueError("an image cannot be decoded")
+        # OpenCV puts blue first, and leaves out the last axis of a single channel.
+        stored = stored[..., None] if stored.ndim == 2 else stored[..., [2, 1, 0, *range(3, stored.shape[2])]]
+        decoded = to_rgb(stored, max_pixels)
+    turn = _TURNS.get(_orientation(data))
+    return decoded if turn is None else Decoded(np.ascontiguousarray(turn(decoded.image)), decoded.note)
+
+
+def to_rgb(image: np.ndarray, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Makes RGB of uint8 `[H, W, C]` with 1, 3 or 4 channels (grey, RGB, RGBA).
+
+    Raises:
+      NotRgbError: the array has another shape or another type, such as that of a depth map.
+      ValueError: it is empty, or has too many pixels.
+    """
+    if image.ndim != 3 or image.dtype != np.uint8 or image.shape[-1] not in (1, 3, 4):
+        what = f"an image has shape {image.shape} and type {image.dtype}"
+        raise NotRgbError(f"{what}; images are [H, W, 3] and uint8, and others, such as depth maps, are not converted")
+    if not image.size:
+        raise ValueError("the image is empty")
+    _check_pixels(*image.shape[:2], max_pixels)
+    if image.shape[-1] == 1:
+        return Decoded(np.repeat(image, 3, axis=-1), GREY)
+    is_transparent = image.shape[-1] == 4 and image[..., 3].min() < np.iinfo(np.uint8).max
+    return Decoded(np.ascontiguousarray(image[..., :3]), TRANSPARENT if is_transparent else "")
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -125,13 +199,25 @@ def motion(thumbnails: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.float32), differences])
 
 
-def _to_rgb(image: np.ndarray) -> np.ndarray:
-    if image.ndim != 3 or image.dtype != np.uint8 or image.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"an image has shape {image.shape} and type {image.dtype}")
-    if not image.size:
-        raise ValueError("the image is empty")
-    _check_pixels(*image.shape[:2], MAX_STORED_PIXELS)
-    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else np.ascontiguousarray(image[..., :3])
+def _notes(frames: Mapping[str, Sequence[Frame]]) -> tuple[str, ...]:
+    """What the user should know of the images of an episode, by camera."""
+    found = ((camera, frame.note) for camera, shown in frames.items() for frame in shown if frame.note)
+    return tuple(f"camera {camera!r}: {note}" for camera, note in dict.fromkeys(found))
+
+
+def _orientation(data: bytes) -> int:
+    """Returns the EXIF orientation of an encoded image as OpenCV and simplejpeg decode it: 1 is upright."""
+    # Those decoders turn a TIFF by themselves. Of the usual formats, most images have no such data at all.
+    marks = {b"\xff\xd8": b"Exif\0\0", b"\x89P": b"eXIf", b"II": None, b"MM": None, b"BM": None, b"GI": None}
+    mark = marks.get(data[:2], b"")
+    if mark is None or mark not in data:
+        return 1
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            return image.getexif().get(_ORIENTATION_TAG, 1)
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError):
+        return 1
 
 
 def _is_jpeg(data: bytes) -> bool:

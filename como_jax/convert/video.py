@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator
 
 import av
+import cv2
 import numpy as np
+from av.stream import Disposition
 from etils import epath
 
 from como_jax.convert.folder import check_file
+from como_jax.convert.images import GREY, TRANSPARENT, NotRgbError
 
 VIDEO_ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError)
 # Twice the pixels of 8K video. A header can claim any size, and a decoder holds several images of that size at once.
@@ -20,6 +23,21 @@ _COMPLETE_SHARE = 0.95
 _MAX_REORDERED = 16
 # No video is as long, and FFmpeg counts time in 64 bits.
 _MAX_SECONDS = 1e9
+_BITS = 8
+# The tangent of an angle of one degree, below which FFmpeg does not turn an image.
+_TILT = math.tan(math.radians(1))
+# Covers of albums and previews of a player, which are no recordings.
+_NO_RECORDING = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+# Pixels that are longer or wider than this are a mistake of the header.
+_MAX_ASPECT = 4.0
+# The names of FFmpeg for the transfer functions of HDR video, PQ and HLG.
+_HDR = (16, 18)
+
+DEEP = "the frames have more than 8 bits a channel, of which 8 were kept"
+HDR = "the frames are of high dynamic range (HDR), and their colours look dull as RGB"
+STRETCHED = "the frames were stretched as players do, since the file says that their pixels are not square"
+TILTED = "the file asks to turn the frames by an angle that is not a multiple of 90 degrees: the nearest one counts"
+SEVERAL_STREAMS = "the file has several video streams, of which the one that players show was read"
 
 
 class VideoReader:
@@ -29,6 +47,7 @@ class VideoReader:
       codec: name of the format of the images, such as `h264` or `av1`.
       height, width: size of the images as the header gives it.
       frame_rate: average frames per second according to the container, or None if it does not say.
+      notes: what the user should know of how the frames became RGB images; complete after the first frame.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -45,7 +64,7 @@ class VideoReader:
             # FFmpeg decodes the first images while it opens a file. The encoding of titles does not matter.
             options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
             self._container = av.open(self._file, options=options, metadata_errors="replace")
-            self._stream = self._first_video()
+            self._stream = self._best_video()
         except BaseException:
             self._file.close()
             raise
@@ -54,6 +73,7 @@ class VideoReader:
         self._stream.thread_count = 1
         self._stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         self._size: tuple[int, int] | None = None
+        self.notes = [SEVERAL_STREAMS] if len(self._recordings()) > 1 else []
         decoder = self._stream.codec_context.name
         self.codec = "av1" if decoder in AV1_DECODERS else decoder
         self.height, self.width = self._stream.height, self._stream.width
@@ -113,11 +133,18 @@ class VideoReader:
                 return
             yield self._image(frame, f"the frame at {frame.time:.3f} s")
 
-    def _first_video(self) -> av.VideoStream:
-        """Returns the first video stream; raises ValueError if there is none that can be decoded."""
-        if not self._container.streams.video:
-            raise ValueError("no video stream")
-        stream = self._container.streams.video[0]
+    def _recordings(self) -> list[av.VideoStream]:
+        return [stream for stream in self._container.streams.video if not stream.disposition & _NO_RECORDING]
+
+    def _best_video(self) -> av.VideoStream:
+        """Returns the video stream that players show; raises ValueError if there is none that can be decoded."""
+        recordings = self._recordings()
+        if not recordings:
+            covers = "; it holds only a cover or a preview" if self._container.streams.video else ""
+            raise ValueError(f"no video stream{covers}")
+        best = self._container.streams.best("video")
+        stream = best if best in recordings else max(recordings, key=lambda each: each.width * each.height)
+        assert isinstance(stream, av.VideoStream)
         if stream.codec_context is None:
             raise ValueError("the codec of its video is not known")
         if stream.width * stream.height > MAX_PIXELS:
@@ -140,9 +167,53 @@ class VideoReader:
             before = "x".join(map(str, self._size))
             raise ValueError(f"{name} has {size[0]}x{size[1]} pixels, and those before it have {before}")
         self._size = size
-        image = frame.to_ndarray(format="rgb24")
-        # Phones store portrait video lying on its side.
-        return np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
+        return self._upright(self._stretched(self._to_rgb(frame)), frame)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """Returns the stored image as RGB; raises NotRgbError if it is something else, such as a depth map."""
+        components = frame.format.components
+        colours = [component for component in components if not component.is_alpha]
+        bits = max(component.bits for component in colours)
+        is_grey = len(colours) == 1 and not frame.format.has_palette
+        if is_grey and bits > _BITS:
+            what = f"its frames have one channel of {bits} bits"
+            raise NotRgbError(f"{what}, as depth maps have; only RGB images and grey ones of 8 bits are converted")
+        for note, applies in ((GREY, is_grey), (DEEP, bits > _BITS), (HDR, frame.color_trc in _HDR)):
+            if applies:
+                self._note(note)
+        if len(colours) < len(components):
+            image = frame.to_ndarray(format="rgba")
+            if image[..., 3].min() < np.iinfo(np.uint8).max:
+                self._note(TRANSPARENT)
+            return np.ascontiguousarray(image[..., :3])
+        return frame.to_ndarray(format="rgb24")
+
+    def _stretched(self, image: np.ndarray) -> np.ndarray:
+        """Makes the pixels square, by adding pixels along the side on which they are longer."""
+        aspect = float(self._stream.sample_aspect_ratio or 1)
+        height, width = image.shape[:2]
+        size = round(width * max(aspect, 1)), round(height / min(aspect, 1))
+        if size == (width, height) or not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
+            return image
+        self._note(STRETCHED)
+        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+
+    def _upright(self, image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+        """Turns and mirrors an image as the file asks; phones, for example, store portrait video on its side."""
+        stored = frame.side_data.get("DISPLAYMATRIX")
+        if stored is None:
+            return image
+        # A pixel at column x and row y is shown at column a x + c y and row b x + d y.
+        a, b, _, c, d = np.frombuffer(bytes(stored), np.int32, 5).astype(np.float64)
+        if min(abs(a) + abs(d), abs(b) + abs(c)) > _TILT * max(abs(a) + abs(d), abs(b) + abs(c)):
+            self._note(TILTED)
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            image, a, d = image.swapaxes(0, 1), c, b
+        return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
     def _check_complete(self, count: int, seconds: float | None) -> None:
         """Raises ValueError if the stream ended clearly before the end that its container announces."""

@@ -79,6 +79,7 @@ class Episode:
       steps: in temporal order.
       motion: float32 `[len(steps)]`, see `EPISODE_TABLE_SCHEMA`.
       language_instruction: empty when unknown.
+      notes: what the user should know of how it was converted; for the report, and not stored.
     """
 
     episode_id: str
@@ -87,6 +88,7 @@ class Episode:
     steps: Sequence[Step]
     motion: np.ndarray
     language_instruction: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def step_features(

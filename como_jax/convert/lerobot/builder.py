@@ -15,10 +15,11 @@ from etils import epath
 from como_jax.convert import images
 from como_jax.convert.builder import EpisodeBuilder, Item, SourceError, StepLayout, Warned
 from como_jax.convert.folder import check_file
-from como_jax.convert.images import Frame
+from como_jax.convert.images import GREY, Decoded, Frame, NotRgbError
 from como_jax.convert.lerobot.metadata import INFO_PATH, EpisodeEntry, Feature, Metadata, read_metadata
 from como_jax.convert.lerobot.reading import (
     column_names,
+    first_stored,
     join_numbers,
     read_rows,
     stored_frames,
@@ -38,8 +39,11 @@ _STATE = "state"
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 # The approximate size of an image of the default size as JPEG.
 _BYTES_PER_IMAGE = 2**15
+# Episodes in which an image of a camera is looked for, before the conversion begins.
+_MAX_PROBED = 5
 NO_TASK = "no task is known: the language instruction is empty"
 SEVERAL_TASKS = "the task changes within an episode: that of its first step counts"
+DEPTH_NAME = "its images are grey, and its name says that they are depth maps"
 OTHER_LENGTH = "the metadata list another number of steps than the table has"
 
 
@@ -108,13 +112,13 @@ class LeRobot(EpisodeBuilder):
         """Reads the frames of a camera, one for each row of the table."""
         # One frame more than there are rows shows that a video is too long, without reading all of it.
         stored = itertools.islice(self._images(entry, camera), num_rows + 1)
-        frames = [images.make_frame(image, self.settings.image_size) for image in stored]
+        frames = [images.make_frame(image, self.settings.image_size, note) for image, note in stored]
         if len(frames) != num_rows:
             count = "more" if len(frames) > num_rows else f"only {len(frames)}"
             raise SourceError(f"the table has {num_rows} rows, but camera {camera!r} has {count} frames")
         return frames
 
-    def _images(self, entry: EpisodeEntry, camera: str) -> Iterator[np.ndarray]:
+    def _images(self, entry: EpisodeEntry, camera: str) -> Iterator[Decoded]:
         """Yields the RGB images of a camera, from a video or from the table."""
         key = self.selection.cameras[camera]
         if self.metadata.features[key].dtype == "image":
@@ -162,11 +166,15 @@ class LeRobot(EpisodeBuilder):
         """The chosen cameras, actions and states; raises ConversionError if the dataset does not have them."""
         metadata, settings = self.metadata, self.settings
         stored = [key for key, fault in self._camera_faults.items() if not fault]
+        for key in settings.camera:
+            if fault := self._camera_faults.get(key) or self._camera_faults.get(f"observation.images.{key}"):
+                raise ConversionError(f"camera {key!r} cannot be converted: {fault}")
         if not stored:
             faults = ", ".join(f"{key} ({fault})" for key, fault in self._camera_faults.items())
             raise ConversionError(f"{metadata.root} has no camera to convert: {faults or 'info.json lists none'}")
         return Selection(
-            cameras=select_cameras(stored, settings.camera),
+            # Images of depth in false colours are RGB, but motion should not be measured on them.
+            cameras=select_cameras(sorted(stored, key=lambda key: "depth" in key.lower()), settings.camera),
             actions=_select_numbers(metadata.features, "action", settings.action, _ACTION_KEYS),
             states=_select_numbers(metadata.features, "state", settings.state, _STATE_KEYS),
         )
@@ -179,10 +187,30 @@ class LeRobot(EpisodeBuilder):
             if feature.is_depth:
                 faults[key] = "its images are depth maps"
             elif feature.dtype == "video":
-                faults[key] = "" if metadata.has_video(key) else "it has no files"
+                faults[key] = self._image_fault(key) if metadata.has_video(key) else "it has no files"
             elif feature.dtype == "image":
-                faults[key] = "" if key in self._table_columns else "the tables have no such column"
+                known = key in self._table_columns
+                faults[key] = self._image_fault(key) if known else "the tables have no such column"
         return faults
+
+    def _image_fault(self, key: str) -> str:
+        """Returns why the images of a camera are not RGB, as the first one that can be read shows, or ''."""
+        is_stored = self.metadata.features[key].dtype == "image"
+        for entry in self.metadata.episodes[:_MAX_PROBED]:
+            try:
+                video = entry.videos.get(key)
+                if is_stored:
+                    first = first_stored(self._path(entry.table), key)
+                elif video is not None:
+                    first = next(video_frames(self._path(video.path), None))
+                else:
+                    continue
+            except NotRgbError as error:
+                return str(error)
+            except (SourceError, *self.decoder_errors):
+                continue
+            return DEPTH_NAME if first.note == GREY and "depth" in key.lower() else ""
+        return ""
 
     @functools.cached_property
     def _table_columns(self) -> set[str]:

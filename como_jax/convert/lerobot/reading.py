@@ -11,6 +11,7 @@ from etils import epath
 
 from como_jax.convert import images
 from como_jax.convert.builder import SourceError
+from como_jax.convert.images import Decoded
 from como_jax.convert.video import VideoReader
 
 _TASK_COLUMN = "task_index"
@@ -81,13 +82,22 @@ def column_names(path: epath.PathLike) -> set[str]:
         return set(pq.ParquetFile(file).schema_arrow.names)
 
 
-def video_frames(path: epath.PathLike, seconds: tuple[float, float] | None) -> Iterator[np.ndarray]:
+def first_stored(path: epath.PathLike, key: str) -> Decoded:
+    """Returns the first image of a column; raises like `read_rows` and `stored_frames`."""
+    with epath.Path(path).open("rb") as file:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=[key]):
+            return next(stored_frames(pa.chunked_array([batch.column(0)])))
+    raise SourceError("the table has no rows")
+
+
+def video_frames(path: epath.PathLike, seconds: tuple[float, float] | None) -> Iterator[Decoded]:
     """Yields the RGB images of a video, or of the part of it between two times."""
     with VideoReader(path) as reader:
-        yield from reader.frames() if seconds is None else reader.frames_between(*seconds)
+        for image in reader.frames() if seconds is None else reader.frames_between(*seconds):
+            yield Decoded(image, "; ".join(reader.notes))
 
 
-def stored_frames(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+def stored_frames(column: pa.ChunkedArray) -> Iterator[Decoded]:
     """Yields the RGB images of a column of encoded images, or of structs with a field `bytes`.
 
     Raises:
@@ -99,4 +109,4 @@ def stored_frames(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
         data = stored.get("bytes") if isinstance(stored, dict) else stored
         if not isinstance(data, bytes):
             raise SourceError(f"the image of row {row} is not in the table")
-        yield images.decode_image(data)
+        yield images.decode(data)

@@ -81,7 +81,7 @@ class VideoFolder(FolderBuilder):
         """Yields the frames that become steps."""
         for index, image in enumerate(reader.frames()):
             if index % self.settings.frame_stride == 0:
-                yield images.make_frame(image, self.settings.image_size)
+                yield images.make_frame(image, self.settings.image_size, "; ".join(reader.notes))
 
 
 def split_clips(frames: Iterator[T], length: int) -> Iterator[list[T]]:
