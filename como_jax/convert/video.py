@@ -21,8 +21,6 @@ AV1_DECODERS = ("libdav1d", "libaom-av1")
 _COMPLETE_SHARE = 0.95
 # H.264 and its successors hold back at most so many frames to reorder them.
 _MAX_REORDERED = 16
-# No video is as long, and FFmpeg counts time in 64 bits.
-_MAX_SECONDS = 1e9
 _BITS = 8
 # The tangent of an angle of one degree, below which FFmpeg does not turn an image.
 _TILT = math.tan(math.radians(1))
@@ -114,14 +112,10 @@ class VideoReader:
         """Yields the RGB images, uint8 `[H, W, 3]`, that are shown from `begin` to `end` seconds.
 
         Raises:
-          ValueError: a frame is damaged or of another size, or the times are not in order.
+          ValueError: a frame is damaged or of another size.
           av.error.FFmpegError: the decoder failed.
         """
-        if not -_MAX_SECONDS < begin < end < _MAX_SECONDS:
-            raise ValueError(f"the metadata say that it runs from {begin} to {end} seconds of its video")
         frame_seconds = 1 / self.frame_rate if self.frame_rate else 0.0
-        # The bounds are sums of durations. Half a frame keeps rounding errors from moving a frame across them.
-        begin, end = begin - frame_seconds / 2, end - frame_seconds / 2
         # FFmpeg seeks by the time at which a frame is decoded, which is earlier than the time at which it is shown.
         target = max(0.0, begin - _MAX_REORDERED * frame_seconds)
         assert self._stream.time_base is not None
@@ -132,6 +126,16 @@ class VideoReader:
             if frame.time >= end:
                 return
             yield self._image(frame, f"the frame at {frame.time:.3f} s")
+
+    def times(self) -> np.ndarray | None:
+        """Returns the times of all frames in seconds, `[N]` in order, without decoding; None if there are none.
+
+        Reads the file to its end: open it anew to read its frames.
+        """
+        packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
+        if not packets or self._stream.time_base is None or any(packet.pts is None for packet in packets):
+            return None
+        return np.sort([float(packet.pts * self._stream.time_base) for packet in packets])
 
     def _recordings(self) -> list[av.VideoStream]:
         return [stream for stream in self._container.streams.video if not stream.disposition & _NO_RECORDING]

@@ -29,11 +29,11 @@ def brightness(index: int, step: int) -> int:
     return 20 + 30 * index + 4 * step
 
 
-def write_video(path: Path, values: Sequence[int]) -> None:
+def write_video(path: Path, values: Sequence[int], rate: Fraction = Fraction(FPS)) -> None:
     """An H.264 video of plain grey frames, with B-frames and few key frames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS))
+        stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
         stream.options = {"crf": "4", "bf": "3", "g": "9", "b_strategy": "0", "sc_threshold": "0"}
         for value in values:
@@ -115,19 +115,21 @@ def write_v2(root: Path, version: str = "v2.1", cameras: Sequence[str] = (TOP,))
     return root
 
 
-def write_v3(root: Path, cameras: Sequence[str] = (TOP,)) -> Path:
-    """Episodes 1 and 2 share a table and the videos of all cameras but the last of several, where 2 and 6 do."""
+def write_v3(root: Path, cameras: Sequence[str] = (TOP,), numbers: Sequence[int] = tuple(LENGTHS)) -> Path:
+    """The first two episodes share a table and the videos of all cameras but the last of several, where the last do."""
     write_info(root, "v3.0", cameras)
-    tables = {1: (0, 0), 2: (0, 0), 6: (0, 1)}
-    places = dict.fromkeys(cameras, tables) | {camera: {1: (0, 0), 2: (1, 0), 6: (1, 0)} for camera in cameras[1:]}
+    lengths = dict(zip(numbers, LENGTHS.values(), strict=True))
+    tables = dict(zip(numbers, [(0, 0), (0, 0), (0, 1)], strict=True))
+    others = dict(zip(numbers, [(0, 0), (1, 0), (1, 0)], strict=True))
+    places = dict.fromkeys(cameras, tables) | dict.fromkeys(cameras[1:], others)
     entries = []
     first_row = 0
-    for index, length in LENGTHS.items():
+    for index, length in lengths.items():
         entry = {"episode_index": index, "tasks": [TASKS[index % 2]], "length": length}
         entry |= {"dataset_from_index": first_row, "dataset_to_index": first_row + length}
         entry |= {"data/chunk_index": tables[index][0], "data/file_index": tables[index][1]}
         for camera, place in places.items():
-            before = sum(LENGTHS[other] for other in LENGTHS if other < index and place[other] == place[index])
+            before = sum(lengths[other] for other in lengths if other < index and place[other] == place[index])
             times = {"from_timestamp": before / FPS, "to_timestamp": (before + length) / FPS}
             values = {"chunk_index": place[index][0], "file_index": place[index][1]} | times
             entry |= {f"videos/{camera}/{name}": value for name, value in values.items()}
@@ -138,8 +140,8 @@ def write_v3(root: Path, cameras: Sequence[str] = (TOP,)) -> Path:
         _write_v3_table(root, place, [entry for entry in entries if tables[entry["episode_index"]] == place])
     for camera, place in places.items():
         for file in dict.fromkeys(place.values()):
-            members = [index for index in LENGTHS if place[index] == file]
-            values = [brightness(index, step) for index in members for step in range(LENGTHS[index])]
+            members = [index for index in lengths if place[index] == file]
+            values = [brightness(index, step) for index in members for step in range(lengths[index])]
             write_video(root / V3_VIDEO.format(video_key=camera, chunk_index=file[0], file_index=file[1]), values)
     write_episode_list(root, entries)
     # Pandas would write the texts as the index of the table, which is its last column.

@@ -67,6 +67,8 @@ def test_the_files_that_other_tests_convert_are_of_the_format(tmp_path, run_pack
     numbered = list(enumerate(WRITTEN_LENGTHS.values()))
     assert found["actions"] == [[step, index] for index, length in numbered for step in range(length)]
     assert found["tasks"] == [TASKS[index % 2] for index, length in numbered for _ in range(length)]
-    for key, paths in found["videos"].items():
-        assert paths == [f"videos/{key}/chunk-000/file-{file:03d}.mp4" for file in (0, 0, 1)]
+    files = {TOP: ["000/file-000", "000/file-000", "000/file-001"], WRIST: ["000/file-000"] + ["001/file-000"] * 2}
+    assert found["videos"] == {
+        key: [f"videos/{key}/chunk-{name}.mp4" for name in names] for key, names in files.items()
+    }
     assert all((source / path).is_file() for paths in found["videos"].values() for path in paths)

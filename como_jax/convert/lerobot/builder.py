@@ -16,10 +16,13 @@ from como_jax.convert import images
 from como_jax.convert.builder import EpisodeBuilder, Item, SourceError, StepLayout, Warned
 from como_jax.convert.folder import check_file
 from como_jax.convert.images import GREY, Decoded, Frame, NotRgbError
+from como_jax.convert.lerobot import order, placement
 from como_jax.convert.lerobot.metadata import INFO_PATH, EpisodeEntry, Feature, Metadata, read_metadata
 from como_jax.convert.lerobot.reading import (
+    bounds,
     column_names,
     first_stored,
+    frame_times,
     join_numbers,
     read_rows,
     stored_frames,
@@ -56,6 +59,28 @@ class LeRobotSettings(Settings):
     camera: tuple[str, ...] = setting("keys or names of cameras, the main camera first [all with images]", ())
     action: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [action]", None)
     state: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [observation.state]", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The frames of one camera in one episode.
+
+    Attributes:
+      path: the video.
+      times: of all frames of the video in seconds, or None if they are not known.
+      frames: number of the first frame of the episode and of that after its last, or None if it has the whole video.
+      warnings: what is odd about the place.
+    """
+
+    path: epath.Path
+    times: np.ndarray | None
+    frames: tuple[int, int] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def episode_times(self) -> np.ndarray | None:
+        """The times of the frames of the episode."""
+        return self.times if self.times is None or self.frames is None else self.times[slice(*self.frames)]
 
 
 class LeRobot(EpisodeBuilder):
@@ -97,38 +122,76 @@ class LeRobot(EpisodeBuilder):
     def episodes(self, source: Source) -> Iterator[Item]:
         """The one episode of a source."""
         entry, selection = self._entries[source.path], self.selection
-        table = self._rows(entry, (*selection.actions, *selection.states))
+        table, warnings = self._rows(entry, (*selection.actions, *selection.states))
         states, actions = join_numbers(table, selection.states), join_numbers(table, selection.actions)
-        frames = {name: self._frames(entry, name, table.num_rows) for name in selection.cameras}
-        language, warnings = self._language(entry, table)
-        rate = self.settings.control_rate or self.metadata.fps
-        assert rate is not None  # Checked with the metadata.
+        parts = {name: self._part(entry, name) for name in selection.cameras}
+        frames = {name: self._frames(entry, name, part, table.num_rows) for name, part in parts.items()}
+        rate, clock_warnings = self._rate(table, [part for part in parts.values() if part is not None])
+        language, language_warnings = self._language(entry, table)
+        warnings += [*clock_warnings, *language_warnings]
+        warnings += [warning for part in parts.values() if part is not None for warning in part.warnings]
         if entry.length not in (None, table.num_rows):
             warnings.append(OTHER_LENGTH)
-        yield from map(Warned, warnings)
+        yield from map(Warned, dict.fromkeys(warnings))
         yield images.make_episode(entry.name, entry.table, rate, frames, states, actions, language)
 
-    def _frames(self, entry: EpisodeEntry, camera: str, num_rows: int) -> list[Frame]:
+    def _frames(self, entry: EpisodeEntry, camera: str, part: _Part | None, num_rows: int) -> list[Frame]:
         """Reads the frames of a camera, one for each row of the table."""
         # One frame more than there are rows shows that a video is too long, without reading all of it.
-        stored = itertools.islice(self._images(entry, camera), num_rows + 1)
+        stored = itertools.islice(self._images(entry, camera, part), num_rows + 1)
         frames = [images.make_frame(image, self.settings.image_size, note) for image, note in stored]
         if len(frames) != num_rows:
             count = "more" if len(frames) > num_rows else f"only {len(frames)}"
             raise SourceError(f"the table has {num_rows} rows, but camera {camera!r} has {count} frames")
         return frames
 
-    def _images(self, entry: EpisodeEntry, camera: str) -> Iterator[Decoded]:
+    def _images(self, entry: EpisodeEntry, camera: str, part: _Part | None) -> Iterator[Decoded]:
         """Yields the RGB images of a camera, from a video or from the table."""
+        if part is None:
+            key = self.selection.cameras[camera]
+            return stored_frames(self._rows(entry, (key,))[0][key])
+        if part.times is None or part.frames is None:
+            return video_frames(part.path)
+        return video_frames(part.path, bounds(part.times, *part.frames))
+
+    def _part(self, entry: EpisodeEntry, camera: str) -> _Part | None:
+        """Finds the frames of an episode in the video of a camera; None if the camera's images lie in the table."""
         key = self.selection.cameras[camera]
         if self.metadata.features[key].dtype == "image":
-            return stored_frames(self._rows(entry, (key,))[key])
+            return None
         video = entry.videos.get(key)
         if video is None:
             raise SourceError(f"there is no video of camera {camera!r}")
-        return video_frames(self._path(video.path), video.seconds)
+        path = self._path(video.path)
+        times = frame_times(path)
+        if video.seconds is None:
+            return _Part(path, times)
+        if times is None:
+            raise SourceError(f"the frames of {video.path} have no times, by which those of the episode are found")
+        windows = self._windows[key, video.path]
+        first, stop, warnings = placement.place(times, windows, entry.index, self.metadata.fps)
+        return _Part(path, times, (first, stop), tuple(warnings))
 
-    def _rows(self, entry: EpisodeEntry, keys: tuple[str, ...]) -> pa.Table:
+    @functools.cached_property
+    def _windows(self) -> dict[tuple[str, str], list[placement.Window]]:
+        """The parts of every video that the metadata give to episodes, by camera and file."""
+        windows: dict[tuple[str, str], list[placement.Window]] = {}
+        for entry in self.metadata.episodes:
+            for key, video in entry.videos.items():
+                if video.seconds is not None:
+                    window = placement.Window(entry.index, video.seconds, entry.length)
+                    windows.setdefault((key, video.path), []).append(window)
+        return windows
+
+    def _rate(self, table: pa.Table, parts: Sequence[_Part]) -> tuple[float, list[str]]:
+        """Returns the control rate of an episode, and which of the dataset's clocks contradict it."""
+        if self.settings.control_rate is not None:
+            return self.settings.control_rate, []
+        assert self.metadata.fps is not None  # Checked with the metadata.
+        videos = [part.episode_times for part in parts if part.episode_times is not None]
+        return order.control_rate(self.metadata.fps, order.row_times(table), videos)
+
+    def _rows(self, entry: EpisodeEntry, keys: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
         return read_rows(self._path(entry.table), keys, entry.index if entry.shares_table else None)
 
     def _path(self, path: str) -> epath.Path:

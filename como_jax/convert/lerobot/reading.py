@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,31 +13,29 @@ from etils import epath
 from como_jax.convert import images
 from como_jax.convert.builder import SourceError
 from como_jax.convert.images import Decoded
+from como_jax.convert.lerobot.order import ORDER_COLUMNS, sort_rows
 from como_jax.convert.video import VideoReader
 
 _TASK_COLUMN = "task_index"
 _EPISODE_COLUMN = "episode_index"
-_ORDER_COLUMNS = ("timestamp", "frame_index", "index")
 
 
-def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = None) -> pa.Table:
-    """Reads the columns `keys`, and `task_index` if there is one, of an episode in temporal order.
+def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = None) -> tuple[pa.Table, list[str]]:
+    """Reads the columns `keys` of an episode in temporal order, and says what contradicts that order.
 
-    `episode` is the number of the episode, or None if all rows of the file belong to it.
+    The columns that order the rows, and `task_index`, are read too where they exist. `episode` is the number of the
+    episode, or None if all rows of the file belong to it.
 
     Raises:
-      SourceError: a column is missing, or there are no rows.
+      SourceError: a column is missing, there are no rows, or their order is not known.
       OSError, pa.ArrowException: the file is damaged.
     """
     with epath.Path(path).open("rb") as file:
-        schema = pq.ParquetFile(file).schema_arrow
-        names = schema.names
-        ordered = [name for name in _ORDER_COLUMNS if name in names and pa.types.is_primitive(schema.field(name).type)]
-        order = ordered[:1]
+        names = pq.ParquetFile(file).schema_arrow.names
         for key in (*keys, *([] if episode is None else [_EPISODE_COLUMN])):
             if key not in names:
                 raise SourceError(f"the table has no column {key!r}")
-        columns = dict.fromkeys([*keys, *order, *(name for name in (_TASK_COLUMN,) if name in names)])
+        columns = dict.fromkeys([*keys, *(name for name in (*ORDER_COLUMNS, _TASK_COLUMN) if name in names)])
         for name in (*columns, _EPISODE_COLUMN):
             if names.count(name) > 1:
                 raise SourceError(f"the table has {names.count(name)} columns {name!r}")
@@ -45,7 +44,7 @@ def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = N
         table = pq.read_table(file, columns=list(columns), filters=filters)
     if not table.num_rows:
         raise SourceError("the table has no rows of this episode")
-    return table.sort_by(order[0]) if order else table
+    return sort_rows(table)
 
 
 def join_numbers(table: pa.Table, keys: Sequence[str]) -> list[np.ndarray] | None:
@@ -90,11 +89,31 @@ def first_stored(path: epath.PathLike, key: str) -> Decoded:
     raise SourceError("the table has no rows")
 
 
-def video_frames(path: epath.PathLike, seconds: tuple[float, float] | None) -> Iterator[Decoded]:
-    """Yields the RGB images of a video, or of the part of it between two times."""
+def video_frames(path: epath.PathLike, seconds: tuple[float, float] | None = None) -> Iterator[Decoded]:
+    """Yields the RGB images of a video, or those that begin between two times."""
     with VideoReader(path) as reader:
         for image in reader.frames() if seconds is None else reader.frames_between(*seconds):
             yield Decoded(image, "; ".join(reader.notes))
+
+
+def bounds(times: np.ndarray, first: int, stop: int) -> tuple[float, float]:
+    """Returns the seconds between which the frames `first` to `stop - 1` begin; `times` are those of all frames."""
+    # Halfway between two frames, so that rounding moves no frame across.
+    between = np.concatenate([[times[0] - 1], (times[1:] + times[:-1]) / 2, [times[-1] + 1]])
+    return float(between[first]), float(between[stop])
+
+
+def frame_times(path: epath.Path) -> np.ndarray | None:
+    """Returns the times of all frames of a video, see `VideoReader.times`; raises like `VideoReader` if it fails."""
+    stat = path.stat()
+    return _frame_times(path, stat.mtime, stat.length)
+
+
+# The episodes of a file follow each other. Time and size tell a file from another that has taken its place.
+@functools.lru_cache(maxsize=16)
+def _frame_times(path: epath.Path, _mtime: float, _length: int) -> np.ndarray | None:
+    with VideoReader(path) as reader:
+        return reader.times()
 
 
 def stored_frames(column: pa.ChunkedArray) -> Iterator[Decoded]:

@@ -107,7 +107,9 @@ class LeRobotView(DatasetView):
         if fps is None or _TIMESTAMP not in self._metadata.features:
             return
         try:
-            table = read_rows(self.directory / entry.table, (_TIMESTAMP,), entry.index if entry.shares_table else None)
+            table, _ = read_rows(
+                self.directory / entry.table, (_TIMESTAMP,), entry.index if entry.shares_table else None
+            )
             steps = np.diff(np.asarray(table[_TIMESTAMP].to_pylist(), np.float64).ravel())
         except (SourceError, OSError, ValueError, TypeError, pa.ArrowException):
             return
