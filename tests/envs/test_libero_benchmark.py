@@ -149,6 +149,10 @@ def test_the_fast_look_is_much_like_the_full_one(suite: str) -> None:
         env = make_environment(task, EnvironmentOptions(image_size=128, settings={"look": look, "init": "drawn"}))
         observation = env.reset(0)
         images[look], drawn[look] = observation.images, env.simulation.state()
+        # What is not drawn would not be seen.
+        env._renderer._culls = False
+        for camera, image in env.images().items():
+            np.testing.assert_array_equal(image, observation.images[camera])
         env.close()
     np.testing.assert_array_equal(drawn["fast"], drawn["full"])
     for camera, fast in images["fast"].items():

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation, StepResult, check_action
-from como_jax.envs.libero.render import LOOKS, Renderer
+from como_jax.envs.libero.render import LOOKS, Renderer, Scene, put_scene, take_scene
 from como_jax.envs.libero.simulation import ACTION_SIZE, CONTROL_RATE_HZ, Simulation
 from como_jax.envs.libero.task import Task
 from como_jax.errors import ConfigError, closest
@@ -143,6 +143,16 @@ class PandaEnvironment:
             self._renderer = Renderer(sim.model._model, sim.data._data, names, self._view.render_size, self._view.look)
         rendered = zip(self._view.cameras, self._renderer.render(), strict=True)
         return {name: self._view.image(image) for name, image in rendered}
+
+    def scene(self) -> Scene:
+        """What there is to be seen now, for `show`."""
+        sim = self.simulation.raw.sim
+        return take_scene(sim.model._model, sim.data._data)
+
+    def show(self, scene: Scene) -> None:
+        """Lets `images` show an earlier scene of this episode, which cannot go on after that."""
+        sim = self.simulation.raw.sim
+        put_scene(sim.model._model, sim.data._data, scene)
 
     def state(self) -> np.ndarray:
         """What the arm's sensors measure now, float32 `[S]`."""

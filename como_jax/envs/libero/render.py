@@ -9,9 +9,42 @@ from typing import Any
 import numpy as np
 
 from como_jax.envs.libero import opengl
+from como_jax.envs.libero.meshes import coarsen
 
 LOOKS = ("fast", "full")
 """`full` is what LIBERO's own environment shows, `fast` differs a little and takes a fraction of the time."""
+
+
+_HIDDEN_GROUP = 5
+Scene = tuple[np.ndarray, ...]
+"""Where everything is that is drawn, and in which colours."""
+_DRAWN_OF_DATA = (
+    "geom_xpos",
+    "geom_xmat",
+    "site_xpos",
+    "site_xmat",
+    "cam_xpos",
+    "cam_xmat",
+    "light_xpos",
+    "light_xdir",
+)
+# A stove that is on glows.
+_DRAWN_OF_MODEL = ("geom_rgba", "site_rgba")
+
+
+def take_scene(model: Any, data: Any) -> Scene:
+    """The scene as it is now."""
+    return tuple(array.copy() for array in _drawn(model, data))
+
+
+def put_scene(model: Any, data: Any, scene: Scene) -> None:
+    """Shows an earlier scene; the simulation cannot go on from there before it is reset."""
+    for array, values in zip(_drawn(model, data), scene, strict=True):
+        array[:] = values
+
+
+def _drawn(model: Any, data: Any) -> list[np.ndarray]:
+    return [*(getattr(data, name) for name in _DRAWN_OF_DATA), *(getattr(model, name) for name in _DRAWN_OF_MODEL)]
 
 
 class Renderer:
@@ -32,8 +65,11 @@ class Renderer:
         import mujoco
 
         self._model, self._data, self._cameras = model, data, tuple(cameras)
+        # What lies outside the image may be seen in a mirror.
+        self._culls = look == "fast"
         if look == "fast":
             _leave_out_costly_effects(model)
+            coarsen(model)
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         # The renderers of MuJoCo raise whatever their library raises.
         with opengl.errors(Exception):
@@ -46,11 +82,15 @@ class Renderer:
 
     def render(self) -> list[np.ndarray]:
         """uint8 RGB `[size, size, 3]` of every camera, its lowest row first as robosuite has it."""
-        images = []
-        for camera in self._cameras:
-            self._renderer.update_scene(self._data, camera, self._options)
-            images.append(self._renderer.render()[::-1])
-        return images
+        return [self._render(camera) for camera in self._cameras]
+
+    def _render(self, camera: str) -> np.ndarray:
+        groups = self._model.geom_group.copy()
+        if self._culls:
+            self._model.geom_group[_outside(self._model, self._data, self._model.camera(camera).id)] = _HIDDEN_GROUP
+        self._renderer.update_scene(self._data, camera, self._options)
+        self._model.geom_group[:] = groups
+        return self._renderer.render()[::-1]
 
     def close(self) -> None:
         """Frees the OpenGL context."""
@@ -58,7 +98,19 @@ class Renderer:
         self._renderer.close()
 
 
+def _outside(model: Any, data: Any, camera: int) -> np.ndarray:
+    """Which shapes a square image of a camera cannot show, bool `[G]`, by spheres around them."""
+    seen = (data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)
+    # A plane is without end, and has no sphere.
+    slope, radius = (
+        np.tan(np.radians(model.cam_fovy[camera]) / 2),
+        np.where(model.geom_rbound > 0, model.geom_rbound, np.inf),
+    )
+    beyond = np.abs(seen[:, :2]) + slope * seen[:, 2:] > radius[:, None] * np.sqrt(1 + slope**2)
+    return beyond.any(axis=1) | (seen[:, 2] > radius)
+
+
 def _leave_out_costly_effects(model: Any) -> None:
-    """Switches off what takes more than half of the time; the context reads this when it is made."""
+    """Switches off reflections and samples, which take most of the time; the context reads this when it is made."""
     model.vis.quality.offsamples = 0
     model.mat_reflectance[:] = 0
