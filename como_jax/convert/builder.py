@@ -143,6 +143,10 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Returns what the user should know about the conversion as a whole."""
         return []
 
+    def label_files(self) -> list[str]:
+        """Returns the files or fields that look as if they held instructions, whether they were read or not."""
+        return []
+
     def convert(
         self, overwrite: bool = False, show_progress: bool = False, restart: bool = False, runner: Runner = run_here
     ) -> dict[str, Any]:
@@ -261,7 +265,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             "builder": type(self).__name__,
             "settings": dataclasses.asdict(self.settings),
         }
-        return report.write_summary(self.data_path, description, outcomes, warnings)
+        return report.write_summary(self.data_path, description, outcomes, warnings, self.label_files())
 
     def _notes(self, shard: Shard) -> ShardNotes:
         notes = ShardNotes.read(self.staging, shard)

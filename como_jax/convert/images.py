@@ -100,11 +100,12 @@ def make_episode(
     frames: Mapping[str, Sequence[Frame]],
     states: Sequence[np.ndarray] | None = None,
     actions: Sequence[np.ndarray] | None = None,
-    language: str = "",
+    language: str | Sequence[str] = "",
 ) -> Episode:
     """Builds an episode of T steps from T frames of every camera, and T states and actions, or None.
 
-    Motion is measured on the first camera. See `schema.Episode` for the other fields.
+    `language` is the instruction, or all the instructions that there are for the same episode. Motion is measured on
+    the first camera. See `schema.Episode` for the other fields.
     """
     main = next(iter(frames.values()))
     steps = [
@@ -116,7 +117,9 @@ def make_episode(
         for index in range(len(main))
     ]
     changes = motion([frame.thumbnail for frame in main])
-    return Episode(episode_id, source_file, control_rate, steps, changes, language, _notes(frames))
+    texts = [language] if isinstance(language, str) else language
+    first, *others = dict.fromkeys(text.strip() for text in texts if text.strip()) or [""]
+    return Episode(episode_id, source_file, control_rate, steps, changes, first, tuple(others), notes=_notes(frames))
 
 
 def shrink(image: np.ndarray, shorter_side: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pyarrow.parquet as pq
 from etils import epath
 from tqdm import tqdm
 
@@ -66,10 +67,12 @@ def write_summary(
     description: Mapping[str, Any],
     outcomes: Sequence[SourceOutcome],
     warnings: Iterable[str],
+    label_files: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes statistics and report of a finished set of shards, and returns the report.
 
-    The report begins with `description`; `warnings` are those that belong to no single source.
+    The report begins with `description`; `warnings` are those that belong to no single source, and `label_files` what
+    looks as if it held instructions.
     """
     tables = {split: sorted(directory.glob(f"episodes-{split}-*.parquet")) for split in schema.SPLITS}
     statistics = dataset_statistics({split: paths for split, paths in tables.items() if paths})
@@ -77,6 +80,8 @@ def write_summary(
         **description,
         "episodes": {split: counts["num_episodes"] for split, counts in statistics["splits"].items()},
         "steps": {split: counts["num_steps"] for split, counts in statistics["splits"].items()},
+        "instructions": {split: _num_instructed(paths) for split, paths in tables.items() if paths},
+        "label_files": list(label_files[:_MAX_EXAMPLES]),
         **summarize_outcomes(outcomes, warnings),
     }
     write_json(directory / STATISTICS_NAME, statistics)
@@ -100,7 +105,21 @@ def summarize(summary: Mapping[str, Any], out: str) -> list[str]:
     for warning in summary["warnings"]:
         times = f" ({warning['count']} sources)" if warning["count"] > 1 else ""
         lines.append(f"warning: {warning['message']}{times}")
-    return [*lines, f"the full report is {out}/{REPORT_NAME}"]
+    lines.append(f"the full report is {out}/{REPORT_NAME}")
+    if summary["label_files"] and not any(summary["instructions"].values()):
+        named = ", ".join(summary["label_files"])
+        lines.append(f"NO EPISODE HAS AN INSTRUCTION, although this looks like labels: {named}")
+    return lines
+
+
+def _num_instructed(paths: Iterable[epath.Path]) -> int:
+    """Returns how many episodes of some tables have an instruction."""
+    count = 0
+    for path in paths:
+        with path.open("rb") as file:
+            texts = pq.read_table(file, columns=["language_instruction"]).column(0)
+        count += sum(bool(text) for text in texts.to_pylist())
+    return count
 
 
 def _group_warnings(outcomes: Sequence[SourceOutcome]) -> list[dict[str, Any]]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Sequence
+
+from etils import epath
+
+from como_jax.staging import is_local
 
 # Names of splits of a source that become `val`.
 VALIDATION_SPLITS = ("val", "valid", "validation", "eval", "test")
@@ -104,3 +109,10 @@ def make_shards(sources: Sequence[Source], splits: Sequence[str], max_sources: i
         groups = group_sources(members, min(max_sources, few_sources), min(max_bytes, few_bytes))
         shards += [Shard(split, index, len(groups), tuple(group)) for index, group in enumerate(groups)]
     return shards
+
+
+def check_file(path: epath.PathLike) -> None:
+    """Raises ValueError for a pipe, which would block, and for a link whose target does not exist."""
+    # The `is_file` of epath is true of pipes.
+    if is_local(path) and not os.path.isfile(path):
+        raise ValueError("is not a file, or is a link without a target")

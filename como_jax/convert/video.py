@@ -11,8 +11,8 @@ import numpy as np
 from av.stream import Disposition
 from etils import epath
 
-from como_jax.convert.folder import check_file
 from como_jax.convert.images import GREY, TRANSPARENT, NotRgbError
+from como_jax.convert.sources import check_file
 
 VIDEO_ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError)
 # Twice the pixels of 8K video. A header can claim any size, and a decoder holds several images of that size at once.

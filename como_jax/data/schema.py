@@ -39,6 +39,8 @@ EPISODE_TABLE_SCHEMA = pa.schema(
         pa.field("episode_id", pa.string(), nullable=False),
         pa.field("source_file", pa.string(), nullable=False),
         pa.field("language_instruction", pa.string(), nullable=False),
+        # Further instructions for the same episode, of which one of all is drawn in training.
+        pa.field("other_instructions", pa.list_(pa.string())),
         pa.field("control_rate", pa.float64(), nullable=False),
         pa.field("num_steps", pa.int64(), nullable=False),
         pa.field("motion", pa.list_(pa.float32()), nullable=False),
@@ -79,6 +81,7 @@ class Episode:
       steps: in temporal order.
       motion: float32 `[len(steps)]`, see `EPISODE_TABLE_SCHEMA`.
       language_instruction: empty when unknown.
+      other_instructions: further instructions for the same episode; in training one of all is drawn.
       notes: what the user should know of how it was converted; for the report, and not stored.
     """
 
@@ -88,6 +91,7 @@ class Episode:
     steps: Sequence[Step]
     motion: np.ndarray
     language_instruction: str = ""
+    other_instructions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -148,6 +152,7 @@ def episode_row(episode: Episode) -> dict[str, Any]:
         "episode_id": episode.episode_id,
         "source_file": episode.source_file,
         "language_instruction": episode.language_instruction,
+        "other_instructions": list(episode.other_instructions),
         "control_rate": float(episode.control_rate),
         "num_steps": len(episode.steps),
         "motion": np.asarray(episode.motion, np.float32).tolist(),

@@ -135,12 +135,12 @@ def test_entries_of_a_folder_that_are_no_files(tmp_path, make_video, check_datas
     os.mkfifo(source / "pipe.mp4")
     report = convert_folder(source, tmp_path / "out")
     rows_ = check_dataset(tmp_path / "out")["train"]
-    assert sources(rows_) == {"clip.mp4/inside.mp4", "link.mp4"}
+    assert sources(rows_) == {"clip.mp4/inside.mp4", "link.mp4", "folder/linked.mp4"}
     expected = "is not a file, or is a link without a target"
     assert reasons(report) == {"dangling.mp4": expected, "loop.mp4": expected, "pipe.mp4": expected}
     text = "\n".join(messages(report))
     assert "dangling.json: not understood" in text
-    assert "2 links to folders are not followed, such as 'folder'" in text
+    assert "1 links lead to folders that are read already, such as 'up'" in text
 
 
 def test_names_with_spaces_quotes_and_other_letters(tmp_path, make_video, check_dataset):

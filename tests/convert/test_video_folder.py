@@ -182,7 +182,8 @@ def test_instructions_from_a_sidecar(tmp_path, make_video, check_dataset, name, 
     report = convert(source, tmp_path / "out", control_rate=3.0, validation_fraction=0.0)
     rows = check_dataset(tmp_path / "out")["train"]
     assert [row["language_instruction"] for row in rows] == ["push", "pull", "", "lift"]
-    assert report["warnings"] == []
+    (warning,) = report["warnings"]
+    assert warning["message"] == "1 of 4 recordings have no instruction, such as 'd.mp4'"
 
 
 def test_sidecars_that_do_not_fit_are_reported(tmp_path, make_video, check_dataset):
@@ -197,7 +198,7 @@ def test_sidecars_that_do_not_fit_are_reported(tmp_path, make_video, check_datas
     (row,) = check_dataset(tmp_path / "out")["train"]
     assert row["language_instruction"] == "from beside"
     messages = [warning["message"] for warning in report["warnings"]]
-    assert messages[0] == "1.json: 1 of 2 entries name no video, such as 'gone.mp4'"
+    assert messages[0] == "1.json: 1 of 2 entries name no recording, such as 'gone.mp4'"
     assert [message.split(":")[0] for message in messages] == ["1.json", "2.json", "3.json", "4.csv"]
     assert "expected an object that maps file names to instructions" in messages[1]
 

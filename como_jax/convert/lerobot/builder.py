@@ -14,7 +14,6 @@ from etils import epath
 
 from como_jax.convert import images
 from como_jax.convert.builder import EpisodeBuilder, Item, SourceError, StepLayout, Warned
-from como_jax.convert.folder import check_file
 from como_jax.convert.images import GREY, Decoded, Frame, NotRgbError
 from como_jax.convert.lerobot import order, placement
 from como_jax.convert.lerobot.metadata import INFO_PATH, EpisodeEntry, Feature, Metadata, read_metadata
@@ -31,7 +30,7 @@ from como_jax.convert.lerobot.reading import (
 )
 from como_jax.convert.selection import Selection, as_identifier, missing_warnings
 from como_jax.convert.settings import RATE, Settings, setting
-from como_jax.convert.sources import Source
+from como_jax.convert.sources import Source, check_file
 from como_jax.convert.video import VIDEO_ERRORS
 from como_jax.errors import ConversionError
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from como_jax.convert.folder import check_file, check_folder
-from como_jax.convert.sources import VALIDATION_SPLITS
+from como_jax.convert.folder import check_folder
+from como_jax.convert.sources import VALIDATION_SPLITS, check_file
 from como_jax.errors import ConversionError, one_line
 
 INFO_PATH = "meta/info.json"

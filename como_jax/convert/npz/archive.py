@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from como_jax.convert.folder import check_file
+from como_jax.convert.sources import check_file
 
 _SUFFIX = ".npy"
 _CHUNK = 2**20

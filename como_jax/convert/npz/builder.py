@@ -12,7 +12,8 @@ from etils import epath
 
 from como_jax.convert import images
 from como_jax.convert.builder import Item, StepLayout, Warned
-from como_jax.convert.folder import SIDECAR_SUFFIXES, FolderBuilder, FolderSettings
+from como_jax.convert.folder import FolderBuilder, FolderSettings
+from como_jax.convert.labels import SIDECAR_SUFFIXES
 from como_jax.convert.npz.archive import ArrayHeader, NpzArchive
 from como_jax.convert.selection import Selection, as_identifier, missing_warnings
 from como_jax.convert.settings import RATE, setting
@@ -56,12 +57,18 @@ class Npz(FolderBuilder):
 
     def warnings(self) -> list[str]:
         """What was not understood in the folder, and what is missing from the dataset."""
-        others = [name for name in self.listing.files if not name.lower().endswith((*self.suffixes, *SIDECAR_SUFFIXES))]
+        known = (*self.suffixes, *SIDECAR_SUFFIXES)
+        labels = set(self.instructions.label_files)
+        others = [name for name in self.listing.files if not name.lower().endswith(known) and name not in labels]
         messages = [*self.listing.warnings, *self.instructions.warnings]
         if others:
             messages.append(f"{len(others)} files that are not .npz were ignored, such as {others[0]}")
         selection = self._chosen[0]
         return messages + missing_warnings(action=selection.actions, state=selection.states)
+
+    def label_files(self) -> list[str]:
+        """The files of the folder that hold labels, or look as if they did."""
+        return self.instructions.label_files
 
     def episodes(self, source: Source) -> Iterator[Item]:
         """The trajectories of one file, in order."""
@@ -69,8 +76,7 @@ class Npz(FolderBuilder):
             if trajectory.without_last:
                 yield Warned(WITHOUT_LAST)
             if not trajectory.language:
-                instruction = self.instructions.by_name.get(source.path, "")
-                trajectory = dataclasses.replace(trajectory, language=instruction)
+                trajectory = dataclasses.replace(trajectory, language=self.instructions.by_name.get(source.path, ""))
             name, rate = f"{source.path}/{index:06d}", self.settings.control_rate
             yield trajectory.to_episode(name, source.path, rate, self.settings.image_size)
 
@@ -100,14 +106,14 @@ class Trajectory:
       images: uint8 `[T, H, W, 3]` by camera, the main camera first.
       states: float32 `[T, state_size]`, or None.
       actions: float32 `[T, action_size]`, or None.
-      language: instruction, empty if there is none.
+      language: instruction or instructions, empty if there is none.
       without_last: whether a last image was left off since no action belongs to it.
     """
 
     images: Mapping[str, np.ndarray]
     states: np.ndarray | None = None
     actions: np.ndarray | None = None
-    language: str = ""
+    language: str | tuple[str, ...] = ""
     without_last: bool = False
 
     def to_episode(self, name: str, source_file: str, control_rate: float, image_size: int) -> Episode:

@@ -1,18 +1,27 @@
-"""Builder for a folder of videos."""
+"""Builder for a folder of videos, or of folders of numbered images."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from etils import epath
+
 from como_jax.convert import images
-from como_jax.convert.builder import MIN_STEPS, Item, SourceError, StepLayout, Warned
-from como_jax.convert.folder import SIDECAR_SUFFIXES, FolderBuilder, FolderSettings
+from como_jax.convert.builder import MIN_STEPS, Item, LeftOut, SourceError, StepLayout, Warned
+from como_jax.convert.folder import FolderBuilder, FolderSettings, num_bytes
 from como_jax.convert.images import Frame
+from como_jax.convert.labels import SIDECAR_SUFFIXES
 from como_jax.convert.settings import RATE, number, positive, setting
-from como_jax.convert.sources import Source
+from como_jax.convert.sources import Source, check_file
 from como_jax.convert.video import VIDEO_ERRORS, VideoReader
+from como_jax.data.schema import Episode
+from como_jax.errors import one_line
 from como_jax.names import DEFAULT_CAMERA
 
 T = TypeVar("T")
@@ -20,9 +29,12 @@ T = TypeVar("T")
 # FFmpeg takes some of these for video, and there may be thousands of them, which need not be opened.
 IGNORED_SUFFIXES = (
     *SIDECAR_SUFFIXES,
-    *(".jsonl", ".tsv", ".txt", ".md", ".rst", ".log", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml", ".html"),
+    *(".txt", ".md", ".rst", ".log", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml", ".html"),
     *(".srt", ".vtt", ".ass", ".py", ".sh", ".npy", ".npz", ".parquet", ".pdf", ".m3u8"),
 )
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>[0-9]{1,18})(?P<suffix>\.[A-Za-z]+)", re.DOTALL)
+UNEVEN_NUMBERS = "the numbers of some images are not one step apart: images may be missing, and time jumps there"
 GUESSED_RATE = "without `control_rate`, the frame rate of the container counts, which for robot clips is often wrong"
 
 
@@ -37,10 +49,13 @@ class VideoFolderSettings(FolderSettings):
         "only every so many frames become a step, and the control rate is divided", 1, number(1)
     )
     clip_seconds: float = setting("longer videos are cut into episodes of this length", 20.0, positive())
+    language: str | None = setting(
+        "field of the label files that holds the text; '' for none [the first of the usual ones]", None
+    )
 
 
 class VideoFolder(FolderBuilder):
-    """Every file in a folder that holds a video, cut into clips."""
+    """Every file in a folder that holds a video, and every series of numbered images, cut into clips."""
 
     settings_class = VideoFolderSettings
     settings: VideoFolderSettings
@@ -51,30 +66,83 @@ class VideoFolder(FolderBuilder):
     def layout(self) -> StepLayout:
         return StepLayout()
 
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The files that may be videos; raises ConversionError if there are none, and no series of images."""
+        members = {name for series in self.series.values() for name in series}
+        names = [name for name in self.listing.files if self.is_wanted(name) and name not in members]
+        return names if self.series else super().names
+
+    @functools.cached_property
+    def series(self) -> dict[str, list[str]]:
+        """The numbered images of every series, by its name."""
+        return find_series(self.listing.files, self.root.name)
+
+    @property
+    def language_field(self) -> str | None:
+        """What the user asked for."""
+        return self.settings.language
+
     def is_wanted(self, name: str) -> bool:
         """Any file may be a video, but for those whose names say that they are something else."""
         return not name.lower().endswith(IGNORED_SUFFIXES)
 
+    def sources(self) -> list[Source]:
+        """One source a file, and one a series of images."""
+        sizes = {name: num_bytes(self.root / members[0]) * len(members) for name, members in self.series.items()}
+        series = [Source(name, num_bytes=size) for name, size in sizes.items()]
+        return sorted([*super().sources(), *series], key=lambda source: source.path)
+
     def warnings(self) -> list[str]:
-        """Folders that were not looked into, and sidecar files that were not understood."""
-        return [*self.listing.warnings, *self.instructions.warnings]
+        """Folders that were not looked into, label files that were not understood, and series of images."""
+        messages = [*self.listing.warnings, *self.instructions.warnings]
+        if self.series:
+            first = next(iter(self.series))
+            messages.append(f"{len(self.series)} series of numbered images were read as videos, such as {first!r}")
+        return messages
+
+    def label_files(self) -> list[str]:
+        """The files of the folder that hold labels, or look as if they did."""
+        return self.instructions.label_files
 
     def episodes(self, source: Source) -> Iterator[Item]:
-        """The clips of one file, in order."""
+        """The clips of one file or series, in order."""
+        if source.path in self.series:
+            yield from self._series_episodes(source)
+            return
         with VideoReader(self.path(source)) as reader:
             if self.settings.control_rate is None:
                 yield Warned(GUESSED_RATE)
-            rate = self._control_rate(reader)
-            clips = split_clips(self._frames(reader), max(MIN_STEPS, round(rate * self.settings.clip_seconds)))
-            language = self.instructions.by_name.get(source.path, "")
-            for index, clip in enumerate(clips):
-                name, frames = f"{source.path}/{index:05d}", {DEFAULT_CAMERA: clip}
-                yield images.make_episode(name, source.path, rate, frames, language=language)
+            yield from self._clips(source, self._frames(reader), self._control_rate(reader.frame_rate))
 
-    def _control_rate(self, reader: VideoReader) -> float:
-        rate = self.settings.control_rate or reader.frame_rate
+    def _clips(self, source: Source, frames: Iterator[Frame], rate: float, first: int = 0) -> Iterator[Episode]:
+        """Yields episodes of frames that follow each other; `first` is the number of the first one."""
+        length = max(MIN_STEPS, round(rate * self.settings.clip_seconds))
+        language = self.instructions.by_name.get(source.path, "")
+        for index, clip in enumerate(split_clips(frames, length), first):
+            name, shown = f"{source.path}/{index:05d}", {DEFAULT_CAMERA: clip}
+            yield images.make_episode(name, source.path, rate, shown, language=language)
+
+    def _series_episodes(self, source: Source) -> Iterator[Item]:
+        """The clips of a series of images; one that cannot be used ends a clip, and the next one begins another."""
+        rate = self._control_rate(None)
+        members = self.series[source.path][:: self.settings.frame_stride]
+        if len({later - earlier for earlier, later in itertools.pairwise(map(number_of, members))}) > 1:
+            yield Warned(UNEVEN_NUMBERS)
+        count, position = 0, 0
+        while position < len(members):
+            run = _Run(self.root, members[position:], self.settings.image_size)
+            for episode in self._clips(source, run.frames(), rate, count):
+                count += 1
+                yield episode
+            if run.fault:
+                yield LeftOut(run.fault)
+            position += run.num_read
+
+    def _control_rate(self, frame_rate: float | None) -> float:
+        rate = self.settings.control_rate or frame_rate
         if rate is None:
-            raise SourceError("the container gives no frame rate; set `control_rate`")
+            raise SourceError("it gives no frame rate; set `control_rate`")
         return rate / self.settings.frame_stride
 
     def _frames(self, reader: VideoReader) -> Iterator[Frame]:
@@ -82,6 +150,68 @@ class VideoFolder(FolderBuilder):
         for index, image in enumerate(reader.frames()):
             if index % self.settings.frame_stride == 0:
                 yield images.make_frame(image, self.settings.image_size, "; ".join(reader.notes))
+
+
+class _Run:
+    """Images of a series up to the first one that cannot be used.
+
+    Attributes:
+      num_read: how many images were looked at so far.
+      fault: what is wrong with the one that ended the run, or ''.
+    """
+
+    def __init__(self, root: epath.Path, names: Sequence[str], image_size: int):
+        self.num_read, self.fault = 0, ""
+        self._root, self._names, self._image_size = root, names, image_size
+
+    def frames(self) -> Iterator[Frame]:
+        """Yields the frames."""
+        size = None
+        for name in self._names:
+            self.num_read += 1
+            try:
+                check_file(self._root / name)
+                decoded = images.decode((self._root / name).read_bytes())
+                if size not in (None, decoded.image.shape):
+                    raise ValueError("it has another size than the images before it")
+            except images.NotRgbError:
+                # They will all be so.
+                raise
+            except (OSError, ValueError) as error:
+                self.fault = f"{name.rpartition('/')[2]}: {one_line(error)}"
+                return
+            size = decoded.image.shape
+            yield images.make_frame(decoded.image, self._image_size, decoded.note)
+
+
+def find_series(files: Sequence[str], root_name: str) -> dict[str, list[str]]:
+    """Finds the series of numbered images among files: same folder, same name before the number, same suffix.
+
+    A series is called by its folder if there is no other series in it.
+
+    Returns:
+      The images of every series in the order of their numbers, by its name.
+    """
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        match = _NUMBERED.fullmatch(name)
+        if match and match["suffix"].lower() in IMAGE_SUFFIXES:
+            groups.setdefault((folder, match["prefix"], match["suffix"].lower()), []).append(file)
+    groups = {key: members for key, members in groups.items() if len(members) >= MIN_STEPS}
+    in_folder = collections.Counter(folder for folder, _, _ in groups)
+    series = {}
+    for (folder, prefix, suffix), members in groups.items():
+        name = f"{folder or root_name}/{prefix}*{suffix}" if in_folder[folder] > 1 else folder or root_name
+        series[name] = sorted(members, key=lambda member: (number_of(member), member))
+    return series
+
+
+def number_of(image: str) -> int:
+    """Returns the number in the name of an image of a series."""
+    match = _NUMBERED.fullmatch(image.rpartition("/")[2])
+    assert match is not None
+    return int(match["number"])
 
 
 def split_clips(frames: Iterator[T], length: int) -> Iterator[list[T]]:
