@@ -1,0 +1,154 @@
+"""The arm: actions that bring the hand to a pose, and ways around what stands between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import numpy as np
+from scipy.ndimage import grey_dilation
+from scipy.spatial.transform import Rotation
+
+from como_jax.envs.libero.expert.grasps import PALM, TIP
+from como_jax.envs.libero.expert.heights import HeightMap
+from como_jax.envs.libero.expert.scene import Scene
+
+OPEN, SHUT = -1.0, 1.0
+# Of the controller: what an action of 1 asks for, in metres and radians, and how much more than the way left to ask.
+_STEP, _TURN = 0.05, 0.5
+_GAIN, _TURN_GAIN = 2.2, 2.0
+# A hand that has not come nearer for so many steps is at the end of its way.
+_STALLED = 10
+_MOST_STEPS = 150
+_DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
+_REACH = 0.70
+_WRIST = 0.21
+_MARGIN = 0.015
+
+Motion = Generator[np.ndarray, None, bool]
+Pose = tuple[np.ndarray, np.ndarray]
+
+
+def pointing_down(yaw: float) -> np.ndarray:
+    """The hand's rotation matrix for grasps from above."""
+    return Rotation.from_euler("z", yaw).as_matrix() @ _DOWN
+
+
+def pitched(forward: np.ndarray, fingers: np.ndarray) -> np.ndarray:
+    """The hand's rotation matrix with its approach and its fingers' axis along two directions at right angles."""
+    forward, fingers = (vector / np.linalg.norm(vector) for vector in (forward, fingers))
+    return np.column_stack([fingers, np.cross(forward, fingers), forward])
+
+
+class Arm:
+    """Moves the hand; each motion yields actions `float32[7]` and returns whether it got there."""
+
+    def __init__(self, scene: Scene):
+        """Takes the scene that the arm is in."""
+        self.scene = scene
+
+    def toward(self, point: np.ndarray, rotation: np.ndarray, grip: float, speed: float = 1.0) -> np.ndarray:
+        """One action toward a pose."""
+        here, axes = self.scene.hand
+        move = (point - here) / _STEP * _GAIN
+        turn = Rotation.from_matrix(rotation @ axes.T).as_rotvec() / _TURN * _TURN_GAIN
+        move = move * min(1.0, speed / max(np.abs(move).max(), 1e-9))
+        turn = turn * min(1.0, 1.0 / max(np.abs(turn).max(), 1e-9))
+        return np.array([*move, *turn, grip], np.float32)
+
+    def go(
+        self,
+        goal: Pose | Callable[[], Pose],
+        grip: float,
+        *,
+        near: float = 0.006,
+        turned: float = 0.08,
+        steps: int = _MOST_STEPS,
+        speed: float = 1.0,
+        patience: int = _STALLED,
+        until: Callable[[], bool] = lambda: False,
+    ) -> Motion:
+        """Moves until the hand is at a pose, which may move itself, or until something holds.
+
+        Returns:
+          False if it did not get there: it was stopped, or ran out of steps.
+        """
+        least, since = np.inf, 0
+        for _ in range(steps):
+            point, rotation = goal() if callable(goal) else goal
+            here, axes = self.scene.hand
+            away = float(np.linalg.norm(point - here))
+            angle = float(np.linalg.norm(Rotation.from_matrix(rotation @ axes.T).as_rotvec()))
+            if until() or (away < near and angle < turned):
+                return True
+            left = away + 0.1 * angle
+            least, since = (left, 0) if left < least - 0.0005 else (least, since + 1)
+            if since >= patience:
+                return False
+            yield self.toward(point, rotation, grip, speed)
+        return False
+
+    def hold(self, grip: float, steps: int, until: Callable[[], bool] = lambda: False) -> Motion:
+        """Stays where it is, as when the fingers move."""
+        point, rotation = self.scene.hand
+        for _ in range(steps):
+            if until():
+                return True
+            yield self.toward(point, rotation, grip)
+        return until()
+
+    def travel(
+        self,
+        point: np.ndarray,
+        rotation: np.ndarray,
+        grip: float,
+        *,
+        load: set[int] | None = None,
+        until: Callable[[], bool] = lambda: False,
+    ) -> Motion:
+        """Moves over all that stands between to a point above a place, with what it holds."""
+        here, _ = self.scene.hand
+        need = self._needed(here, point, load or set())
+        ways = np.linspace(0, 1, 25)[:, None]
+        line = here + ways * (point - here)
+        needed = need(line)
+        if np.any(needed > line[:, 2]):
+            top = max(needed.max(), point[2])
+            top = min(top, max(self._highest(point), point[2] + 0.02))
+            blocked = np.flatnonzero(needed > here[2])
+            # It need not be all the way up before it sets out.
+            free = max(0, blocked[0] - 2) / 24 if len(blocked) else 1.0
+            for corner in (here + 0.7 * free * (point - here), point):
+                goal = np.array([*corner[:2], top])
+                yield from self.go((goal, rotation), grip, near=0.025, turned=0.6, until=until)
+                if until():
+                    return False
+        return (yield from self.go((point, rotation), grip, near=0.012, turned=0.12, until=until))
+
+    def within_reach(self, point: np.ndarray) -> float:
+        """How much further than it can reach a point is, in metres; at most 0 within reach."""
+        return float(np.linalg.norm(point + [0, 0, _WRIST] - self.scene.shoulder) - _REACH)
+
+    def _highest(self, point: np.ndarray) -> float:
+        """The greatest height above a point that the arm can reach."""
+        flat = np.linalg.norm(point[:2] - self.scene.shoulder[:2])
+        return float(self.scene.shoulder[2] - _WRIST + np.sqrt(max(0.0, (_REACH + 0.02) ** 2 - flat**2)))
+
+    def _needed(self, here: np.ndarray, point: np.ndarray, load: set[int]) -> Callable[[np.ndarray], np.ndarray]:
+        """Least heights of the grip point over points `[N, 3]`."""
+        low, high = np.minimum(here, point)[:2] - 0.25, np.maximum(here, point)[:2] + 0.25
+        tops = self.scene.tops(load, low, high, 0.01)
+        parts = [(0.065, TIP), (0.11, -PALM)]
+        if load:
+            corners = self.scene.corners(load)
+            parts.append((float(np.linalg.norm((corners - here)[:, :2], axis=1).max()), here[2] - corners[:, 2].min()))
+        maps = [(_grown(tops, radius), below) for radius, below in parts]
+        return lambda points: np.max([grown.at(points) + below for grown, below in maps], axis=0) + _MARGIN
+
+
+def _grown(tops: HeightMap, radius: float) -> HeightMap:
+    """The map with the greatest height within a radius of each cell."""
+    cells = int(np.ceil(radius / tops.cell))
+    side = np.arange(-cells, cells + 1)
+    disc = side[:, None] ** 2 + side[None] ** 2 <= cells**2
+    heights = np.where(np.isfinite(tops.heights), tops.heights, -9.0)
+    return HeightMap(tops.corner, tops.cell, grey_dilation(heights, footprint=disc))

@@ -1,0 +1,192 @@
+"""Where to grasp an object from above, and where to put it down: both searched in height maps, with no simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from como_jax.envs.libero.expert.heights import HeightMap
+
+# The Panda's hand in its own axes, in metres: along the fingers' axis, across it, and down from the grip point.
+REACH = 0.035
+TIP = 0.0115
+PALM = 0.030
+_PAD = 0.008
+_DEPTH = 0.024
+_LEAST_DEPTH = 0.007
+_FINGER = (0.037, 0.060, 0.011)
+_HAND = (0.106, 0.036)
+_CELL = 0.006
+_YAWS = np.arange(12) * np.pi / 12
+_CLEARANCE = 0.003
+
+
+def _grid(low: float, high: float, side: float, step: float) -> np.ndarray:
+    """Points `[K, 2]` of a rectangle of the hand: from low to high along the fingers' axis, and both sides across."""
+    along = np.linspace(low, high, max(2, int(np.ceil((high - low) / step)) + 1))
+    across = np.linspace(-side, side, int(np.ceil(2 * side / step)) + 1)
+    return np.stack(np.meshgrid(along, across, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+_STRIP_ALONG = np.linspace(-REACH, REACH, 29)
+_STRIP_ACROSS = np.array([-_PAD, 0.0, _PAD])
+_STRIP = np.stack(np.meshgrid(_STRIP_ALONG, _STRIP_ACROSS, indexing="ij"), axis=-1)
+_FINGERS = np.concatenate([_grid(*_FINGER, 0.005), _grid(-_FINGER[1], -_FINGER[0], _FINGER[2], 0.005)])
+_PALM_AREA = _grid(-_HAND[0], _HAND[0], _HAND[1], 0.012)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grasp:
+    """A grasp from above.
+
+    Attributes:
+      point: of the grip point, in the world.
+      yaw: of the hand; 0 has the fingers along the world's y axis.
+      score: higher is better.
+    """
+
+    point: np.ndarray
+    yaw: float
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Spot:
+    """A place for an object.
+
+    Attributes:
+      point: of the object's body when it rests there.
+      turn: about the vertical that it is turned by on the way.
+      score: higher is better.
+    """
+
+    point: np.ndarray
+    turn: float
+    score: float
+
+
+def hand_axes(yaw: float) -> np.ndarray:
+    """Directions `[2, 2]` on the ground, in rows: along the fingers' axis and across it."""
+    return np.array([[-np.sin(yaw), np.cos(yaw)], [np.cos(yaw), np.sin(yaw)]])
+
+
+def clear_height(around: HeightMap, points: np.ndarray, yaw: float, margin: float = _CLEARANCE) -> np.ndarray:
+    """Least heights of the grip point at which fingers and hand touch nothing; for points `[..., 2]`."""
+    axes = hand_axes(yaw)
+    fingers = around.at(points[..., None, :2] + _FINGERS @ axes).max(axis=-1) + TIP
+    palm = around.at(points[..., None, :2] + _PALM_AREA @ axes).max(axis=-1) - PALM
+    return np.maximum(fingers, palm) + margin
+
+
+def search(target: HeightMap, around: HeightMap, middle: np.ndarray) -> list[Grasp]:
+    """Grasps of what the first map shows, the best first.
+
+    Args:
+      target: heights of the object.
+      around: heights of all else.
+      middle: of the object, which grasps had better be near.
+
+    Returns:
+      Grasps that neither collide nor miss; none if there is none.
+    """
+    both = dataclasses.replace(target, heights=np.maximum(target.heights, around.heights))
+    cells = target.points()[:, :2]
+    if not len(cells):
+        return []
+    low, high = cells.min(0), cells.max(0)
+    centres = np.stack(
+        np.meshgrid(*[np.arange(a - 0.012, b + 0.0121, _CELL) for a, b in zip(low, high, strict=True)]), axis=-1
+    ).reshape(-1, 2)
+    found = [grasp for yaw in _YAWS for grasp in _at_yaw(target, both, centres, float(yaw), middle)]
+    return sorted(found, key=lambda grasp: -grasp.score)
+
+
+def _at_yaw(target: HeightMap, both: HeightMap, centres: np.ndarray, yaw: float, middle: np.ndarray) -> list[Grasp]:
+    strip = target.at(centres[:, None, None] + _STRIP @ hand_axes(yaw))
+    top = strip.max(axis=(1, 2))
+    heights = np.maximum(top - _DEPTH, clear_height(both, centres, yaw))
+    depth = top - heights
+    # What the pads close on: columns of the strip that are higher than the middle of the pads.
+    material = strip > (heights + 0.004)[:, None, None]
+    along = _STRIP_ALONG[None, :, None]
+    first = np.where(material, along, np.inf).min(axis=1)
+    last = np.where(material, along, -np.inf).max(axis=1)
+    solid = np.isfinite(first).all(axis=1)
+    first, last = np.where(np.isfinite(first), first, 0.0), np.where(np.isfinite(last), last, 0.0)
+    widths, offsets = last.max(axis=1) - first.min(axis=1), (last.max(axis=1) + first.min(axis=1)) / 2
+    skew = np.abs((first + last)[:, 2] - (first + last)[:, 0]) / 2
+    valid = solid & np.isfinite(top) & (depth >= _LEAST_DEPTH) & (widths <= 2 * REACH - 0.006)
+    distance = np.linalg.norm(centres - middle[:2], axis=-1)
+    turn = _nearest_yaw(yaw)
+    scores = (
+        -4.0 * np.abs(offsets)
+        - 6.0 * np.maximum(0, 0.020 - depth)
+        - 3.0 * skew
+        - 1.0 * np.maximum(0, widths - 0.055)
+        - 0.3 * distance
+        - 0.012 * abs(turn)
+    )
+    return [
+        Grasp(np.array([*centres[index], heights[index]]), turn, float(scores[index]))
+        for index in np.flatnonzero(valid)
+    ]
+
+
+def _nearest_yaw(yaw: float) -> float:
+    """The same grasp of two fingers, turned least."""
+    return (yaw + np.pi / 2) % np.pi - np.pi / 2
+
+
+def rest_heights(around: HeightMap, underside: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Heights at which a body touches down, for points `[N, 2]`.
+
+    Args:
+      around: heights of all else.
+      underside: points `[K, 3]` of the object's underside, seen from its body.
+      points: of the body.
+    """
+    return (around.at(points[:, None] + underside[:, :2]) - underside[:, 2]).max(axis=1)
+
+
+def find_spots(
+    around: HeightMap,
+    underside: np.ndarray,
+    centre: np.ndarray,
+    half: np.ndarray,
+    wish: np.ndarray | None = None,
+    turns: tuple[float, ...] = (0.0,),
+) -> list[Spot]:
+    """Places for an object in a box, the best first.
+
+    Args:
+      around: heights of all but the object and the robot.
+      underside: points `[K, 3]` of the object's underside, seen from its body.
+      centre, half: `[3]`, the box that the object's body has to come to rest in; sides of 0 leave one point.
+      wish: point on the ground that the place should be near; the centre by default.
+      turns: about the vertical that may be tried.
+    """
+    wish = centre[:2] if wish is None else wish
+    inner = np.maximum(0.0, np.minimum(0.8 * half[:2], half[:2] - 0.008))
+    steps = [np.linspace(-side, side, 2 * int(np.ceil(side / 0.012)) + 1) for side in inner]
+    points = centre[:2] + np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2)
+    spots = []
+    for turn in turns:
+        feet = np.column_stack([underside[:, :2] @ hand_turn(turn).T, underside[:, 2]])
+        rests = rest_heights(around, feet, points)
+        shifts = 0.01 * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
+        near = np.max([rest_heights(around, feet, points + shift) for shift in shifts], axis=0)
+        inside = np.abs(rests - centre[2]) < half[2]
+        scores = (
+            -1.0 * np.linalg.norm(points - wish, axis=-1)
+            - 1.0 * (rests - rests.min())
+            - 0.5 * np.clip(near - rests, 0.0, 0.1)
+            - 0.02 * abs(turn)
+        )
+        spots += [Spot(np.array([*points[i], rests[i]]), turn, float(scores[i])) for i in np.flatnonzero(inside)]
+    return sorted(spots, key=lambda spot: -spot.score)
+
+
+def hand_turn(turn: float) -> np.ndarray:
+    """The matrix `[2, 2]` of a turn on the ground."""
+    return np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
