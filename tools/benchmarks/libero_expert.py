@@ -3,9 +3,9 @@
     python -m tools.benchmarks.libero_expert --suites libero_spatial,libero_object --states 0-49 --processes 2
     python -m tools.benchmarks.libero_expert --suites libero_goal --tasks 0,3 --states 0-9 --noise 0.05
 
-An episode counts where the goal holds for 10 steps after the object was let go, within the steps that public evaluations
-grant. Every episode is a line of a CSV file; those that stand in it are not repeated, so that a run goes on where it was
-stopped. The table at the end is of all lines of that file with the same noise.
+An episode counts where the goal holds for 10 steps after the object was let go, within the steps that public
+evaluations grant. Every episode is a line of a CSV file; those that stand in it are not repeated, so that a run goes on
+where it was stopped. The table at the end is of all lines of that file with the same noise.
 """
 
 from __future__ import annotations

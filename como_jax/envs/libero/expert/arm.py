@@ -13,12 +13,17 @@ from como_jax.envs.libero.expert.heights import HeightMap
 from como_jax.envs.libero.expert.scene import Scene
 
 OPEN, SHUT = -1.0, 1.0
-# Of the controller: what an action of 1 asks for, in metres and radians, and how much more than the way left to ask.
+# Of the controller: what an action of 1 asks for, in metres and radians.
 _STEP, _TURN = 0.05, 0.5
-_GAIN, _TURN_GAIN = 2.2, 2.0
+# Times the way left is asked for, less so many times the way of the last step: quick, with little overshoot.
+_GAIN, _DAMPING = 2.2, 3.0
 # A hand that has not come nearer for so many steps is at the end of its way.
 _STALLED = 10
 _MOST_STEPS = 150
+# Steps that the fingers need: until they press, and at most until they meet; and to open.
+_CLOSING = (8, 5)
+_OPENING = 10
+_OPEN_WIDTH = 0.072
 _DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
 _REACH = 0.70
 _WRIST = 0.21
@@ -45,12 +50,15 @@ class Arm:
     def __init__(self, scene: Scene):
         """Takes the scene that the arm is in."""
         self.scene = scene
+        self._before = scene.hand
 
     def toward(self, point: np.ndarray, rotation: np.ndarray, grip: float, speed: float = 1.0) -> np.ndarray:
         """One action toward a pose."""
         here, axes = self.scene.hand
-        move = (point - here) / _STEP * _GAIN
-        turn = Rotation.from_matrix(rotation @ axes.T).as_rotvec() / _TURN * _TURN_GAIN
+        moved, rotated = here - self._before[0], _rotation_vector(axes @ self._before[1].T)
+        self._before = here, axes
+        move = (_GAIN * (point - here) - _DAMPING * moved) / _STEP
+        turn = (_GAIN * _rotation_vector(rotation @ axes.T) - _DAMPING * rotated) / _TURN
         move = move * min(1.0, speed / max(np.abs(move).max(), 1e-9))
         turn = turn * min(1.0, 1.0 / max(np.abs(turn).max(), 1e-9))
         return np.array([*move, *turn, grip], np.float32)
@@ -77,7 +85,7 @@ class Arm:
             point, rotation = goal() if callable(goal) else goal
             here, axes = self.scene.hand
             away = float(np.linalg.norm(point - here))
-            angle = float(np.linalg.norm(Rotation.from_matrix(rotation @ axes.T).as_rotvec()))
+            angle = float(np.linalg.norm(_rotation_vector(rotation @ axes.T)))
             if until() or (away < near and angle < turned):
                 return True
             left = away + 0.1 * angle
@@ -95,6 +103,16 @@ class Arm:
                 return True
             yield self.toward(point, rotation, grip)
         return until()
+
+    def close(self, geoms: set[int]) -> Motion:
+        """Closes the fingers on geometries where it is; returns whether both touch them."""
+        yield from self.hold(SHUT, _CLOSING[0])
+        touching = yield from self.hold(SHUT, _CLOSING[1], lambda: all(self.scene.touched_by(geoms)))
+        return touching
+
+    def open(self) -> Motion:
+        """Opens the fingers where it is."""
+        return (yield from self.hold(OPEN, _OPENING, lambda: self.scene.opening > _OPEN_WIDTH))
 
     def travel(
         self,
@@ -143,6 +161,10 @@ class Arm:
             parts.append((float(np.linalg.norm((corners - here)[:, :2], axis=1).max()), here[2] - corners[:, 2].min()))
         maps = [(_grown(tops, radius), below) for radius, below in parts]
         return lambda points: np.max([grown.at(points) + below for grown, below in maps], axis=0) + _MARGIN
+
+
+def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
+    return Rotation.from_matrix(matrix).as_rotvec()
 
 
 def _grown(tops: HeightMap, radius: float) -> HeightMap:

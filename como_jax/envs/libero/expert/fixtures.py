@@ -67,8 +67,7 @@ class Handles:
         yield from arm.travel(self._middle(handle) - _BEFORE * ahead, rotation, OPEN)
         deep = self._middle(handle) + _DEEPER * ahead
         yield from arm.go((deep, rotation), OPEN, near=0.006, turned=0.06, patience=4)
-        yield from arm.hold(SHUT, 9, lambda: all(scene.touched_by({handle})) and scene.opening < 0.03)
-        yield from arm.hold(SHUT, 2)
+        yield from arm.close({handle})
         held_at = scene.hand[0] - self._middle(handle)
         slipped: list[bool] = []
 
@@ -138,15 +137,13 @@ class Handles:
         rotation = pointing_down(grasp.yaw)
         yield from arm.travel(grasp.point + [0, 0, 0.06], rotation, OPEN)
         yield from arm.go((grasp.point, rotation), OPEN, near=0.005, turned=0.06)
-        yield from arm.hold(SHUT, 12, lambda: all(scene.touched_by(geoms)))
-        yield from arm.hold(SHUT, 2)
-        held = any(scene.touched_by(geoms))
+        held = yield from arm.close(geoms)
         here, axes = scene.hand
         further = Rotation.from_euler("z", 1.15 * angle).as_matrix()
         goal = np.array([*(joint.anchor + further @ (here - joint.anchor))[:2], here[2]]), further @ axes
         yield from arm.go(goal, SHUT, turned=0.03, patience=30, until=lambda: setting.passed(self._joint(name).value))
         yield from arm.hold(SHUT, 3)
-        yield from arm.hold(OPEN, 8, lambda: scene.opening > 0.07)
+        yield from arm.open()
         yield from self._rise()
         return held
 
@@ -210,5 +207,5 @@ class Handles:
             for yaw in (grasp.yaw, grasp.yaw - np.pi, grasp.yaw + np.pi):
                 ends = max(abs(yaw), abs(yaw + angle))
                 if ends < _MOST_YAW and not any(np.linalg.norm(grasp.point - other.point) < 0.01 for other in failed):
-                    choices.append(Grasp(grasp.point, yaw, grasp.score - 0.02 * ends))
+                    choices.append(Grasp(grasp.point, yaw, grasp.score - 0.002 * ends))
         return max(choices, key=lambda grasp: grasp.score, default=None)

@@ -13,13 +13,15 @@ REACH = 0.035
 TIP = 0.0115
 PALM = 0.030
 _PAD = 0.008
-_DEPTH = 0.024
-_LEAST_DEPTH = 0.007
+_DEPTH = 0.027
+_LEAST_DEPTH = 0.005
 _FINGER = (0.037, 0.060, 0.011)
 _HAND = (0.106, 0.036)
 _CELL = 0.006
 _YAWS = np.arange(12) * np.pi / 12
-_CLEARANCE = 0.003
+_CLEARANCE = 0.002
+# Fingers slip off what is so much wider at one side of the pads.
+_MOST_TAPER = 0.012
 
 
 def _grid(low: float, high: float, side: float, step: float) -> np.ndarray:
@@ -105,6 +107,10 @@ def search(target: HeightMap, around: HeightMap, middle: np.ndarray) -> list[Gra
 def _at_yaw(target: HeightMap, both: HeightMap, centres: np.ndarray, yaw: float, middle: np.ndarray) -> list[Grasp]:
     strip = target.at(centres[:, None, None] + _STRIP @ hand_axes(yaw))
     top = strip.max(axis=(1, 2))
+    something = np.isfinite(top)
+    centres, strip, top = centres[something], strip[something], top[something]
+    if not len(centres):
+        return []
     heights = np.maximum(top - _DEPTH, clear_height(both, centres, yaw))
     depth = top - heights
     # What the pads close on: columns of the strip that are higher than the middle of the pads.
@@ -116,13 +122,15 @@ def _at_yaw(target: HeightMap, both: HeightMap, centres: np.ndarray, yaw: float,
     first, last = np.where(np.isfinite(first), first, 0.0), np.where(np.isfinite(last), last, 0.0)
     widths, offsets = last.max(axis=1) - first.min(axis=1), (last.max(axis=1) + first.min(axis=1)) / 2
     skew = np.abs((first + last)[:, 2] - (first + last)[:, 0]) / 2
-    valid = solid & np.isfinite(top) & (depth >= _LEAST_DEPTH) & (widths <= 2 * REACH - 0.006)
+    taper = np.abs((last - first)[:, 2] - (last - first)[:, 0])
+    valid = solid & (taper <= _MOST_TAPER) & (depth >= _LEAST_DEPTH) & (widths <= 2 * REACH - 0.006)
     distance = np.linalg.norm(centres - middle[:2], axis=-1)
     turn = _nearest_yaw(yaw)
     scores = (
         -4.0 * np.abs(offsets)
         - 6.0 * np.maximum(0, 0.020 - depth)
-        - 3.0 * skew
+        - 6.0 * skew
+        - 0.2 * widths
         - 1.0 * np.maximum(0, widths - 0.055)
         - 0.3 * distance
         - 0.012 * abs(turn)
@@ -170,20 +178,22 @@ def find_spots(
     inner = np.maximum(0.0, np.minimum(0.8 * half[:2], half[:2] - 0.008))
     steps = [np.linspace(-side, side, 2 * int(np.ceil(side / 0.012)) + 1) for side in inner]
     points = centre[:2] + np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2)
-    spots = []
+    shifts = 0.01 * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    rests = {}
     for turn in turns:
         feet = np.column_stack([underside[:, :2] @ hand_turn(turn).T, underside[:, 2]])
-        rests = rest_heights(around, feet, points)
-        shifts = 0.01 * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
-        near = np.max([rest_heights(around, feet, points + shift) for shift in shifts], axis=0)
-        inside = np.abs(rests - centre[2]) < half[2]
+        rests[turn] = np.array([rest_heights(around, feet, points + shift) for shift in shifts])
+    lowest = min(rest[0].min() for rest in rests.values())
+    spots = []
+    for turn, rest in rests.items():
         scores = (
             -1.0 * np.linalg.norm(points - wish, axis=-1)
-            - 1.0 * (rests - rests.min())
-            - 0.5 * np.clip(near - rests, 0.0, 0.1)
+            - 3.0 * (rest[0] - lowest)
+            - 0.5 * np.clip(rest.max(axis=0) - rest[0], 0.0, 0.1)
             - 0.02 * abs(turn)
         )
-        spots += [Spot(np.array([*points[i], rests[i]]), turn, float(scores[i])) for i in np.flatnonzero(inside)]
+        inside = np.abs(rest[0] - centre[2]) < half[2]
+        spots += [Spot(np.array([*points[i], rest[0][i]]), turn, float(scores[i])) for i in np.flatnonzero(inside)]
     return sorted(spots, key=lambda spot: -spot.score)
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import mujoco
 import numpy as np
 
 from como_jax.envs.libero.expert.heights import HeightMap
@@ -70,11 +70,13 @@ class Scene:
     def __init__(self, env: Any):
         """Takes a problem object of LIBERO (`BDDLBaseDomain`), after its reset."""
         self.env = env
+        # Here, so that all that needs no simulator can be used without it.
+        self._mujoco = importlib.import_module("mujoco")
         self.model, self.data = env.sim.model._model, env.sim.data._data
         self._ray_model = copy.copy(self.model)
         self._ray_model.geom_rgba[:, 3] = 1
         self._ray_model.geom_matid[:] = -1
-        self._ray_data = mujoco.MjData(self._ray_model)
+        self._ray_data = self._mujoco.MjData(self._ray_model)
         self._root = np.asarray(self.model.body_rootid)
         self._solid = (self.model.geom_contype != 0) | (self.model.geom_conaffinity != 0)
         self._solid &= self.model.geom_group == 0
@@ -112,6 +114,12 @@ class Scene:
             any((a in finger and b in geoms) or (b in finger and a in geoms) for a, b in pairs)
             for finger in self._fingers
         )
+
+    def finger_sides(self) -> np.ndarray:
+        """Directions in columns `[3, 2]` from the grip point to the left and the right finger."""
+        here, axes = self.hand
+        sides = [np.mean([self.data.geom_xpos[geom] for geom in finger], axis=0) - here for finger in self._fingers]
+        return np.column_stack([axes[:, 0] * np.sign(side @ axes[:, 0]) for side in sides])
 
     def holds(self, name: str) -> bool:
         """Whether both fingers touch an object."""
@@ -170,7 +178,7 @@ class Scene:
         return Joint(
             index,
             int(self.model.jnt_bodyid[index]),
-            self.model.jnt_type[index] == mujoco.mjtJoint.mjJNT_SLIDE,
+            self.model.jnt_type[index] == self._mujoco.mjtJoint.mjJNT_SLIDE,
             self.data.xaxis[index].copy(),
             self.data.xanchor[index].copy(),
             *map(float, self.model.jnt_range[index]),
@@ -189,7 +197,8 @@ class Scene:
         heights = np.full(shape, -np.inf)
         left_out = self._robot.copy()
         left_out[list(without)] = True
-        for geom in np.flatnonzero(self._solid & ~left_out & (self.model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE)):
+        flat = self.model.geom_type == self._mujoco.mjtGeom.mjGEOM_PLANE
+        for geom in np.flatnonzero(self._solid & ~left_out & ~flat):
             corners = self.corners([geom])
             first, last = ((edge[:2] - low) / cell for edge in (corners.min(0), corners.max(0)))
             rows, columns = (slice(max(0, int(a)), max(0, int(b) + 2)) for a, b in zip(first, last, strict=True))
@@ -219,7 +228,7 @@ class Scene:
         start, direction = (-_SKY, 1.0) if below else (_SKY, -1.0)
         groups = np.zeros(6, np.uint8)
         groups[group] = 1
-        distance = mujoco.mj_ray(
+        distance = self._mujoco.mj_ray(
             self._ray_model,
             self._ray_data,
             np.array([*point, start]),
@@ -237,7 +246,7 @@ class Scene:
         model.geom_group[list(target)] = _TARGET
         model.body_pos[:], model.body_quat[:] = self.model.body_pos, self.model.body_quat
         self._ray_data.qpos[:] = self.data.qpos
-        mujoco.mj_kinematics(model, self._ray_data)
+        self._mujoco.mj_kinematics(model, self._ray_data)
 
     def _geoms_below(self, body: int) -> set[int]:
         """Collision geometries of a body and all that hangs on it."""

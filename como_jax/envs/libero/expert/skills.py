@@ -17,8 +17,6 @@ from como_jax.envs.libero.expert.scene import Scene
 _ABOVE = 0.06
 _CELL = 0.004
 _GAP = 0.008
-_CLOSING_STEPS = 14
-_OPENING_STEPS = 10
 _LOST = 0.04
 # What the best of many pairs of grasp and place is sought in.
 _CANDIDATES = 40
@@ -143,13 +141,7 @@ class Skills:
         yield from arm.travel(point(_ABOVE), rotation, OPEN)
         yield from arm.go(lambda: (point(0.02 + self._funnel(point(0))), rotation), OPEN, near=0.02)
         yield from arm.go(lambda: (point(self._funnel(point(0))), rotation), OPEN, near=0.004, turned=0.06, steps=60)
-        widths: list[float] = []
-
-        def closed() -> bool:
-            widths.append(scene.opening)
-            return len(widths) > 3 and scene.holds(name) and abs(widths[-1] - widths[-2]) < 0.0004
-
-        yield from arm.hold(SHUT, _CLOSING_STEPS, closed)
+        yield from arm.close(scene.geoms(name))
         if not scene.holds(name):
             here, axes = scene.hand
             yield from arm.hold(OPEN, 4)
@@ -163,7 +155,7 @@ class Skills:
     def _funnel(self, point: np.ndarray) -> float:
         """How far above its goal the hand has to stay while it is beside it."""
         away = np.linalg.norm((self.scene.hand[0] - point)[:2])
-        return float(np.clip(3 * (away - 0.006), 0, _ABOVE))
+        return float(np.clip(8 * (away - 0.005), 0, _ABOVE))
 
     def carry(self, name: str, handling: Handling, *, slides: bool = False) -> Motion:
         """Takes what is held to a spot and lowers it there.
@@ -213,10 +205,29 @@ class Skills:
     def release(self, name: str) -> Motion:
         """Opens the fingers and rises."""
         scene, arm = self.scene, self.arm
-        yield from arm.hold(OPEN, _OPENING_STEPS, lambda: scene.opening > 0.072)
+        yield from arm.open()
+        yield from self._let_go(name)
         here, axes = scene.hand
         yield from arm.go((here + [0, 0, 0.10], axes), OPEN, near=0.03, turned=0.5, steps=25)
         return not any(scene.touched_by(scene.geoms(name)))
+
+    def _let_go(self, name: str) -> Motion:
+        """Moves sideways away from a finger that still touches: thin walls of objects hook on it."""
+        scene, arm = self.scene, self.arm
+        for _ in range(3):
+            touched = scene.touched_by(scene.geoms(name))
+            if not any(touched):
+                return True
+            here, axes = scene.hand
+            outward = scene.finger_sides() @ np.array(touched, float)
+            yield from arm.go((here + 0.012 * outward, axes), OPEN, near=0.004, turned=0.3, steps=8)
+            here, axes = scene.hand
+            height = scene.position(name)[2]
+            yield from arm.go((here + [0, 0, 0.015], axes), OPEN, near=0.004, turned=0.3, steps=8)
+            if scene.position(name)[2] < height + 0.006:
+                return True
+            yield from arm.go((here, axes), OPEN, near=0.004, turned=0.3, steps=8)
+        return False
 
 
 def _tried(grasp: Grasp, failed: list[Grasp]) -> bool:

@@ -1,0 +1,134 @@
+"""The scripted expert for LIBERO: its order of goals, and its searches for grasps and places in maps made here."""
+
+import numpy as np
+import pytest
+
+from como_jax.envs.libero.expert import grasps
+from como_jax.envs.libero.expert.expert import order
+from como_jax.envs.libero.expert.heights import HeightMap
+
+_CELL = 0.004
+_TABLE = 0.9
+
+
+def _map(side: float = 0.4, height: float = -np.inf) -> HeightMap:
+    """A square around the origin, all at one height."""
+    count = 2 * round(side / 2 / _CELL) + 1
+    return HeightMap(np.full(2, -_CELL * (count // 2)), _CELL, np.full((count, count), height))
+
+
+def _where(held: HeightMap, chosen, height: float) -> None:
+    """Raises the cells whose positions x, y `chosen` picks."""
+    ground = held.corner[0] + held.cell * np.arange(len(held.heights))
+    x, y = np.meshgrid(ground, ground, indexing="ij")
+    held.heights[chosen(x, y)] = height
+
+
+def _box(half_x: float, half_y: float, height: float = 0.06) -> HeightMap:
+    target = _map()
+    _where(target, lambda x, y: (abs(x) <= half_x) & (abs(y) <= half_y), _TABLE + height)
+    return target
+
+
+def test_a_box_is_grasped_across_its_short_side_at_its_middle():
+    best = grasps.search(_box(0.08, 0.02), _map(height=_TABLE), np.zeros(3))[0]
+    # The fingers' axis is the world's y axis at a yaw of 0.
+    assert best.yaw == pytest.approx(0.0)
+    assert np.linalg.norm(best.point[:2]) < 0.01
+    assert _TABLE + 0.06 - 0.027 <= best.point[2] + 1e-9 < _TABLE + 0.06
+    turned = grasps.search(_box(0.02, 0.08), _map(height=_TABLE), np.zeros(3))[0]
+    assert abs(turned.yaw) == pytest.approx(np.pi / 2)
+
+
+def test_a_low_box_is_grasped_above_the_table():
+    best = grasps.search(_box(0.05, 0.02, height=0.02), _map(height=_TABLE), np.zeros(3))[0]
+    assert best.point[2] >= _TABLE + grasps.TIP
+
+
+def test_what_is_wider_than_the_hand_is_not_grasped():
+    assert grasps.search(_box(0.06, 0.06), _map(height=_TABLE), np.zeros(3)) == []
+    assert grasps.search(_map(), _map(height=_TABLE), np.zeros(3)) == []
+
+
+def test_a_bowl_is_grasped_at_its_rim():
+    bowl = _map()
+    _where(bowl, lambda x, y: np.hypot(x, y) < 0.06, _TABLE + 0.005)
+    _where(bowl, lambda x, y: abs(np.hypot(x, y) - 0.057) < 0.004, _TABLE + 0.05)
+    best = grasps.search(bowl, _map(height=_TABLE), np.zeros(3))[0]
+    assert np.hypot(*best.point[:2]) == pytest.approx(0.057, abs=0.008)
+    across = grasps.hand_axes(best.yaw)[0]
+    assert abs(across @ best.point[:2]) > 0.9 * np.hypot(*best.point[:2])
+
+
+def test_a_neighbour_keeps_the_fingers_away():
+    around = _map(height=_TABLE)
+    _where(around, lambda x, y: (y > 0.03) & (y < 0.08), _TABLE + 0.2)
+    found = grasps.search(_box(0.02, 0.02), around, np.zeros(3))
+    assert found and all(abs(abs(grasp.yaw) - np.pi / 2) < 0.4 for grasp in found)
+
+
+def test_the_hand_stays_above_what_is_under_its_palm():
+    around = _map(height=_TABLE)
+    _where(around, lambda x, y: y > 0.085, _TABLE + 0.2)
+    low = grasps.clear_height(_map(height=_TABLE), np.zeros((1, 2)), 0.0)
+    assert low[0] == pytest.approx(_TABLE + grasps.TIP, abs=0.005)
+    assert grasps.clear_height(around, np.zeros((1, 2)), 0.0)[0] > _TABLE + 0.2 - grasps.PALM
+    assert grasps.clear_height(around, np.zeros((1, 2)), np.pi / 2)[0] == pytest.approx(low[0])
+
+
+def _underside(half: float) -> np.ndarray:
+    side = np.linspace(-half, half, 9)
+    return np.array([(x, y, -0.03) for x in side for y in side])
+
+
+def test_a_place_is_free_and_near_the_wish():
+    around = _map(height=_TABLE)
+    spot = grasps.find_spots(around, _underside(0.03), np.array([0, 0, _TABLE]), np.full(3, 0.1))[0]
+    assert np.hypot(*spot.point[:2]) < 0.01 and spot.point[2] == pytest.approx(_TABLE + 0.03)
+    _where(around, lambda x, y: x > -0.01, _TABLE + 0.05)
+    spot = grasps.find_spots(around, _underside(0.03), np.array([0, 0, _TABLE]), np.full(3, 0.1))[0]
+    assert spot.point[0] < -0.035 and spot.point[2] == pytest.approx(_TABLE + 0.03)
+
+
+def test_a_place_that_is_too_high_is_none():
+    around = _map(height=_TABLE + 0.5)
+    assert grasps.find_spots(around, _underside(0.03), np.array([0, 0, _TABLE]), np.full(3, 0.1)) == []
+
+
+def test_a_narrow_place_is_entered_turned():
+    around = _map(height=_TABLE + 0.05)
+    _where(around, lambda x, y: (abs(x) < 0.02) & (abs(y) < 0.07), _TABLE)
+    long = np.array([(x, y, -0.05) for x in np.linspace(-0.06, 0.06, 13) for y in (-0.01, 0, 0.01)])
+    spot = grasps.find_spots(
+        around, long, np.array([0, 0, _TABLE + 0.05]), np.array([0.02, 0.07, 0.06]), turns=(0.0, np.pi / 2)
+    )[0]
+    assert spot.turn == pytest.approx(np.pi / 2) and spot.point[2] == pytest.approx(_TABLE + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("goals", "first_to_last"),
+    [
+        (
+            [("close", "cabinet_bottom"), ("in", "bowl", "cabinet_bottom")],
+            [("in", "bowl", "cabinet_bottom"), ("close", "cabinet_bottom")],
+        ),
+        (
+            [("in", "mug", "microwave_heating_region"), ("close", "microwave")],
+            [("in", "mug", "microwave_heating_region"), ("close", "microwave")],
+        ),
+        (
+            [("open", "cabinet_top"), ("close", "cabinet_bottom")],
+            [("close", "cabinet_bottom"), ("open", "cabinet_top")],
+        ),
+        (
+            [("on", "pot", "stove_cook_region"), ("turnon", "stove")],
+            [("turnon", "stove"), ("on", "pot", "stove_cook_region")],
+        ),
+        (
+            [("on", "bowl_1", "bowl_2"), ("in", "bowl_2", "tray")],
+            [("in", "bowl_2", "tray"), ("on", "bowl_1", "bowl_2")],
+        ),
+    ],
+)
+def test_goals_are_pursued_in_an_order_that_works(goals, first_to_last):
+    assert order(goals) == first_to_last
