@@ -6,7 +6,8 @@ OUT.partial/done/         one file for each finished part, written after all fil
 OUT.partial/dataset/      what becomes OUT
 OUT.partial/replaced/     the older OUT, while the new one takes its place
 
-What may be overwritten is decided here alone: by `check_apart`, `check_output`, and `Staging.publish`.
+What may be overwritten is decided here alone: by `check_apart`, `check_output`, and `Staging.publish`. It is what this
+project made, as `como_jax.ownership` knows, and nothing that is read.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from etils import epath
 
 from como_jax.errors import OutputError
 from como_jax.files import write_json
+from como_jax.ownership import MARK, is_made_here, listing, mark_all, strangers
 
 _MAX_SHOWN = 60
 _EXISTS = "{} exists already; `overwrite` replaces it"
+# Of temporary files, see `como_jax.files`.
+_TEMPORARY = ".partial-"
 
 
 class Staging:
@@ -40,11 +44,12 @@ class Staging:
           activity: what messages call the work, such as "conversion".
         """
         self.out, self._activity = out, activity
-        self.folder = out.with_name(f"{out.name}.partial")
+        self.folder = staging_folder(out)
         self.dataset = self.folder / "dataset"
         self._replaced = self.folder / "replaced"
         self._done = self.folder / "done"
         self._plan = self.folder / "plan.json"
+        self._lock_file = self.folder / "lock"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -53,8 +58,9 @@ class Staging:
         A bucket has no locks, so other processes are not kept away there.
 
         Raises:
-          OutputError: another process is making the same output.
+          OutputError: another process is making the same output, or the folder is not one of this project.
         """
+        self._check_folder()
         self.folder.mkdir(exist_ok=True)
         with contextlib.nullcontext() if not is_local(self.folder) else self._lock():
             if self._replaced.exists() and not self.out.exists():
@@ -63,12 +69,34 @@ class Staging:
                 yield
             finally:
                 if not self._plan.exists():
-                    self.folder.rmtree()
+                    self._remove()
+
+    def _check_folder(self) -> None:
+        """Raises OutputError if the folder holds anything that no command of this project has put there."""
+        if os.path.islink(self.folder):
+            raise OutputError(f"{self.folder}, where this {self._activity} works, is a link; choose another `out`")
+        found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        own = {path.name for path in self._own()}
+        unknown = sorted(name for name in found - own if _TEMPORARY not in name)
+        if unknown or (found and not found & {self._plan.name, self._lock_file.name}):
+            raise OutputError(
+                f"{self.folder}, where this {self._activity} works, holds what this project did not make "
+                f"({listing(unknown or sorted(found))}); move it away, or choose another `out`"
+            )
+
+    def _own(self) -> list[epath.Path]:
+        return [self._plan, self.dataset, self._replaced, self._done, self._lock_file]
+
+    def _remove(self) -> None:
+        """Removes the folder, unless something was put there that is not its own."""
+        _delete(*self._own(), *(path for path in self.folder.iterdir() if _TEMPORARY in path.name))
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         # The system frees this lock when the process ends; a file that merely exists would stay.
-        with open(self.folder / "lock", "a+") as file:
+        with open(self._lock_file, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -149,11 +177,12 @@ class Staging:
         """Makes the dataset the output; if this is killed at any point, the same command can go on.
 
         Raises:
-          OutputError: the output exists, and `overwrite` is not set.
+          OutputError: the output exists, and may not be replaced.
         """
+        mark_all(self.dataset)
+        # Again, since much may have happened to it while the new one was made.
+        check_output(self.out, overwrite)
         if self.out.exists():
-            if not overwrite:
-                raise OutputError(_EXISTS.format(self.out))
             self.out.rename(self._replaced)
         self.dataset.rename(self.out)
         self.tidy()
@@ -187,21 +216,79 @@ def make_parent(out: epath.Path) -> None:
         raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
 
 
-def check_apart(out: epath.Path, source: object) -> None:
-    """Raises OutputError if an output lies inside the source folder, where a later run would take it for data."""
-    if not isinstance(source, str) or not is_local(source) or not is_local(out):
+def staging_folder(out: epath.Path) -> epath.Path:
+    """The folder beside an output, in which it is made."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def real_output(out: epath.PathLike) -> epath.Path:
+    """The path of an output, or that to which it leads if it is a link, so that a link is never replaced by a folder.
+
+    Other paths stay as they are, so that messages show what the user knows.
+    """
+    path = epath.Path(out).expanduser()
+    if not is_local(path):
+        return path
+    # Only with a name, a folder can be made beside it.
+    return path.resolve() if path.name in ("", "..") or os.path.islink(path) else path
+
+
+def check_apart(out: epath.PathLike, source: object, name: str = "`source`") -> None:
+    """Raises OutputError if an output lies in what is read, or what is read lies in the output; links are followed.
+
+    An output inside the source would be taken for data by a later run, and a source inside the output would be deleted
+    with it.
+
+    Args:
+      out: of the command.
+      source: folder or file that the command reads; anything but the path of a local one is apart.
+      name: what messages call the source.
+    """
+    if not isinstance(source, str | os.PathLike) or not is_local(source) or not is_local(out):
         return
-    if out.resolve().is_relative_to(epath.Path(source).resolve()):
-        raise OutputError(f"`out` {out} lies inside `source` {source}; choose a folder outside of it")
+    target, root = epath.Path(out).expanduser(), os.path.expanduser(source)
+    where = f"{name} {source}"
+    # The source may be reached by links, and so may the output: what the paths say is looked at, and where they lead.
+    _check_place(out, os.path.abspath(target), os.path.abspath(root), where)
+    places = [os.path.realpath(path) for path in (target, staging_folder(real_output(target)))]
+    for link, real in (("", os.path.realpath(root)), *_links(root)):
+        for place in places:
+            _check_place(out, place, real, f"{where}, by the link {link}," if link else where)
 
 
-def check_output(out: epath.Path, overwrite: bool | None, marks: Sequence[str] = ("dataset_info.json",)) -> None:
+def _check_place(out: epath.PathLike, place: str, source: str, where: str) -> None:
+    if epath.Path(place).is_relative_to(source):
+        raise OutputError(f"`out` {out} lies inside {where}; choose a folder outside of it")
+    if epath.Path(source).is_relative_to(place):
+        raise OutputError(f"`out` {out} holds what is read: {where} lies inside it; choose a folder elsewhere")
+
+
+def _links(folder: epath.PathLike) -> Iterator[tuple[str, str]]:
+    """All links below a folder, those below linked folders too, and the real path to which each leads."""
+    waiting, seen = [os.path.realpath(folder)], set()
+    while waiting:
+        here = waiting.pop()
+        if here in seen or not os.path.isdir(here):
+            continue
+        seen.add(here)
+        try:
+            entries = list(os.scandir(here))
+        except OSError:
+            continue  # It cannot be read, so nothing in it is.
+        for entry in entries:
+            if entry.is_symlink():
+                waiting.append(os.path.realpath(entry.path))
+                yield entry.path, waiting[-1]
+            elif entry.is_dir():
+                waiting.append(entry.path)
+
+
+def check_output(out: epath.Path, overwrite: bool | None) -> None:
     """Raises OutputError if something exists at an output path that may not be replaced; removes an empty folder.
 
     Args:
       out: the path.
-      overwrite: whether a dataset may be replaced; None if nothing ever may.
-      marks: files of which a folder has at least one if it is a dataset.
+      overwrite: whether a folder that this project made may be replaced; None if nothing ever may.
     """
     if not out.exists():
         return
@@ -213,17 +300,25 @@ def check_output(out: epath.Path, overwrite: bool | None, marks: Sequence[str] =
         raise OutputError(f"{out} exists already; remove it or choose another directory")
     elif not overwrite:
         raise OutputError(_EXISTS.format(out))
-    elif not any((out / mark).exists() for mark in marks):
-        raise OutputError(f"{out} is not a dataset, so `overwrite` will not replace it")
+    elif not is_made_here(out):
+        raise OutputError(
+            f"{out} was not made by this project (it has no {MARK}), so `overwrite` will not replace it; choose "
+            "another directory, or remove it yourself"
+        )
+    elif names := strangers(out):
+        raise OutputError(
+            f"{out} holds what this project did not make, or what was changed since: {listing(names)}; `overwrite` "
+            "would delete it, so move it away first"
+        )
 
 
 @contextlib.contextmanager
-def new_folder(out: epath.PathLike, overwrite: bool | None = None, marks: Sequence[str] = ()) -> Iterator[epath.Path]:
+def new_folder(out: epath.PathLike, overwrite: bool | None = None) -> Iterator[epath.Path]:
     """Makes a folder that appears complete or not at all.
 
     Args:
       out: the folder to be made, on this machine.
-      overwrite, marks: see `check_output`; the older folder stays until the new one is complete.
+      overwrite: see `check_output`; the older folder stays until the new one is complete.
 
     Yields:
       A temporary folder beside `out`, which is renamed to `out` at the end, or removed after an error.
@@ -234,7 +329,7 @@ def new_folder(out: epath.PathLike, overwrite: bool | None = None, marks: Sequen
     if not is_local(out):
         raise OutputError(f"{out} must be a folder of this machine; copy it to the bucket afterwards")
     target = epath.Path(out).expanduser().resolve()
-    check_output(target, overwrite, marks)
+    check_output(target, overwrite)
     partial, replaced = (target.with_name(f".{target.name}.{part}-{uuid.uuid4().hex[:8]}") for part in ("new", "old"))
     try:
         partial.mkdir(parents=True)
@@ -242,6 +337,8 @@ def new_folder(out: epath.PathLike, overwrite: bool | None = None, marks: Sequen
         raise OutputError(f"cannot write to {out}: {error.strerror or error}") from error
     try:
         yield partial
+        mark_all(partial)
+        check_output(target, overwrite)
         if target.exists():
             target.rename(replaced)
         partial.rename(target)

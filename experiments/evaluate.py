@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from etils import epath
 
-from como_jax import cli, hosts
-from como_jax.errors import ConfigError, RunError
+from como_jax import cli, hosts, ownership
+from como_jax.errors import ConfigError
 from como_jax.evaluation.latents import domains
 from como_jax.evaluation.latents.probes import ProbeError
 from como_jax.evaluation.latents.transitions import TransitionRunner, choose_splits, measure, open_splits, summarize
@@ -26,6 +26,9 @@ from como_jax.files import write_json
 from como_jax.labelling.labelling import hash_params
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run
+from como_jax.training.run_data import changed_since
+
+FILES = ("metrics.json", "report.html")
 
 logger = logging.getLogger("como_jax.evaluate")
 
@@ -60,7 +63,9 @@ def evaluate(
     notes: list[str] = []
     # Before all hosts compute together: a host that waits for a failed one in a computation would wait forever.
     with hosts.in_step(), _probe_flag_named():
-        make_folder(out)
+        if hosts.is_first():
+            ownership.claim(out, (*FILES, *(domains.FILES if labelled else ())))
+        notes += changed_since(workdir) if data is None else []
         matrix = compare_domains(run, labelled, action_classes, notes)
         chosen = [choose_splits(splits, probe, notes) for splits in open_splits(run.config.data, data, notes)]
     runner, results = TransitionRunner(run.model, mesh, batch_size, with_ssim=True), []
@@ -86,16 +91,6 @@ def evaluate(
         logger.warning(note)
     logger.info("Report: %s", out / "report.html")
     return metrics
-
-
-def make_folder(out: epath.Path) -> None:
-    """Makes the output folder, on the first host; raises RunError if that fails."""
-    if not hosts.is_first():
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {out} cannot be written: {error}") from error
 
 
 def compare_domains(

@@ -26,20 +26,23 @@ from como_jax.training import sharding
 from como_jax.training.models import make_model, resolve, unit_of
 from como_jax.training.monitors import CollapseWatch
 from como_jax.training.pretrained import check_perceptual_file, load_pretrained
+from como_jax.training.run import NOTHING_ELSE, Allowed, allowed_by_flags, define_resume_flags
 from como_jax.training.train_state import TrainState
 from como_jax.training.trainer import Task, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/NAME.py or configs/NAME.py:VARIANT.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing run of an equal config is resumed.")
-DATA = flags.DEFINE_string("data", None, "DIR[=WEIGHT],DIR[=WEIGHT] instead of the config's own mixture.")
+define_resume_flags()
+DATA = flags.DEFINE_string("data", None, "DIR[:SPLIT][=WEIGHT],DIR... instead of the config's own mixture.")
 
 
-def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def pretrain(config: ConfigDict, workdir: epath.PathLike, allowed: Allowed = NOTHING_ELSE) -> TrainState:
     """Runs or resumes a pretraining run.
 
     Args:
       config: of configs/pretrain_*.py.
-      workdir: gets config.json, checkpoints, tensorboard, images and metrics.jsonl.
+      workdir: gets config.json, data.json, checkpoints, tensorboard, images and metrics.jsonl.
+      allowed: what may differ from what the run began with.
 
     Raises:
       UsageError: config, data and workdir do not fit together.
@@ -60,8 +63,9 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         unit=unit_of(config),
         data_lines=data.describe(),
         watch=CollapseWatch(config.train.collapse_steps),
+        identify=data.identify,
     )
-    return train(task, config, workdir, mesh)
+    return train(task, config, workdir, mesh, allowed)
 
 
 def make_evaluator(config: ConfigDict, model: ModelDef, mesh: Mesh) -> MotionEvaluator | MaeEvaluator:
@@ -84,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     config = CONFIG.value
     if DATA.value is not None:
         config.data.mixture = mixture_text(DATA.value)
-    pretrain(config, WORKDIR.value)
+    pretrain(config, WORKDIR.value, allowed_by_flags())
 
 
 if __name__ == "__main__":

@@ -58,12 +58,8 @@ def sweep(cells: Sequence[Cell], out: epath.PathLike, processes: int = 1) -> lis
       The result of every cell, in their order.
 
     Raises:
-      RunError: `out` cannot be written.
+      OutputError: `out` cannot be written, or holds tables that are not of a sweep.
     """
-    try:
-        epath.Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {out} cannot be written: {error}") from error
     results = tabulate(cells, out)
     waiting = [cell for cell, result in zip(cells, results, strict=True) if result.status is not Status.FINISHED]
     logger.info("Sweep: %d runs in %s, %d of them finished", len(cells), out, len(cells) - len(waiting))

@@ -29,7 +29,7 @@ from como_jax.data import schema
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError, one_line
 from como_jax.names import DEFAULT_CAMERA
-from como_jax.staging import Staging, check_apart, check_output, make_parent
+from como_jax.staging import Staging, check_apart, check_output, make_parent, real_output
 
 MIN_STEPS = 2
 _DESCRIPTION = "Episodes in the schema of como_jax.data.schema, one record a step."
@@ -107,9 +107,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         Raises:
           ConversionError: the name is not valid, or the source cannot be converted as asked.
         """
-        out_path = epath.Path(out).expanduser()
-        # Only if the path has no name of its own: resolving would turn the path of a bucket into a local one.
-        self.out = out_path.resolve() if out_path.name in ("", "..") else out_path
+        self.out = real_output(out)
         self.settings = settings
         self.name = dataset_name(self.out) if name is None else name
         if not re.fullmatch(r"[a-zA-Z]\w*", self.name, re.ASCII):

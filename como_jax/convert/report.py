@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from etils import epath
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from como_jax.convert.statistics import dataset_statistics
 from como_jax.data import schema
 from como_jax.files import write_json
+from como_jax.spec.normalization import AffineNormalizer, lost_dimensions
 
 REPORT_NAME = "conversion_report.json"
 STATISTICS_NAME = "statistics.json"
@@ -82,11 +84,30 @@ def write_summary(
         "steps": {split: counts["num_steps"] for split, counts in statistics["splits"].items()},
         "instructions": {split: _num_instructed(paths) for split, paths in tables.items() if paths},
         "label_files": list(label_files[:_MAX_EXAMPLES]),
-        **summarize_outcomes(outcomes, warnings),
+        **summarize_outcomes(outcomes, [*warnings, *rare_motion(statistics)]),
     }
     write_json(directory / STATISTICS_NAME, statistics)
     write_json(directory / REPORT_NAME, summary)
     return summary
+
+
+def rare_motion(statistics: Mapping[str, Any]) -> list[str]:
+    """Says of actions and states which dimensions move in so few steps that quantiles do not show it."""
+    found = []
+    for field in ("action", "state"):
+        values = statistics[field]
+        if values is None:
+            continue
+        low, high = np.asarray(values["min"]), np.asarray(values["max"])
+        lost = lost_dimensions(AffineNormalizer.fit("quantile", values), low, high)
+        if lost:
+            names = [f"{number} ({low[number]:g} to {high[number]:g})" for number in lost[:_MAX_LISTED]]
+            found.append(
+                f"{field}: {len(lost)} of {len(low)} dimensions move in fewer than 2 % of the steps: {', '.join(names)}"
+                f"{', ...' if len(lost) > _MAX_LISTED else ''}; data.normalization=quantile would make them constant, "
+                "min_max and mean_std keep them"
+            )
+    return found
 
 
 def summarize(summary: Mapping[str, Any], out: str) -> list[str]:

@@ -11,10 +11,12 @@ import numpy as np
 from etils import epath
 
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
+from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, closest
 from como_jax.spec.images import FITS
 from como_jax.spec.normalization import KINDS
+from como_jax.staging import is_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class MixtureEntry:
       gap_seconds, min_motion, max_motion: see `ClipConfig`.
       fit: how images become square, see `transforms`.
       normalization: how actions are normalised, see `normalization.KINDS`.
+      split: the episodes that are trained on; a dataset that trains on "val" has no held-out ones.
     """
 
     directory: str
@@ -38,6 +41,7 @@ class MixtureEntry:
     max_motion: float | None = None
     fit: str = ""
     normalization: str = ""
+    split: str = "train"
 
     def clip_config(self, default: ClipConfig) -> ClipConfig:
         """The run's settings for cutting clips, with those that this dataset changes."""
@@ -48,9 +52,18 @@ class MixtureEntry:
         """Whether the dataset has episodes in the split."""
         return any(epath.Path(self.directory).glob(f"episodes-{split}-*.parquet"))
 
+    @property
+    def uses(self) -> list[str]:
+        """What there are episodes for: "train", and "val" where some are held out."""
+        return [use for use in SPLITS if self.has_split(self.split_for(use)) and (use == "train" or use != self.split)]
+
+    def split_for(self, use: str) -> str:
+        """The split that is trained on for "train", and "val" for "val"."""
+        return self.split if use == "train" else use
+
 
 def parse_mixture(text: str) -> tuple[MixtureEntry, ...]:
-    """Parses `DIR[=WEIGHT],DIR[=WEIGHT],...`, or the name or the text of a TOML file.
+    """Parses `DIR[:SPLIT][=WEIGHT],...`, or the name or the text of a TOML file.
 
     The file has one `[[dataset]]` section an entry, with the fields of `MixtureEntry`.
 
@@ -60,7 +73,7 @@ def parse_mixture(text: str) -> tuple[MixtureEntry, ...]:
     text = mixture_text(text)
     entries = _parse_toml(text) if "[[" in text else _parse_list(text)
     if not entries:
-        raise DatasetError("The mixture names no dataset; it must be DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml.")
+        raise DatasetError("The mixture names no dataset; it must be DIR[:SPLIT][=WEIGHT],... or MIXTURE.toml.")
     return entries
 
 
@@ -81,15 +94,27 @@ def mixture_text(text: str) -> str:
 def _parse_list(text: str) -> tuple[MixtureEntry, ...]:
     entries = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        directory, _, weight = item.rpartition("=") if "=" in item else (item, "", "1")
+        name, _, weight = item.rpartition("=") if "=" in item else (item, "", "1")
+        directory, _, split = name.rpartition(":")
+        if not directory or split not in SPLITS:
+            directory, split = name, "train"
         try:
             value = float(weight)
         except ValueError:
             value = 0.0
-        if not 0 < value < float("inf"):
-            raise DatasetError(f"{item!r}: the weight after '=' must be a positive number.")
-        entries.append(MixtureEntry(directory=directory, weight=value))
+        if not 0 < value < float("inf") or (_names_folder(item) and not epath.Path(directory).exists()):
+            raise DatasetError(
+                f"{item!r}: what follows the last '=' is the weight of a dataset, its share of the samples beside the "
+                f"others. It must be a positive number, and it is {weight!r}. If the '=' belongs to the name of the "
+                f"folder, give a weight too: {item}=1"
+            )
+        entries.append(MixtureEntry(directory, weight=value, split=split))
     return tuple(entries)
+
+
+def _names_folder(item: str) -> bool:
+    """Whether an entry with a weight is as a whole the name of a folder."""
+    return "=" in item and is_local(item) and epath.Path(item).is_dir()
 
 
 def _parse_toml(text: str) -> tuple[MixtureEntry, ...]:
@@ -116,7 +141,7 @@ def _parse_section(number: int, section: dict[str, Any]) -> MixtureEntry:
     entry = MixtureEntry(**section)
     if not 0 < entry.weight < float("inf"):
         raise DatasetError(f"{where}: weight must be a positive number, not {entry.weight}.")
-    for name, choices in (("fit", FITS), ("normalization", KINDS)):
+    for name, choices in (("fit", FITS), ("normalization", KINDS), ("split", SPLITS)):
         value = getattr(entry, name)
         if value and value not in choices:
             raise DatasetError(f"{where}: {name} must be one of {', '.join(choices)}, not {value!r}.")
@@ -134,13 +159,13 @@ class MixturePart:
 
     @classmethod
     def open(cls, entry: MixtureEntry, split: str, clips: ClipConfig, camera: str = "") -> MixturePart:
-        """Opens one split of a dataset.
+        """Opens the episodes of a dataset that are trained on (`split` "train") or those that are held out ("val").
 
         Raises:
           DatasetError: the dataset is missing, damaged or offers no clip.
         """
         own = entry.clip_config(clips)
-        source = EpisodeSource(entry.directory, split, entry.camera or camera)
+        source = EpisodeSource(entry.directory, entry.split_for(split), entry.camera or camera)
         return cls(entry, source, own, index_clips(source, own))
 
     @property

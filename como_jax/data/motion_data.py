@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from como_jax.data.clips import ClipConfig, draw_gaps, draw_offsets
+from como_jax.data.identity import Identity, identify
 from como_jax.data.mixture import Mixture, MixturePart, parse_mixture
 from como_jax.data.reader import Batch, BatchReader
 from como_jax.data.sampler import NO_AUGMENTATION, Augmentation, Samples
@@ -135,6 +136,11 @@ class MotionData:
         """One line a dataset, and one for the true motion."""
         return self.mixture.describe() + ([] if self.supervision is None else [self.supervision.describe()])
 
+    def identify(self) -> dict[str, Identity]:
+        """The identity of every dataset, by its directory."""
+        sources = [part.source for part in self.mixture.parts]
+        return {str(source.directory): identify(source.directory, [source]) for source in sources}
+
     def sizes(self) -> dict[str, int]:
         """Sizes of the config that follow from the data, by the field's full name."""
         return {} if self.supervision is None else {"model.label_size": self.supervision.size}
@@ -202,4 +208,6 @@ def _recorded_actions(part: MixturePart, normalization: str) -> tuple[np.ndarray
     if part.source.action is None:
         return None
     kind = part.entry.normalization or normalization
-    return part.source.action, None if kind == "none" else load_normalizer(part.source.directory, "action", kind)
+    return part.source.action, None if kind == "none" else load_normalizer(
+        part.source.directory, "action", kind, part.entry.split
+    )

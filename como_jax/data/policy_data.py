@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.data.chunks import ChunkConfig, ChunkFiller, PolicyPart, find_cameras
+from como_jax.data.identity import Identity, identify
 from como_jax.data.instructions import InstructionReader, InstructionTable, read_embeddings
 from como_jax.data.mixture import MixtureEntry, parse_mixture
 from como_jax.data.reader import BatchReader
@@ -18,6 +20,10 @@ from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import DatasetError, closest
 from como_jax.spec.interface import NormStats, PolicySpec
+from como_jax.spec.normalization import FAR, Normalizer, far_dimensions, lost_dimensions
+
+Scales = Mapping[str, Mapping[str, Normalizer | None]]
+"""By the names of datasets, what normalises their `action`, `state` and `latent_motion`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,19 @@ class PolicyData:
         """One line a dataset."""
         weights = np.array([part.entry.weight for part in self.parts])
         lines = [part.describe(share) for part, share in zip(self.parts, weights / weights.sum(), strict=True)]
+        lines += [text for part in self.parts for text in _scale_warnings(part)]
         return lines + [f"{directory}: left out by data.videos" for directory in self.left_out]
+
+    def identify(self) -> dict[str, Identity]:
+        """The identity of every dataset, by its directory."""
+        return {str(part.source.directory): identify(part.source.directory, [part.source]) for part in self.parts}
+
+    def scales(self) -> dict[str, dict[str, Normalizer | None]]:
+        """What normalises the numbers of every dataset, by its name."""
+        return {
+            part.source.directory.name: {"action": part.action, "state": part.state, "latent_motion": part.latent}
+            for part in self.parts
+        }
 
     def embeddings(self) -> dict[str, np.ndarray]:
         """All embeddings of instructions that lie beside the datasets; empty unless the text tower reads embeddings."""
@@ -69,8 +87,15 @@ class PolicyData:
         return [part for part in self.parts if part.action is not None]
 
 
-def open_policy_data(config: ConfigDict, split: str = "train") -> PolicyData:
+def open_policy_data(
+    config: ConfigDict, split: str = "train", scales: Scales = types.MappingProxyType({})
+) -> PolicyData:
     """Opens one split of the datasets of a policy's config; of "val" only the datasets that have it.
+
+    Args:
+      config: of configs/policy_*.py.
+      split: "train" or "val".
+      scales: of the first start of a run, which stay; others follow from the statistics of the datasets.
 
     Raises:
       DatasetError: a dataset is missing or damaged, gives neither actions nor labels, or does not fit the others.
@@ -79,9 +104,9 @@ def open_policy_data(config: ConfigDict, split: str = "train") -> PolicyData:
     data = config.data
     entries = parse_mixture(data.mixture)
     if split != "train":
-        entries = tuple(entry for entry in entries if entry.has_split(split))
+        entries = tuple(entry for entry in entries if split in entry.uses)
     _check_names(entries)
-    opened = {entry.directory: _open_part(entry, split, config) for entry in entries}
+    opened = {entry.directory: _open_part(entry, split, config, scales) for entry in entries}
     parts = tuple(part for part in opened.values() if part is not None)
     if split == "train":
         _check_training(parts, data)
@@ -113,10 +138,10 @@ def make_spec(data: PolicyData, config: ConfigDict) -> PolicySpec:
     )
 
 
-def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPart | None:
+def _open_part(entry: MixtureEntry, split: str, config: ConfigDict, scales: Scales) -> PolicyPart | None:
     """Opens one dataset; None for a video that `data.videos` leaves out, and where no held-out step has a label."""
     data = config.data
-    source = EpisodeSource(entry.directory, split, entry.camera)
+    source = EpisodeSource(entry.directory, entry.split_for(split), entry.camera)
     is_robot = source.action is not None and not data.latent_only
     if not is_robot and not any(fnmatch.fnmatch(source.directory.name, pattern) for pattern in data.videos):
         return None
@@ -127,7 +152,6 @@ def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPar
             f"{source.directory} has {lacks} of latent motion{' for data.latent_only' if data.latent_only else ''}; "
             "label it with `python -m experiments.extract_labels`, or leave it out of data.mixture."
         )
-    kind = entry.normalization or data.normalization
     episode = np.repeat(np.arange(len(source.length)), source.length)
     steps = np.arange(len(source)) if is_robot or labelled is None else np.flatnonzero(labelled)
     if not len(steps):
@@ -138,21 +162,61 @@ def _open_part(entry: MixtureEntry, split: str, config: ConfigDict) -> PolicyPar
             "dataset out."
         )
     uses_state = data.proprioception and source.state is not None
+    kind = entry.normalization or data.normalization
+    kinds = {"action": kind, "state": kind, "latent_motion": data.latent_normalization}
+
+    def scale(field: str) -> Normalizer:
+        known = scales.get(source.directory.name, {}).get(field)
+        if known:
+            return _known_scale(source, field, known)
+        return load_normalizer(source.directory, field, kinds[field], entry.split)
+
     return PolicyPart(
         entry=entry,
         source=source,
         cameras=find_cameras(source, entry, tuple(data.cameras)),
         steps=steps,
         episode=episode,
-        action=load_normalizer(source.directory, "action", kind) if is_robot else None,
-        state=load_normalizer(source.directory, "state", kind) if uses_state else None,
-        latent=(
-            None if labelled is None else load_normalizer(source.directory, "latent_motion", data.latent_normalization)
-        ),
+        action=scale("action") if is_robot else None,
+        state=scale("state") if uses_state else None,
+        latent=None if labelled is None else scale("latent_motion"),
         instructions=InstructionTable.read(
             source, InstructionReader.make(config.text, source.directory), data.missing_instructions
         ),
     )
+
+
+def _scale_warnings(part: PolicyPart) -> list[str]:
+    """What normalisation takes away from a dataset, in sentences."""
+    found = []
+    for field, scale in (("action", part.action), ("state", part.state)):
+        values = getattr(part.source, field)
+        if scale is None or not len(values):
+            continue
+        low, high = values.min(axis=0), values.max(axis=0)
+        where = f"warning: {part.source.directory.name}: {field}"
+        for number in lost_dimensions(scale, low, high):
+            found.append(
+                f"{where} dimension {number} goes from {low[number]:g} to {high[number]:g}, but in so few steps that "
+                "normalization makes it constant: the policy neither sees nor makes this motion. min_max keeps it."
+            )
+        for number in far_dimensions(scale, low, high):
+            found.append(
+                f"{where} dimension {number} goes from {low[number]:g} to {high[number]:g}, which is more than {FAR:g} "
+                "times the scale that normalization gives it: few steps outweigh all others. min_max does not."
+            )
+    return found
+
+
+def _known_scale(source: EpisodeSource, field: str, known: Normalizer) -> Normalizer:
+    """The scale that a run was started with; raises DatasetError if the numbers have become more or fewer."""
+    size = getattr(source, field).shape[1]
+    if size != known.size:
+        raise DatasetError(
+            f"{source.directory}: {field} has {size} numbers, and the run was started with {known.size}; it cannot go "
+            "on with this dataset."
+        )
+    return known
 
 
 def _check_names(entries: Sequence[MixtureEntry]) -> None:

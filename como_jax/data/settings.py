@@ -10,7 +10,7 @@ class DataSettings:
     """What the data of motion models and of policies have in common.
 
     Attributes:
-      mixture: DIR[=WEIGHT],DIR[=WEIGHT] or MIXTURE.toml; the flag `--data` replaces it.
+      mixture: DIR[:SPLIT][=WEIGHT],DIR... or MIXTURE.toml; the flag `--data` replaces it.
       image_size: side of the square images that the model sees, in pixels.
       fit: how images become square: "crop" to the central square, or "stretch".
       random_shift: largest random shift in pixels; one shift for all images of a clip or sample.

@@ -18,7 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
 from como_jax.errors import DatasetError
-from como_jax.spec.normalization import AffineNormalizer, Normalizer, UniformNormalizer, check_kind
+from como_jax.spec.normalization import AffineNormalizer, Normalizer, UniformNormalizer, check_kind, describe_values
 
 READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)
 """What ArrayRecord, protobuf and the JPEG decoder raise for a damaged record."""
@@ -56,9 +56,12 @@ class EpisodeSource:
         self.directory = epath.Path(directory)
         self.split = split
         if not (self.directory / "dataset_info.json").exists():
+            folder, _, ending = os.fspath(self.directory).rpartition(":")
             raise DatasetError(
                 f"{self.directory} is not a dataset directory (it has no dataset_info.json); "
                 "make one with `python -m tools.datasets.build`."
+                if not (epath.Path(folder) / "dataset_info.json").exists()
+                else f"{folder} has no split {ending!r} to train on; a split is one of {', '.join(schema.SPLITS)}."
             )
         info = self._builder.info
         self.name = info.name
@@ -67,7 +70,11 @@ class EpisodeSource:
         if self.camera not in self.cameras:
             raise DatasetError(f"{self.directory} has no camera {self.camera!r}; it has: {', '.join(self.cameras)}.")
         if split not in info.splits or not info.splits[split].num_examples:
-            raise DatasetError(f"{self.directory} has no split {split!r}; it has: {', '.join(info.splits)}.")
+            other = next((name for name in schema.SPLITS if name in info.splits), None)
+            remedy = f" To train on {other!r}, write {self.directory}:{other} in `data`." if split == "train" else ""
+            raise DatasetError(
+                f"{self.directory} has no split {split!r}; it has: {', '.join(info.splits)}.{remedy if other else ''}"
+            )
         self._read_tables()
 
     def __len__(self) -> int:
@@ -122,8 +129,8 @@ class EpisodeSource:
         return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_records")}
 
 
-def load_normalizer(directory: epath.PathLike, field: str, kind: str) -> Normalizer:
-    """The normalizer of a dataset's `action`, `state` or `latent_motion`, fitted to its training episodes.
+def load_normalizer(directory: epath.PathLike, field: str, kind: str, split: str = "train") -> Normalizer:
+    """The normalizer of a dataset's `action`, `state` or `latent_motion`, fitted to the episodes that are trained on.
 
     Raises:
       DatasetError: the dataset does not have the field.
@@ -131,7 +138,9 @@ def load_normalizer(directory: epath.PathLike, field: str, kind: str) -> Normali
     """
     check_kind(kind)
     if kind == "uniform":
-        return UniformNormalizer.fit(_training_values(directory, field))
+        return UniformNormalizer.fit(_values(directory, field, split))
+    if split != "train":
+        return AffineNormalizer.fit(kind, describe_values(_values(directory, field, split)))
     statistics = _read_statistics(epath.Path(directory)).get(field)
     if statistics is None:
         raise DatasetError(f"{directory}/statistics.json has no statistics of any {field}.")
@@ -169,14 +178,14 @@ def _flatten_vectors(column: pa.ChunkedArray, dtype: type = np.float32) -> np.nd
     return steps.flatten().to_numpy(zero_copy_only=False).astype(dtype).reshape(len(steps), -1)
 
 
-def _training_values(directory: epath.PathLike, field: str) -> np.ndarray:
-    """The values `[n, size]` of all steps of training episodes that have the field."""
-    source = EpisodeSource(directory, "train")
+def _values(directory: epath.PathLike, field: str, split: str) -> np.ndarray:
+    """The values `[n, size]` of all steps of a split that have the field."""
+    source = EpisodeSource(directory, split)
     values = getattr(source, field)
     if field == "latent_motion" and values is not None:
         values = values[source.latent_valid]
     if values is None or not len(values):
-        raise DatasetError(f"{directory} has no {field} in its training episodes, which normalization=uniform needs.")
+        raise DatasetError(f"{directory} has no {field} in the episodes of {split}, so that it cannot be normalised.")
     return values
 
 

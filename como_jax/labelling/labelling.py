@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, gap_steps
+from como_jax.data.identity import Identity, identify
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
 from como_jax.data.motion_data import ClipFiller
 from como_jax.data.reader import BatchReader
@@ -37,7 +38,7 @@ from como_jax.labelling.shards import (
 from como_jax.labelling.streaming import StepLabels, StreamLabeller, steps_back
 from como_jax.motion.models import codebook_size
 from como_jax.nn.model_def import Params
-from como_jax.staging import Staging, check_output, is_local, make_parent
+from como_jax.staging import Staging, check_apart, check_output, is_local, make_parent, real_output
 from como_jax.training import sharding
 from como_jax.training.run import Run
 
@@ -75,7 +76,7 @@ class DatasetLabeller:
         Raises:
           DatasetError: the directory holds no dataset, or not the camera.
         """
-        self._directory, self._out = epath.Path(directory), epath.Path(out)
+        self._directory, self._out = epath.Path(directory), real_output(out)
         self._settings, self._run, self._threads = settings, run, threads
         self.shards = list_shards(self._directory)
         self._sources = {
@@ -105,12 +106,13 @@ class DatasetLabeller:
           OutputError: `out` exists, or another labelling into it is running or was stopped.
           DatasetError: no image of a shard can be read.
         """
-        _check_outside(self._out, self._directory)
         params, is_first = _on_this_host(self._run.params), hosts.is_first()
-        plan = describe(self._run, hash_params(params), str(self._directory), self.shards, self._settings)
+        plan: dict[str, Any] = {}
         with contextlib.ExitStack() as lock:
             with hosts.in_step(OutputError):
                 if is_first:
+                    check_apart(self._out, self._directory, "`data`")
+                    plan = self._describe(params)
                     make_parent(self._out)
                     lock.enter_context(self.staging.locked())
                     self._open(plan, overwrite, restart)
@@ -120,6 +122,10 @@ class DatasetLabeller:
                     self._label_own(params, progress)
             with self._noting_what_is_kept(), hosts.in_step(OutputError):
                 return self._complete(plan, overwrite, summarize) if is_first else {}
+
+    def _describe(self, params: Params) -> dict[str, Any]:
+        data = identify(self._directory, self._sources.values())
+        return describe(self._run, hash_params(params), str(self._directory), data, self.shards, self._settings)
 
     def _open(self, plan: dict[str, Any], overwrite: bool, restart: bool) -> None:
         """Makes the staging folder, or finds what an earlier run left in it."""
@@ -249,7 +255,7 @@ def hash_params(params: Params) -> str:
 
 
 def describe(
-    run: Run, params_hash: str, directory: str, shards: list[LabelShard], settings: LabelSettings
+    run: Run, params_hash: str, directory: str, data: Identity, shards: list[LabelShard], settings: LabelSettings
 ) -> dict[str, Any]:
     """Everything that decides what the labels are: the plan of a labelling, and most of labels.json."""
     tables = json.dumps([dataclasses.asdict(shard) for shard in shards])
@@ -262,6 +268,7 @@ def describe(
         "codebook_size": codebook_size(run.config),
         "config": json.loads(run.config.to_json_best_effort()),
         "dataset": directory,
+        "data": data,
         "episodes and steps": hashlib.blake2b(tables.encode(), digest_size=16).hexdigest(),
         "settings": dataclasses.asdict(settings),
         "versions": {name: metadata.version(name) for name in _LIBRARIES},
@@ -285,13 +292,6 @@ def _local_mesh() -> Mesh:
     """All devices of this host, over which frames are split."""
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
     return Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _check_outside(out: epath.Path, directory: epath.Path) -> None:
-    """Raises OutputError if the output is the dataset or lies inside it."""
-    local = is_local(out) and is_local(directory)
-    if local and out.resolve().is_relative_to(directory.resolve()):
-        raise OutputError(f"`out` {out} lies in the dataset {directory}; choose a folder outside of it.")
 
 
 def _link(source: epath.Path, target: epath.Path) -> None:

@@ -21,6 +21,9 @@ NUM_BINS = 256
 _LIMITS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
 _NEGLIGIBLE = 1e-6
 
+FAR = 20.0
+"""A normalised value beyond this outweighs all others in the loss."""
+
 
 class Normalizer(Protocol):
     """A map that treats every dimension of a vector by itself, and its inverse.
@@ -157,6 +160,27 @@ class UniformNormalizer:
         first, last = np.searchsorted(edges, values, "left"), np.searchsorted(edges, values, "right") - 1
         middle = (first + last) / (len(edges) - 1) - 1
         return np.where(first <= last, middle, np.interp(values, edges, self._levels))
+
+
+def describe_values(values: np.ndarray) -> dict[str, list[float]]:
+    """The statistics that `AffineNormalizer.fit` reads, of values `[n, size]`, at least one."""
+    values = np.asarray(values, np.float64)
+    low, high = np.quantile(values, (0.01, 0.99), axis=0)
+    found = {"mean": values.mean(0), "std": values.std(0), "min": values.min(0), "max": values.max(0)}
+    return {name: value.tolist() for name, value in {**found, "q01": low, "q99": high}.items()}
+
+
+def lost_dimensions(normalizer: Normalizer, low: np.ndarray, high: np.ndarray) -> list[int]:
+    """Dimensions that a normalizer makes constant, although the data go from `low` to `high` `[size]` there.
+
+    Quantiles do so with a motion that is in hardly any step.
+    """
+    return np.flatnonzero((high > low) & (normalizer(low) == normalizer(high))).tolist()
+
+
+def far_dimensions(normalizer: Normalizer, low: np.ndarray, high: np.ndarray) -> list[int]:
+    """Dimensions that go from `low` to `high` `[size]`, more than `FAR` beyond the common scale."""
+    return np.flatnonzero(np.maximum(np.abs(normalizer(low)), np.abs(normalizer(high))) > FAR).tolist()
 
 
 def normalizer_from_json(values: Mapping[str, Sequence[Any]]) -> Normalizer:

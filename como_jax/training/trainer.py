@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -15,13 +15,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from como_jax import hosts
+from como_jax.data.identity import Identity
+from como_jax.data.policy_data import Scales
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.spec.sections import fields_of
 from como_jax.training import sharding
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.models import Unit
 from como_jax.training.monitors import Progress, StepTrace, StopRequest, Watch
-from como_jax.training.run import check_workdir, claim_workdir
+from como_jax.training.run import NOTHING_ELSE, Allowed, check_workdir, claim_workdir
+from como_jax.training.run_data import check_data, write_data
 from como_jax.training.train_state import TrainState, create_state, evaluation_params
 from como_jax.training.train_step import Training, build_training
 from como_jax.training.writers import MetricWriter, NullWriter
@@ -42,6 +45,8 @@ class Task:
       unit: what is counted in the rates that are shown.
       data_lines: lines that describe the data.
       prepare: writes what else belongs into the directory of a run, before the first step.
+      identify: gives the identity of every dataset by its directory; it is called on the first host alone.
+      scales: what normalises the numbers of the datasets.
       watch: gets every step and its metrics, on the first host alone.
     """
 
@@ -53,6 +58,8 @@ class Task:
     unit: Unit
     data_lines: Sequence[str] = ()
     prepare: Callable[[], None] = lambda: None
+    identify: Callable[[], Mapping[str, Identity]] = dict
+    scales: Scales = dataclasses.field(default_factory=dict)
     watch: Watch | None = None
 
 
@@ -101,7 +108,9 @@ class TrainSettings:
         return _due(step, self.checkpoint_every) or step == self.last_step
 
 
-def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -> TrainState:
+def train(
+    task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh, allowed: Allowed = NOTHING_ELSE
+) -> TrainState:
     """Runs or resumes a training run, until its last step, SIGTERM or a number that is not finite.
 
     A step that is both saved and evaluated is saved first. On SIGTERM the run saves and stops; an evaluation that is
@@ -110,23 +119,30 @@ def train(task: Task, config: ConfigDict, workdir: epath.PathLike, mesh: Mesh) -
     Args:
       task: what is trained, and on what.
       config: with the sections `train`, `optim`, `mesh` and `data`; no size is 0 any more (see `resolve`).
-      workdir: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and images/.
+      workdir: gets config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/ and images/.
       mesh: the devices.
+      allowed: what may differ from what the run began with.
 
     Raises:
       UsageError: config, data and workdir do not fit together.
       NonFiniteError: a loss or gradient is not finite; the last checkpoint is from before that step.
     """
+    datasets: Mapping[str, Identity] = {}
     with hosts.in_step():
         if hosts.is_first():
-            check_workdir(workdir, config)
+            check_workdir(workdir, config, allowed)
+            datasets = task.identify()
+            if not allowed.other_data:
+                check_data(workdir, datasets)
     settings = TrainSettings(**fields_of(TrainSettings, config.train))
     training, batches = build_training(config, task.model, mesh), iter(task.batches)
     with Checkpointer(workdir, keep=settings.keep_checkpoints) as checkpointer:
         resumed = checkpointer.latest_step() is not None
         state = checkpointer.restore(training.abstract, batches) if resumed else _fresh_state(task, config, training)
         step = int(state.step)
-        writer = _open_run(task, config, workdir, step)
+        with hosts.in_step():
+            # Now that there is a state, so that a command which fails before can be corrected and run again.
+            writer = _open_run(task, config, workdir, step, datasets, allowed) if hosts.is_first() else NullWriter()
         missed = resumed and settings.evaluation_due(step) and bool(hosts.which(not writer.has_evaluation(step)))
         _describe(task, config, workdir, mesh, state)
         with (
@@ -167,17 +183,19 @@ def _fresh_state(task: Task, config: ConfigDict, training: Training) -> TrainSta
     return task.initialise(create_state(task.model, training.optimizer, training.abstract, seed=config.seed))
 
 
-def _open_run(task: Task, config: ConfigDict, workdir: epath.PathLike, step: int) -> MetricWriter | NullWriter:
-    """Makes the directory that of this run, and opens its metrics at a step; on the first host alone.
-
-    Call it when there is a state, so that a command which fails before can be corrected and run again.
-    """
-    with hosts.in_step():
-        if not hosts.is_first():
-            return NullWriter()
-        claim_workdir(workdir, config)
-        task.prepare()
-        return MetricWriter(workdir, step)
+def _open_run(
+    task: Task,
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    step: int,
+    datasets: Mapping[str, Identity],
+    allowed: Allowed,
+) -> MetricWriter:
+    """Makes the directory that of this run, and opens its metrics at a step."""
+    claim_workdir(workdir, config, allowed)
+    write_data(workdir, datasets, task.scales, step)
+    task.prepare()
+    return MetricWriter(workdir, step)
 
 
 def _progress(task: Task, config: ConfigDict, writer: MetricWriter | NullWriter, step: int) -> Progress:

@@ -13,9 +13,10 @@ from etils import epath
 from flax import nnx
 
 from como_jax.data import schema
-from como_jax.data.instructions import write_embeddings
+from como_jax.data.instructions import EMBEDDINGS_NAME, write_embeddings
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.text_towers import make_text_tower
+from como_jax.ownership import claim
 from como_jax.spec.tokenizers import FileTokenizer
 from como_jax.spec.towers import TextConfig
 from como_jax.weights.text import load_text_tower, text_config_of
@@ -54,6 +55,7 @@ def embed_instructions(
       UsageError: dataset, weights or tokenizer do not exist or do not fit together.
     """
     instructions = read_instructions(dataset)
+    claim(epath.Path(dataset), [EMBEDDINGS_NAME])
     config = text_config_of(weights, TextConfig(tower=tower))
     config = dataclasses.replace(config, max_length=max_length or config.positions or _T5_LENGTH)
     tokenize = FileTokenizer(epath.Path(tokenizer), config.max_length, tower)

@@ -11,6 +11,7 @@ from como_jax.convert import builder as base
 from como_jax.convert.sources import Source, assign_splits, group_sources, make_shards
 from como_jax.convert.video_folder.builder import VideoFolder, VideoFolderSettings
 from como_jax.errors import OutputError
+from como_jax.ownership import MARK
 
 
 def convert(out: Path, *behaviours: str, **options: bool) -> dict:
@@ -30,7 +31,7 @@ def test_output_directory_holds_the_dataset_alone(tmp_path):
     convert(tmp_path / "out", "good", "good")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     suffixes = {path.name.split("-")[0] for path in (tmp_path / "out").iterdir()}
-    names = {"conversion_report.json", "dataset_info.json", "features.json", "metadata.json", "statistics.json"}
+    names = {MARK, "conversion_report.json", "dataset_info.json", "features.json", "metadata.json", "statistics.json"}
     assert suffixes == {"episodes", "out"} | names
 
 
@@ -104,7 +105,7 @@ def test_existing_output_is_kept_until_the_new_one_is_complete(tmp_path, check_d
 def test_overwrite_spares_what_is_not_a_dataset(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"precious")
     for out in (tmp_path, tmp_path / "."):
-        with pytest.raises(OutputError, match="is not a dataset"):
+        with pytest.raises(OutputError, match="was not made by this project"):
             convert(out, "good", overwrite=True)
     (tmp_path / "empty").mkdir()
     convert(tmp_path / "empty", "good")

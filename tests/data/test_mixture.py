@@ -1,11 +1,15 @@
 """What a mixture is made of, as a list or as a TOML file."""
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from como_jax.data.clips import ClipConfig
 from como_jax.data.mixture import Mixture, MixtureEntry, mixture_text, parse_mixture
+from como_jax.data.sources import load_normalizer
 from como_jax.errors import DatasetError
 
 
@@ -23,8 +27,57 @@ def test_a_mixture_names_directories_and_weights(text: str, expected: list[tuple
 
 @pytest.mark.parametrize("text", ["a=", "a=x", "a=0", "a=-1", "a=inf", "a=nan"])
 def test_a_weight_that_is_no_positive_number_is_refused(text: str) -> None:
-    with pytest.raises(DatasetError, match=f"'{text}': the weight after '=' must be a positive number"):
+    with pytest.raises(DatasetError, match=f"'{text}': what follows the last '=' is the weight .* a positive number"):
         parse_mixture(text)
+
+
+@pytest.mark.parametrize("name", ["name=2026-11", "name=2026"])
+def test_a_name_that_looks_like_a_weight_is_explained(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(DatasetError, match=f"belongs to the name of the folder, give a weight too: .*/{name}=1"):
+        parse_mixture(str(tmp_path / name))
+    [entry] = parse_mixture(f"{tmp_path / name}=1")
+    assert (entry.directory, entry.weight) == (str(tmp_path / name), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a:val", ("a", 1.0, "val")),
+        ("a:train=2", ("a", 2.0, "train")),
+        ("gs://b/a:val=0.5", ("gs://b/a", 0.5, "val")),
+        ("gs://b/a", ("gs://b/a", 1.0, "train")),
+        ("a:test", ("a:test", 1.0, "train")),
+        ('[[dataset]]\ndirectory = "a"\nsplit = "val"', ("a", 1.0, "val")),
+    ],
+)
+def test_a_mixture_names_the_split_to_train_on(text: str, expected: tuple[str, float, str]) -> None:
+    [entry] = parse_mixture(text)
+    assert (entry.directory, entry.weight, entry.split) == expected
+
+
+def test_a_dataset_with_held_out_episodes_alone_says_how_to_train_on_them(
+    tabletop_dataset: Path, tmp_path: Path
+) -> None:
+    only = tmp_path / "only"
+    shutil.copytree(tabletop_dataset, only)
+    info = json.loads((only / "dataset_info.json").read_text())
+    info["splits"] = [split for split in info["splits"] if split["name"] == "val"]
+    (only / "dataset_info.json").write_text(json.dumps(info))
+    for path in only.glob("*train*"):
+        path.unlink()
+    clips = ClipConfig(0.3)
+    with pytest.raises(DatasetError, match=f"it has: val. To train on 'val', write {only}:val in `data`"):
+        Mixture.open(parse_mixture(str(only)), "train", clips)
+    with pytest.raises(DatasetError, match="no split 'test' to train on; a split is one of train, val"):
+        Mixture.open(parse_mixture(f"{only}:test"), "train", clips)
+    [entry] = parse_mixture(f"{only}:val")
+    [part] = Mixture.open([entry], "train", clips).parts
+    assert part.source.split == "val" and entry.uses == ["train"]
+    values = part.source.action
+    for kind in ("min_max", "uniform"):
+        scaled = load_normalizer(only, "action", kind, entry.split)(values)
+        np.testing.assert_allclose([scaled.min(), scaled.max()], [-1, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["", " , "])

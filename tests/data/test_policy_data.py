@@ -13,8 +13,11 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
+from como_jax.convert.report import rare_motion
+from como_jax.convert.statistics import dataset_statistics
 from como_jax.data.instructions import write_embeddings
 from como_jax.data.pipeline import evaluation_batches, training_batches
 from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
@@ -26,6 +29,7 @@ from como_jax.spec.interface import POLICY_FILE, PolicySpec
 from como_jax.spec.normalization import AffineNormalizer, UniformNormalizer
 from como_jax.training.models import resolve
 from tests.data.robots import add_labels, make_robot
+from tests.export.conftest import change_tables
 from tests.policies.smoke_policies import smoke
 
 Batch = dict[str, Any]
@@ -51,6 +55,48 @@ def stream(config: ConfigDict, rows: slice = slice(None)) -> Iterator[Batch]:
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
     return list(itertools.islice(batches, count))
+
+
+@pytest.fixture
+def rarely(tmp_path: Path) -> Path:
+    """A robot that turns by 0.3 in one of 150 steps."""
+    steps = itertools.count()
+
+    def turn(row: dict[str, Any]) -> dict[str, Any]:
+        turned = [[x, 0.3 if next(steps) == 70 else 0.0, z] for x, _, z in row["action"]]
+        return {**row, "action": turned}
+
+    directory = make_robot(tmp_path / "rarely", lengths=(150, 5))
+    change_tables(directory, turn)
+    tables = [epath.Path(path) for path in directory.glob("episodes-train-*")]
+    write_json(directory / "statistics.json", dataset_statistics({"train": tables}))
+    return directory
+
+
+def test_a_rare_motion_that_a_scale_takes_away_is_said(rarely: Path) -> None:
+    said = open_data(rarely, normalization="quantile").describe()[1:]
+    [line] = [line for line in said if "action" in line]
+    assert line.startswith("warning: rarely: action dimension 1 goes from 0 to 0.3, but in so few steps")
+    assert not any("warning" in line for line in open_data(rarely, normalization="min_max").describe())
+    [warning] = rare_motion(json.loads((rarely / "statistics.json").read_text()))
+    assert warning.startswith("action: 1 of 3 dimensions move in fewer than 2 % of the steps: 1 (0 to 0.3)")
+
+
+def test_the_split_to_train_on_is_chosen(arm: Path, hand: Path) -> None:
+    data = open_data(f"{arm}:val", hand)
+    assert [part.source.split for part in data.parts] == ["val", "train"]
+    assert names(open_data(f"{arm}:val", hand, split="val")) == ["hand"]
+    scaled = data.parts[0].action(data.parts[0].source.action)
+    np.testing.assert_allclose([scaled.min(0), scaled.max(0)], [[-1] * 3, [1] * 3], atol=1e-5)
+
+
+def test_scales_of_the_first_start_stay(arm: Path, hand: Path) -> None:
+    first = open_data(arm, normalization="mean_std").scales()
+    config = make_config(arm, hand)
+    found = open_policy_data(config, scales=first).scales()
+    assert found["arm"] == first["arm"] and found["hand"]["action"] is not None
+    with pytest.raises(DatasetError, match="hand: action has 5 numbers, and the run was started with 3"):
+        open_policy_data(config, scales={"hand": first["arm"]})
 
 
 def test_robots_and_videos_learn_what_they_have(arm: Path, hand: Path, clips: Path) -> None:

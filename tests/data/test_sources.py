@@ -33,5 +33,5 @@ def test_a_uniform_scale_is_of_the_training_episodes(arm: Path, coded_clips: Pat
     latents = labelled.latent_motion[labelled.latent_valid]
     found = load_normalizer(coded_clips, "latent_motion", "uniform")
     np.testing.assert_array_equal(found(latents), UniformNormalizer.fit(latents)(latents))
-    with pytest.raises(DatasetError, match=f"{coded_clips} has no action in its training episodes"):
+    with pytest.raises(DatasetError, match=f"{coded_clips} has no action in the episodes of train"):
         load_normalizer(coded_clips, "action", "uniform")

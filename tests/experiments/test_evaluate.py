@@ -11,7 +11,7 @@ import pytest
 
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data import schema
-from como_jax.errors import ConfigError, DatasetError, RunError
+from como_jax.errors import ConfigError, DatasetError, OutputError, RunError
 from como_jax.evaluation.latents.probes import ProbeError
 from configs import pretrain_como, pretrain_mae
 from experiments.evaluate import evaluate
@@ -130,7 +130,7 @@ def test_what_is_not_there_is_refused(run: Path, tabletop_dataset: Path, tmp_pat
     with pytest.raises(DatasetError, match="/nowhere is not a dataset directory"):
         evaluate(run, "/nowhere", tmp_path / "out", **SIZES)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="--out .* cannot be written"):
+    with pytest.raises(OutputError, match="`out` .* cannot be written"):
         evaluate(run, None, tmp_path / "file" / "out", **SIZES)
 
 

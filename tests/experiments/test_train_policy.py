@@ -28,6 +28,7 @@ from como_jax.policies.models import build_policy
 from como_jax.spec.interface import History, PolicySpec
 from como_jax.training import sharding
 from como_jax.training.models import resolve
+from como_jax.training.run import Allowed
 from como_jax.training.train_state import create_state, evaluation_params
 from como_jax.training.train_step import build_training
 from como_jax.types import PolicyBatch
@@ -94,6 +95,27 @@ def test_two_steps_and_two_more_equal_four(
     assert read_metrics(halves) == read_metrics(whole.workdir)
     assert state.ema is not None
     assert_equal(state, whole.state)
+
+
+def test_a_resumed_run_keeps_the_scales_of_its_first_start(
+    cotrained: tuple[str, PolicyRun], robot_dataset: Path, labelled_videos: Path, tmp_path: Path
+) -> None:
+    family, whole = cotrained
+    run = Path(shutil.copytree(whole.workdir, tmp_path / "run"))
+    # As if the run had begun on another dataset of that name, whose actions had another unit.
+    started = json.loads((run / "data.json").read_text())
+    started["started"]["datasets"][str(robot_dataset)]["steps of train"] = 7
+    scale = started["scales"][robot_dataset.name]["action"]
+    scale["scale"] = [100.0 * value for value in scale["scale"]]
+    (run / "data.json").write_text(json.dumps(started))
+    (run / "policy.json").write_text("{}")
+    config = smoke(family, robot_dataset, labelled_videos, **EVALUATED)
+    with pytest.raises(RunError, match=rf"{robot_dataset} \(steps of train 7, now \d+\)\. "):
+        train_policy(config, run)
+    train_policy(config, run, Allowed(other_data=True))
+    assert PolicySpec.load(run).robots[robot_dataset.name].action.to_json() == scale
+    resumed = json.loads((run / "data.json").read_text())
+    assert resumed["scales"] == started["scales"] and [entry["step"] for entry in resumed["resumed"]] == [4]
 
 
 def test_the_robot_only_baseline_starts_from_equal_parameters_and_differs_by_config_alone(

@@ -10,6 +10,7 @@ import pytest
 from como_jax.errors import OutputError
 from como_jax.export import labels
 from como_jax.export.labels import export_labels
+from como_jax.ownership import MARK
 from como_jax.staging import new_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,30 +51,30 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("new")
         assert not (tmp_path / "out").exists()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [MARK, "file", "out"]
 
 
 def test_what_failed_leaves_the_older_dataset_alone(tmp_path):
-    (tmp_path / "out/meta").mkdir(parents=True)
-    (tmp_path / "out/meta/info.json").write_text("old")
-    with pytest.raises(ValueError), new_folder(tmp_path / "out", True, ["meta/info.json"]) as folder:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("old")
+    with pytest.raises(ValueError), new_folder(tmp_path / "out", True) as folder:
         (folder / "file").write_text("new")
         raise ValueError
-    assert (tmp_path / "out/meta/info.json").read_text() == "old"
-    with new_folder(tmp_path / "out", True, ["meta/info.json"]) as folder:
-        (folder / "file").write_text("new")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+    assert (tmp_path / "out/file").read_text() == "old"
+    with new_folder(tmp_path / "out", True) as folder:
+        (folder / "other").write_text("new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [MARK, "other", "out"]
 
 
 @pytest.mark.parametrize(
     ("out", "overwrite", "message"),
     [
-        ("data", True, "lie in each other"),
-        ("data/inside", False, "lie in each other"),
-        (".", True, "lie in each other"),
+        ("data", True, "lies inside `data`"),
+        ("data/inside", False, "lies inside `data`"),
+        (".", True, "holds what is read: `data`"),
         ("file", True, "is not a directory"),
         ("other", False, "exists already; `overwrite` replaces it"),
-        ("other", True, "is not a dataset, so `overwrite` will not replace it"),
+        ("other", True, "was not made by this project"),
         ("file/out", False, "cannot write to"),
     ],
 )

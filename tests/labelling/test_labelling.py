@@ -131,6 +131,18 @@ def test_another_checkpoint_does_not_mix_with_what_is_there(
         label(discrete_run, few, tmp_path / "few")
 
 
+def test_a_dataset_that_was_converted_anew_does_not_mix_with_what_is_there(run: Run, few: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(few, tmp_path / "data" / "few"))
+    with pytest.raises(Stop):
+        label(run, data, tmp_path / "few", progress=stop_after(1))
+    change_tables(data, lambda row: {**row, "language_instruction": "another"})
+    with pytest.raises(OutputError, match=r"other settings or sources \(instructions\)"):
+        label(run, data, tmp_path / "few")
+    label(run, data, tmp_path / "few", restart=True)
+    labels = json.loads((tmp_path / "few" / "labels.json").read_text())
+    assert labels["data"]["steps of train"] == len(EpisodeSource(data, "train"))
+
+
 def test_two_labellings_into_the_same_place_are_refused(run: Run, few: Path, tmp_path: Path) -> None:
     with (
         Staging(epath.Path(tmp_path / "few"), "labelling").locked(),
@@ -154,7 +166,7 @@ def test_what_exists_is_replaced_only_if_asked_and_only_once_the_new_one_is_comp
     assert json.loads((out / "labels.json").read_text())["settings"]["gap_seconds"] == 0.7
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is not a dataset, so `overwrite` will not replace it"):
+    with pytest.raises(OutputError, match="was not made by this project"):
         label(run, few, tmp_path / "notes", overwrite=True)
 
 
@@ -163,7 +175,7 @@ def test_the_dataset_itself_is_no_place_for_its_labels(run: Run, few: Path, tmp_
     data = tmp_path / "few"
     shutil.copytree(few, data)
     before = identities(data)
-    with pytest.raises(OutputError, match=f"`out` .* lies in the dataset {data}"):
+    with pytest.raises(OutputError, match=f"`out` .* lies inside `data` {data}"):
         label(run, data, data / inside, overwrite=True)
     assert identities(data) == before
 

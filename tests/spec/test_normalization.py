@@ -13,6 +13,9 @@ from como_jax.spec.normalization import (
     AffineNormalizer,
     Normalizer,
     UniformNormalizer,
+    describe_values,
+    far_dimensions,
+    lost_dimensions,
     normalizer_from_json,
 )
 
@@ -51,6 +54,28 @@ def test_each_kind_gives_its_scale() -> None:
     np.testing.assert_allclose((np.abs(scaled["quantile"]) > 1).mean(0), 0.02, atol=0.002)
     ranks = VALUES.argsort(0).argsort(0) / (len(VALUES) - 1)
     np.testing.assert_allclose(scaled["uniform"], 2 * ranks - 1, atol=2 / NUM_BINS)
+
+
+def test_what_a_scale_takes_away_is_known() -> None:
+    values = VALUES.copy()
+    # One dimension that moves in one step of a hundred and fifty, and one that hardly moves but for one step.
+    values[:, 1], values[:, 2] = 0.0, 1e-3 * VALUES[:, 0]
+    values[::150, 1], values[7, 2] = 0.3, 5.0
+    low, high = values.min(0), values.max(0)
+    assert lost_dimensions(make("quantile", values), low, high) == [1]
+    assert far_dimensions(make("quantile", values), low, high) == [2]
+    for kind in ("min_max", "mean_std", "uniform"):
+        assert lost_dimensions(make(kind, values), low, high) == [], kind
+    assert far_dimensions(make("min_max", values), low, high) == []
+    # A dimension that never moves is not lost.
+    assert lost_dimensions(make("quantile", 0 * values), 0 * low, 0 * high) == []
+
+
+def test_values_are_described_as_statistics_are() -> None:
+    described = describe_values(VALUES)
+    for name, expected in statistics(VALUES).items():
+        if name != "count":
+            np.testing.assert_allclose(described[name], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

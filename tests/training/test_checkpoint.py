@@ -135,7 +135,9 @@ def test_old_checkpoints_are_dropped(tmp_path: Path) -> None:
 @pytest.fixture
 def config() -> ConfigDict:
     train, data = {"num_steps": 10, "log_every": 1}, {"num_threads": 2, "num_workers": 0}
-    return ConfigDict({"model": {"latent_dim": 16}, "train": train, "data": data, "mesh": {"fsdp": 1}})
+    return ConfigDict(
+        {"family": "como", "model": {"latent_dim": 16}, "train": train, "data": data, "mesh": {"fsdp": 1}}
+    )
 
 
 def test_a_new_directory_gets_the_config(tmp_path: Path, config: ConfigDict) -> None:

@@ -24,6 +24,7 @@ from como_jax.nn.model_def import ModelDef
 from como_jax.training import sharding, trainer
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.models import Unit
+from como_jax.training.run import NOTHING_ELSE, Allowed
 from como_jax.training.train_state import TrainState, abstract_state
 from como_jax.training.train_step import Training
 from como_jax.training.trainer import Task, train
@@ -62,7 +63,7 @@ class Run:
     on_evaluation: Callable[[int], None] = lambda step: None
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def start(self, *, profile: str = "", **schedule: int) -> int:
+    def start(self, *, profile: str = "", allowed: Allowed = NOTHING_ELSE, **schedule: int) -> int:
         """Starts or resumes the run; returns its last step."""
         sections = {"log_every": 50, "evaluate_every": 0, "checkpoint_every": 1000, "stop_after": 0, **schedule}
         config = ConfigDict({"family": "still", "seed": 0, "profile": profile, "optim": {}, "data": {"batch_size": 1}})
@@ -78,7 +79,7 @@ class Run:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "build_training", self._build_training)
-            state = train(dataclasses.replace(task, **self.changes), config, self.workdir, mesh)
+            state = train(dataclasses.replace(task, **self.changes), config, self.workdir, mesh, allowed)
         return int(state.step)
 
     def logged(self, name: str) -> dict[int, float]:
@@ -142,6 +143,31 @@ def test_a_stopped_run_goes_on_with_the_next_batch(run: Run) -> None:
 def test_a_finished_run_trains_no_further_and_is_evaluated_once(run: Run) -> None:
     assert [run.start(num_steps=2), run.start(num_steps=2)] == [2, 2]
     assert run.seen == [0, 1] and run.evaluated == [2]
+
+
+def test_a_finished_run_is_lengthened_when_asked_and_goes_on_with_the_next_batch(run: Run) -> None:
+    run.start(num_steps=2)
+    with pytest.raises(RunError, match=r"train\.num_steps was 2 and is 4\. `lengthen` resumes the run"):
+        run.start(num_steps=4)
+    for again in range(2):
+        assert run.start(num_steps=4, allowed=Allowed(lengthen=True)) == 4, again
+    assert run.start(num_steps=4) == 4
+    assert run.seen == [0, 1, 2, 3] and run.evaluated == [2, 4]
+    with pytest.raises(RunError, match="takes a larger config.train.num_steps than 4, not 3"):
+        run.start(num_steps=3, allowed=Allowed(lengthen=True))
+    kept = [json.loads((run.workdir / name).read_text())["train"] for name in ("config_before_1.json", "config.json")]
+    assert [section["num_steps"] for section in kept] == [2, 4]
+
+
+def test_a_run_goes_on_with_other_data_only_when_asked(run: Run) -> None:
+    run.changes = {"identify": lambda: {"data/arm": {"steps of train": 5}}}
+    run.start(num_steps=4, stop_after=2)
+    run.changes = {"identify": lambda: {"data/arm": {"steps of train": 3}}}
+    with pytest.raises(RunError, match=r"data/arm \(steps of train 5, now 3\)\. .*`other_data`"):
+        run.start(num_steps=4)
+    assert run.seen == [0, 1]
+    assert run.start(num_steps=4, stop_after=3, allowed=Allowed(other_data=True)) == 3
+    assert run.start(num_steps=4) == 4 and run.seen == [0, 1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint_before_it(run: Run) -> None:

@@ -25,6 +25,7 @@ from como_jax.errors import ConfigError, DatasetError
 from como_jax.files import write_atomic, write_json
 
 MATRIX_NAME, FIGURE_NAME = "domains.json", "domains.png"
+FILES = (MATRIX_NAME, FIGURE_NAME)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,7 @@ from como_jax.evaluation.latents.transitions import EvaluationSet, set_batches
 from como_jax.files import write_text
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.training.run import Run
+from como_jax.training.run_data import changed_since
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +209,8 @@ def reference_statistics(run: Run) -> LatentStatistics:
     path = run.workdir / f"latent_statistics_{run.step}.json"
     if path.exists():
         return LatentStatistics.from_json(path.read_text())
+    if changed := changed_since(run.workdir):
+        raise DatasetError(f"the run's own data have changed, so that they are no measure: {' '.join(changed)}")
     data = run.config.data
     entries = parse_mixture(data.mixture)
     sampled = sample_transitions(run, entries, data.gap_seconds, data.camera, data.fit, _REFERENCE_CLIPS)

@@ -61,8 +61,8 @@ class EvaluationSet:
 
     @property
     def split(self) -> str:
-        """ "train" or "val"."""
-        return self.source.split
+        """ "train" for the episodes that were trained on, "val" for held-out ones."""
+        return "train" if self.source.split == self.part.entry.split else "val"
 
     @functools.cached_property
     def reader(self) -> BatchReader:
@@ -112,7 +112,7 @@ class EvaluationSet:
         for number, entry in enumerate(entries):
             # Metrics have the units of the data.
             entry = dataclasses.replace(entry, normalization="none")
-            splits = [split for split in SPLITS if entry.has_split(split)]
+            splits = entry.uses
             for split in splits or SPLITS[:1]:  # Opening a split that is missing says what is wrong.
                 try:
                     part = MixturePart.open(entry, split, clips, camera)
@@ -124,7 +124,8 @@ class EvaluationSet:
                     part = dataclasses.replace(part, index=without_repeats(part.source, part.index))
                 found.append(cls(name, part, image_size, fit))
             for split in sorted(set(SPLITS) - set(splits)):
-                warn(f"Not evaluated: {entry.directory} has no split {split}.")
+                missing = f"no split {split}" if entry.split == "train" else "no held-out episodes"
+                warn(f"Not evaluated: {entry.directory} has {missing}.")
         return found
 
 

@@ -21,10 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from como_jax.errors import RunError
 from como_jax.evaluation.rollouts.results import wilson_interval
 from como_jax.evaluation.tables import csv_text, markdown_table
 from como_jax.files import write_text
+from como_jax.ownership import claim
 from como_jax.processes import run_commands
 
 logger = logging.getLogger(__name__)
@@ -226,6 +229,7 @@ def run_stage(jobs: Sequence[Job], logs: Path, processes: int) -> None:
 
 def write_tables(bench: Bench) -> str:
     """Writes table.csv, with every run, and table.md from what the rollouts found; returns the latter."""
+    claim(epath.Path(bench.out), ("table.csv", "table.md"))
     rows: list[dict[str, Any]] = []
     for policy, arm, seed in bench.runs:
         path = bench.out / "rollouts" / f"{policy}_{arm}_{seed}" / "summary.json"

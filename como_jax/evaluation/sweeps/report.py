@@ -18,8 +18,10 @@ from como_jax.errors import RunError
 from como_jax.evaluation.sweeps.cells import Cell
 from como_jax.evaluation.tables import csv_text, markdown_table
 from como_jax.files import write_atomic, write_text
+from como_jax.ownership import claim
 from como_jax.training.run import claim_workdir
 
+FILES = ("cells.csv", "table.csv", "table.md", "figure.png", "figure.svg")
 LATENT_DIM = "model.latent_dim"
 RELATIVE_LP_MSE = "lp_mse_relative"
 # Column of the table, and its title there.
@@ -143,6 +145,7 @@ def group_settings(results: Iterable[CellResult]) -> list[Setting]:
 def write_report(out: epath.PathLike, results: Sequence[CellResult]) -> None:
     """Writes cells.csv, table.csv and table.md and, where the latent size is swept, figure.png and figure.svg."""
     out, settings = epath.Path(out), group_settings(results)
+    claim(out, FILES)
     write_text(out / "cells.csv", cells_csv(results))
     write_text(out / "table.csv", table_csv(settings))
     write_text(out / "table.md", table_markdown(settings))

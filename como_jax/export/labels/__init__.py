@@ -6,17 +6,13 @@ from collections.abc import Callable
 
 from etils import epath
 
-from como_jax.errors import OutputError
 from como_jax.export.labels.dataset import LabelledDataset
 from como_jax.export.labels.lerobot import write_lerobot
 from como_jax.export.labels.rlds import write_rlds
-from como_jax.staging import is_local, new_folder
+from como_jax.staging import check_apart, new_folder
 
 WRITERS = {"rlds": write_rlds, "lerobot": write_lerobot}
 """Functions that write a `LabelledDataset` into an empty folder and call another function after every episode."""
-
-# One of these files lies in every dataset, in our format, RLDS or LeRobot.
-_DATASET_MARKS = ("dataset_info.json", "meta/info.json")
 
 
 def export_labels(
@@ -39,9 +35,6 @@ def export_labels(
       UsageError: `out` cannot be used, or the dataset cannot be written in this format.
       OSError: the disk cannot be written to.
     """
-    source = epath.Path(dataset.directory).expanduser().resolve()
-    target = epath.Path(out).expanduser().resolve() if is_local(out) else None
-    if target and (target.is_relative_to(source) or source.is_relative_to(target)):
-        raise OutputError(f"{out} and the dataset {source} lie in each other; choose a folder elsewhere")
-    with new_folder(out, overwrite, _DATASET_MARKS) as folder:
+    check_apart(out, dataset.directory, "`data`")
+    with new_folder(out, overwrite) as folder:
         WRITERS[kind](dataset, folder, on_episode)
