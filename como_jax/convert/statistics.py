@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
+
+from como_jax.data.parquet import read_parquet
 
 QUANTILES = {"q01": 0.01, "q99": 0.99}
 MOTION_QUANTILES = {"q01": 0.01, "q50": 0.5, "q90": 0.9, "q99": 0.99}
@@ -52,8 +53,7 @@ def dataset_statistics(tables: Mapping[str, Sequence[epath.Path]]) -> dict[str, 
 
 def _read(paths: Iterable[epath.Path], columns: list[str]) -> Iterator[pa.Table]:
     for path in paths:
-        with path.open("rb") as file:
-            yield pq.read_table(file, columns=columns)
+        yield read_parquet(path, columns)
 
 
 def _distribution(paths: Sequence[epath.Path], column: str) -> dict[str, Any] | None:

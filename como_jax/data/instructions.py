@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from etils import epath
 from ml_collections import ConfigDict
 
+from como_jax.data.parquet import read_parquet
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.files import write_atomic
@@ -173,8 +174,7 @@ def read_embeddings(directory: epath.PathLike) -> InstructionEmbeddings:
     if not path.is_file():
         raise DatasetError(f"{directory} has no {EMBEDDINGS_NAME}. {_remedy(directory)}")
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file).select(EMBEDDINGS_SCHEMA.names).cast(EMBEDDINGS_SCHEMA)
+        table = read_parquet(path).select(EMBEDDINGS_SCHEMA.names).cast(EMBEDDINGS_SCHEMA)
     except (pa.ArrowException, KeyError, ValueError) as error:
         columns = ", ".join(f"{field.name}: {field.type}" for field in EMBEDDINGS_SCHEMA)
         raise DatasetError(

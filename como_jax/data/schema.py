@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from etils import epath
 
+from como_jax.data.parquet import read_parquet
 from como_jax.errors import DatasetError
 from como_jax.files import write_atomic
 
@@ -182,11 +183,19 @@ def read_episode_table(directory: epath.PathLike, split: str) -> pa.Table:
     paths = sorted(directory.glob(f"episodes-{split}-*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{directory} has no episode table for split {split!r}.")
-    tables = []
-    for path in paths:
-        with path.open("rb") as file:
-            tables.append(pq.read_table(file, schema=EPISODE_TABLE_SCHEMA))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(map(read_table_of_shard, paths))
+
+
+def read_table_of_shard(path: epath.PathLike) -> pa.Table:
+    """Reads the episode table of one shard.
+
+    Raises:
+      DatasetError: the file is damaged, or no episode table.
+    """
+    try:
+        return read_parquet(path).select(EPISODE_TABLE_SCHEMA.names).cast(EPISODE_TABLE_SCHEMA)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise DatasetError(f"{path} cannot be read; convert the dataset again: {error}") from error
 
 
 class LabelInfo(NamedTuple):

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
+from como_jax.data.records import RecordFiles
 from como_jax.errors import DatasetError
 from como_jax.spec.normalization import AffineNormalizer, Normalizer, UniformNormalizer, check_kind, describe_values
 
@@ -92,7 +92,6 @@ class EpisodeSource:
 
     def read_cameras(self, records: Sequence[int], cameras: Sequence[str]) -> list[list[bytes]]:
         """The JPEG bytes of several cameras for every step; may be called from several threads."""
-        # One by one: ArrayRecord reads many at once on threads of its own, which takes twice as long for cached files.
         return [_images(self._records[record], cameras) for record in records]
 
     def _read_tables(self) -> None:
@@ -121,8 +120,14 @@ class EpisodeSource:
         return tfds.builder_from_directory(self.directory)
 
     @functools.cached_property
-    def _records(self) -> ArrayRecordDataSource:
-        return ArrayRecordDataSource(self.record_files)
+    def _records(self) -> RecordFiles:
+        files = self.record_files
+        here = {path.name for path in self.directory.iterdir()}
+        missing = [path for path in files if os.path.basename(path) not in here]
+        if missing:
+            others = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise DatasetError(f"{missing[0]}{others} is missing; the dataset is damaged, convert it again.")
+        return RecordFiles(files, self._builder.info.splits[self.split].shard_lengths)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to worker processes, each of which opens its own.

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from como_jax.data import schema
+from como_jax.data.parquet import read_parquet
 from como_jax.errors import DatasetError
 from como_jax.evaluation.latents.statistics import LatentSums
 from como_jax.files import write_atomic
@@ -52,8 +53,7 @@ def list_shards(directory: epath.Path) -> list[LabelShard]:
     for split in schema.SPLITS:
         episode = record = 0
         for path in sorted(directory.glob(f"episodes-{split}-*.parquet")):
-            with path.open("rb") as file:
-                lengths = pq.read_table(file, columns=["num_steps"])["num_steps"].to_numpy()
+            lengths = read_parquet(path, ["num_steps"])["num_steps"].to_numpy()
             steps = int(lengths.sum())
             shards.append(LabelShard(split, path.name, episode, len(lengths), record, steps))
             episode, record = episode + len(lengths), record + steps
@@ -64,8 +64,7 @@ def list_shards(directory: epath.Path) -> list[LabelShard]:
 
 def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLabels) -> None:
     """Copies an episode table, with these labels of all its steps in place of any that it has."""
-    with source.open("rb") as file:
-        table = pq.read_table(file, schema=schema.EPISODE_TABLE_SCHEMA)
+    table = schema.read_table_of_shard(source)
     lengths = table["num_steps"].to_numpy()
     columns = {
         "latent_motion": labels.latent.reshape(len(labels.latent), -1),
@@ -81,8 +80,7 @@ def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLab
 
 def read_labels(directory: epath.Path, shard: LabelShard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Valid latents float32 `[N, D]` of a labelled shard, and their records and episodes within the split."""
-    with (directory / shard.table).open("rb") as file:
-        table = pq.read_table(file, columns=["num_steps", "latent_motion", "latent_valid"])
+    table = read_parquet(directory / shard.table, ["num_steps", "latent_motion", "latent_valid"])
     valid = table["latent_valid"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     steps = table["latent_motion"].combine_chunks().flatten()
     latent = steps.flatten().to_numpy(zero_copy_only=False).reshape(len(steps), -1)
@@ -137,8 +135,7 @@ def write_flat_table(directory: epath.Path, shards: list[LabelShard], target: ep
 
 def _flat_tables(directory: epath.Path, shards: list[LabelShard]) -> Iterator[pa.Table]:
     for shard in shards:
-        with (directory / shard.table).open("rb") as file:
-            table = pq.read_table(file, schema=schema.EPISODE_TABLE_SCHEMA)
+        table = schema.read_table_of_shard(directory / shard.table)
         lengths = table["num_steps"].to_numpy()
         columns = {
             "split": pa.array([shard.split] * int(lengths.sum())),

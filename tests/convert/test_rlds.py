@@ -31,6 +31,15 @@ def steps(rlds_steps):
     return [rlds_steps(3 + seed, seed) for seed in range(4)]
 
 
+def test_small_files_share_a_shard_and_large_ones_do_not(tmp_path, make_rlds, rlds_steps, monkeypatch):
+    source = make_rlds({"train": [[rlds_steps(2, seed)] for seed in range(8)]})
+    convert(source, tmp_path / "out", validation_fraction=0)
+    assert len(list((tmp_path / "out").glob("*array_record*"))) == 2
+    monkeypatch.setattr("como_jax.convert.sources._FEW_BYTES", 1)
+    convert(source, tmp_path / "large", validation_fraction=0)
+    assert len(list((tmp_path / "large").glob("*array_record*"))) == 8
+
+
 @pytest.mark.parametrize("tfrecord", [True, False])
 def test_steps_are_those_of_the_source(tmp_path, make_rlds, steps, check_dataset, tfrecord):
     source = make_rlds({"train": [steps[:2], steps[2:3]], "test": [steps[3:]]}, tfrecord)

@@ -382,7 +382,7 @@ def _read_parquet(path: epath.Path) -> list[dict[str, Any]]:
         with path.open("rb") as file:
             table = pq.ParquetFile(file)
             columns = [name for name in table.schema_arrow.names if not name.startswith("stats/")]
-            return table.read(columns).to_pylist()
+            return table.read(columns, use_threads=False).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConversionError(f"{path} cannot be read: {one_line(error)}") from error
 

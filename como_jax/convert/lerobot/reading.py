@@ -41,7 +41,9 @@ def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = N
                 raise SourceError(f"the table has {names.count(name)} columns {name!r}")
         file.seek(0)
         filters = None if episode is None else [(_EPISODE_COLUMN, "=", episode)]
-        table = pq.read_table(file, columns=list(columns), filters=filters)
+        # Threads of Arrow may still hold the file when the process ends, which would abort it: see `read_parquet`.
+        threads = {"use_threads": False, "pre_buffer": False}
+        table = pq.read_table(file, columns=list(columns), filters=filters, **threads)
     if not table.num_rows:
         raise SourceError("the table has no rows of this episode")
     return sort_rows(table)

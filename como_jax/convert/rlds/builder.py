@@ -41,8 +41,6 @@ class Rlds(EpisodeBuilder):
 
     settings_class = RldsSettings
     settings: RldsSettings
-    # The files of the source are large enough, and with one file a shard they are converted in parallel.
-    max_sources_per_shard = 1
 
     def __init__(self, out: epath.PathLike, settings: RldsSettings, name: str | None = None):
         """Finds the dataset and what is known about it; for arguments and errors see `EpisodeBuilder`."""
@@ -71,14 +69,13 @@ class Rlds(EpisodeBuilder):
         cut = not has_validation and fraction * len(self._num_records) < 1
         sources = []
         for split, info in sorted(splits.items()):
+            # Of the mean record, since to look at every file takes long where they lie in a bucket.
+            record_bytes = info.num_bytes / max(info.num_examples, 1)
             for path in info.filepaths:
                 length = self._num_records[path.name]
-                if cut:
-                    sources += _cut(path.name, length, fraction)
-                elif has_validation:
-                    sources.append(Source(path.name, _target_split(split), (0, length)))
-                else:
-                    sources.append(Source(path.name, None, (0, length)))
+                target = _target_split(split) if has_validation else None
+                whole = Source(path.name, target, (0, length), round(record_bytes * length))
+                sources += _cut(whole, fraction) if cut else [whole]
         return sources
 
     def warnings(self) -> list[str]:
@@ -194,9 +191,15 @@ def _target_split(split: str) -> str:
     return "val" if split in VALIDATION_SPLITS else "train"
 
 
-def _cut(path: str, length: int, fraction: float) -> list[Source]:
+def _cut(file: Source, fraction: float) -> list[Source]:
     """Cuts a file into its first records for training and its last ones for validation."""
+    assert file.records is not None
+    _, length = file.records
     num_validation = max(1, round(fraction * length)) if length > 1 and fraction > 0 else 0
     bound = length - num_validation
-    parts = [Source(path, "train", (0, bound)), Source(path, "val", (bound, length))]
+    record_bytes = file.num_bytes / max(length, 1)
+    parts = [
+        dataclasses.replace(file, split=split, records=(start, stop), num_bytes=round(record_bytes * (stop - start)))
+        for split, start, stop in (("train", 0, bound), ("val", bound, length))
+    ]
     return parts if num_validation else parts[:1]

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 from etils import epath
 
+from como_jax.data.parquet import read_parquet
 from como_jax.data.schema import LABELS_NAME
 from como_jax.errors import DatasetError
 from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
@@ -219,7 +220,7 @@ class _Writer:
             if len(values):
                 statistics[key] = _number_statistics(values.reshape(len(values), -1))
         table = pa.concat_tables(
-            pq.read_table(path, columns=list(_BOOKKEEPING)) for path in (self._folder / "data").glob("*/*.parquet")
+            read_parquet(path, _BOOKKEEPING) for path in (self._folder / "data").glob("*/*.parquet")
         )
         return statistics | {key: _number_statistics(table[key].to_numpy()[:, None]) for key in _BOOKKEEPING}
 
