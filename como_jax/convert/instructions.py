@@ -80,8 +80,6 @@ def read_instructions(
                 before_depth, before = found.get(recording, (depth, ()))
                 texts = (*before, *entry.texts) if before_depth == depth else entry.texts
                 found[recording] = depth, tuple(dict.fromkeys(texts))
-    if found and (without := [recording for recording in recordings if recording not in found]):
-        warnings.append(f"{len(without)} of {len(recordings)} recordings have no instruction, such as {without[0]!r}")
     more = len(failures) - _MAX_FAILURES
     tail = [f"{more} more files were not understood as language instructions"] if more > 0 else []
     return Instructions(

@@ -183,7 +183,7 @@ def test_instructions_from_a_sidecar(tmp_path, make_video, check_dataset, name, 
     rows = check_dataset(tmp_path / "out")["train"]
     assert [row["language_instruction"] for row in rows] == ["push", "pull", "", "lift"]
     (warning,) = report["warnings"]
-    assert warning["message"] == "1 of 4 recordings have no instruction, such as 'd.mp4'"
+    assert warning["message"] == "1 of 4 videos have no instruction, such as 'd.mp4'"
 
 
 def test_sidecars_that_do_not_fit_are_reported(tmp_path, make_video, check_dataset):

@@ -96,6 +96,10 @@ class VideoFolder(FolderBuilder):
     def warnings(self) -> list[str]:
         """Folders that were not looked into, label files that were not understood, and series of images."""
         messages = [*self.listing.warnings, *self.instructions.warnings]
+        known, paths = self.instructions.by_name, [source.path for source in self.sources()]
+        without = [path for path in paths if path not in known]
+        if known and without:
+            messages.append(f"{len(without)} of {len(paths)} videos have no instruction, such as {without[0]!r}")
         if self.series:
             first = next(iter(self.series))
             messages.append(f"{len(self.series)} series of numbered images were read as videos, such as {first!r}")
