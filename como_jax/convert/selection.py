@@ -16,13 +16,18 @@ class Selection:
       cameras: key by the name that the camera gets in the dataset; the first is the main camera.
       actions: keys, joined in this order; empty for none.
       states: keys, joined in this order; empty for none.
-      language: key of the instruction, or None.
+      language: key of the instruction, or None; several keys, of texts that mean the same, are separated by commas.
     """
 
     cameras: Mapping[str, str]
     actions: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
     language: str | None = None
+
+    @property
+    def language_keys(self) -> tuple[str, ...]:
+        """The keys of all instructions."""
+        return tuple(key.strip() for key in (self.language or "").split(",") if key.strip())
 
 
 def missing_warnings(**keys: object) -> list[str]:

@@ -59,7 +59,7 @@ class PolicyPart:
       steps: int64 `[N]`, the records that are samples.
       episode: int64 `[S]`, the episode of every record.
       action, state, latent: normalizers of what is used of the dataset; None for what is not.
-      instructions: one row an episode.
+      instructions: the texts of all episodes, as numbers.
     """
 
     entry: MixtureEntry
@@ -136,7 +136,9 @@ class ChunkFiller:
             episode[rows] = part.episode[steps]
             records[rows] = np.maximum(steps[:, None] + back, part.source.start[episode[rows]][:, None])
         gap = np.full(len(datasets), self.chunks.stride)
-        return Samples(datasets, episode, gap, records, records[:, :0], crop, shift)
+        has_choice = any(part.instructions.has_choice for part in self.parts)
+        text = rng.random(len(datasets)) if has_choice else np.zeros(len(datasets))
+        return Samples(datasets, episode, gap, records, records[:, :0], crop, shift, text)
 
     def fill(self, samples: Samples, images: np.ndarray, offset_images: np.ndarray) -> Batch:
         """The arrays of `Observation` and `PolicyBatch`; what no dataset has is absent."""
@@ -190,7 +192,7 @@ class ChunkFiller:
             batch["has_latent"][rows] = valid
             if part.codes is not None:
                 batch["codes"][rows] = np.where(valid[..., None] > 0, part.codes[clipped], 0)
-        batch[part.instructions.key][rows] = part.instructions.rows[episode]
+        batch[part.instructions.key][rows] = part.instructions.choose(episode, samples.text[rows])
 
 
 @dataclasses.dataclass(frozen=True)

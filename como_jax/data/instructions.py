@@ -86,11 +86,13 @@ class InstructionTable:
 
     Attributes:
       key: the field of `Observation` that holds them.
-      rows: one row an episode: token ids, int32 `[E, M]`, or embeddings, float32 `[E, D]`.
+      rows: one row a text, of the episodes in order: token ids, int32 `[T, M]`, or embeddings, float32 `[T, D]`.
+      first: int64 `[E + 1]`, the row of every episode's first text; the last number is T.
     """
 
     key: str
     rows: np.ndarray
+    first: np.ndarray
 
     @classmethod
     def read(cls, source: EpisodeSource, reader: InstructionReader, missing: str = "refuse") -> InstructionTable:
@@ -114,7 +116,20 @@ class InstructionTable:
                 f"instruction, the first is {empty[0]!r}. To train on them all the same, set "
                 'data.missing_instructions to "empty".'
             )
-        return cls(reader.key, reader(source.instruction))
+        texts = [[first, *others] for first, others in zip(source.instruction, source.other_instructions, strict=True)]
+        first = np.cumsum([0, *map(len, texts)])
+        return cls(reader.key, reader([text for each in texts for text in each]), first)
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether any episode has several texts."""
+        return len(self.rows) > len(self.first) - 1
+
+    def choose(self, episodes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """The rows of one text for each of the episodes `[B]`; draws, float `[B]` in [0, 1), choose among several."""
+        first = self.first[episodes]
+        count = self.first[episodes + 1] - first
+        return self.rows[first + (draws * count).astype(np.int64)]
 
 
 class InstructionEmbeddings:

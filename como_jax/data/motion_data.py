@@ -68,7 +68,7 @@ class ClipFiller:
         gap = full_gap if config.pair_span > 1 else draw_gaps(full_gap, config.min_gap_fraction, for_gap)
         records = first[:, None] + gap[:, None] * np.arange(config.instants)
         offsets = draw_offsets(records[:, 1:], gap, last, for_offset) if config.offset_frames else records[:, :0]
-        return Samples(datasets, episode, gap, records, offsets, crop, shift)
+        return Samples(datasets, episode, gap, records, offsets, crop, shift, np.zeros(size))
 
     def fill(self, samples: Samples, images: np.ndarray, offset_images: np.ndarray) -> Batch:
         """The arrays of `FramePairs`, and the actions if asked for."""

@@ -59,6 +59,7 @@ class Samples:
       offsets: int64 `[B, P]`, records of the offset frames.
       crop: float64 `[B, 3]`, scale, top and left of a `transforms.Crop`.
       shift: int64 `[B, 2]`, down and right of a `transforms.Crop`.
+      text: float64 `[B]` in [0, 1), which of an episode's instructions is read; 0 is the first.
     """
 
     dataset: np.ndarray
@@ -68,6 +69,7 @@ class Samples:
     offsets: np.ndarray
     crop: np.ndarray
     shift: np.ndarray
+    text: np.ndarray
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -40,6 +40,7 @@ class EpisodeSource:
       latent_motion, latent_valid, latent_codes: float32 `[S, Q * L]`, bool `[S]` and int32 `[S, Q]`, see
         `schema.EPISODE_TABLE_SCHEMA`; None when the dataset is not labelled, or the labels have no codes.
       episode_id, instruction: one string an episode.
+      other_instructions: further texts of every episode, which mean the same.
     """
 
     def __init__(self, directory: epath.PathLike, split: str, camera: str = ""):
@@ -101,6 +102,7 @@ class EpisodeSource:
         self.control_rate = table["control_rate"].to_numpy()
         self.episode_id: list[str] = table["episode_id"].to_pylist()
         self.instruction: list[str] = table["language_instruction"].to_pylist()
+        self.other_instructions: list[list[str]] = [each or [] for each in table["other_instructions"].to_pylist()]
         self.motion = _flatten(table["motion"])
         self.action = _flatten_vectors(table["action"])
         self.state = _flatten_vectors(table["state"])

@@ -178,6 +178,7 @@ def single_frames(episode: np.ndarray, records: np.ndarray) -> Samples:
         offsets=np.empty((count, 0), np.int64),
         crop=np.tile([1.0, 0.5, 0.5], (count, 1)),
         shift=np.zeros((count, 2), np.int64),
+        text=np.zeros(count),
     )
 
 

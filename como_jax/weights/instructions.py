@@ -77,14 +77,17 @@ def read_instructions(dataset: epath.PathLike) -> list[str]:
       DatasetError: the directory is no dataset.
     """
     episodes: list[str] = []
+    others: set[str] = set()
     for split in schema.SPLITS:
         if any(epath.Path(dataset).glob(f"episodes-{split}-*.parquet")):
-            episodes += schema.read_episode_table(dataset, split)["language_instruction"].to_pylist()
+            table = schema.read_episode_table(dataset, split)
+            episodes += table["language_instruction"].to_pylist()
+            others.update(text for texts in table["other_instructions"].to_pylist() for text in texts or ())
     if not episodes:
         raise DatasetError(f"{dataset} is not a dataset directory: it has no episode tables.")
     if empty := episodes.count(""):
         logger.warning("%d of %d episodes have no instruction: the empty one is embedded too.", empty, len(episodes))
-    return sorted(set(episodes))
+    return sorted({*episodes, *others})
 
 
 def _embed(text: np.ndarray, config: TextConfig, weights: epath.PathLike) -> np.ndarray:

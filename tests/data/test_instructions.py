@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from como_jax.data.instructions import InstructionReader, InstructionTable, write_embeddings
+from como_jax.data.pipeline import training_batches
+from como_jax.data.policy_data import open_policy_data
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import ConfigError, DatasetError
+from como_jax.weights.instructions import read_instructions
 from tests.data.robots import make_robot
+from tests.export.conftest import change_tables
+from tests.policies.smoke_policies import smoke
 
 BYTES = ConfigDict({"tower": "bytes", "max_length": 8, "prompt": "{}", "tokenizer_file": ""})
 EMBEDDING = ConfigDict({**BYTES, "tower": "embedding"})
@@ -112,3 +119,29 @@ def test_embeddings_made_beforehand_know_no_prompt(arm: Path, tmp_path: Path) ->
     write_embeddings(tmp_path, {"push": np.ones(3, np.float32)})
     reader = InstructionReader.make(ConfigDict({**EMBEDDING, "prompt": "please {}"}), tmp_path)
     assert reader(["push"]).tolist() == [[1, 1, 1]]
+
+
+def test_of_several_texts_one_is_drawn_and_the_first_without_a_draw(arm: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "arm"
+    shutil.copytree(arm, directory)
+    others = {"push": ["shove", "move"], "lift": ["raise"]}
+    change_tables(directory, lambda row: {**row, "other_instructions": others.get(row["language_instruction"])})
+    reader = InstructionReader.make(BYTES, directory)
+    table = InstructionTable.read(EpisodeSource(directory, "train"), reader)
+    assert table.first.tolist() == [0, 3, 4, 6] and table.has_choice
+    episodes, draws = np.array([0, 0, 0, 1, 2, 2]), np.array([0, 0.5, 0.99, 0.99, 0, 0.5])
+    expected = reader(["push", "shove", "move", "pull it", "lift", "raise"])
+    np.testing.assert_array_equal(table.choose(episodes, draws), expected)
+    assert read_instructions(directory) == sorted(["push", "pull it", "lift", "wave", "shove", "move", "raise"])
+
+    config = smoke("diffusion", directory, **{"data.image_size": 8, "text.tower": "bytes"})
+    data = open_policy_data(config)
+    first, second = (list(itertools.islice(training_batches(config, data.reader), 8)) for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
+    seen = {episode: set() for episode in range(3)}
+    for batch in first:
+        for episode, text in zip(batch["episode"], batch["text"], strict=True):
+            seen[int(episode)].add(bytes(text[text > 0].astype(np.uint8) - 1).decode())
+    assert seen == {0: {"push", "shove", "move"}, 1: {"pull it"}, 2: {"lift", "raise"}}
+    # What is read by number, as in evaluation, does not depend on how often it is read.
+    chex.assert_trees_all_equal(*(data.reader.read(np.arange(4)) for _ in range(2)))

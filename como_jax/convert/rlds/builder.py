@@ -11,9 +11,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from como_jax.convert.builder import EpisodeBuilder, Item, LeftOut, StepLayout, Warned
-from como_jax.convert.rlds.dataset import dataset_names, locate, open_dataset, step_features
+from como_jax.convert.rlds.dataset import dataset_names, episode_features, locate, open_dataset, step_features
 from como_jax.convert.rlds.entries import OPEN_X, Entry, find_entry, read_table
 from como_jax.convert.rlds.episodes import EpisodeReader, select, vector_size
+from como_jax.convert.rlds.language import leaves, text_keys, with_numbered
 from como_jax.convert.rlds.records import read_records
 from como_jax.convert.selection import Selection, missing_warnings, nearest
 from como_jax.convert.settings import RATE, Settings, setting
@@ -33,7 +34,9 @@ class RldsSettings(Settings):
     camera: tuple[str, ...] = setting("observation keys, the main camera first [the only camera]", ())
     action: tuple[str, ...] | None = setting("step keys, joined in this order; '' for none [action]", None)
     state: tuple[str, ...] | None = setting("step keys, joined in this order; '' for none [observation/state]", None)
-    language: str | None = setting("step key of a text; '' for none [the first of the usual ones]", None)
+    language: str | None = setting(
+        "keys of texts that mean the same, of steps or of `episode_metadata`; '' for none [the usual ones]", None
+    )
 
 
 class Rlds(EpisodeBuilder):
@@ -48,7 +51,11 @@ class Rlds(EpisodeBuilder):
         if self._location.is_named:
             settings = dataclasses.replace(settings, source=str(self._location.directory))
         self._dataset = open_dataset(self._location.directory)
-        entry_name, self._entry = _known_entry(settings, dataset_names(self._dataset))
+        entry_name, entry = _known_entry(settings, dataset_names(self._dataset))
+        if entry.language:
+            language = with_numbered(entry.language, dict(leaves(step_features(self._dataset))))
+            entry = dataclasses.replace(entry, language=language)
+        self._entry = entry
         # The report shows the values that were used, and a stopped conversion goes on with the same values, wherever
         # they come from.
         super().__init__(out, _complete(settings, entry_name, self._entry), name)
@@ -83,6 +90,12 @@ class Rlds(EpisodeBuilder):
         selection = self._selection
         notes = [note for note in (self._location.note, self._entry.notes) if note]
         return notes + missing_warnings(action=selection.actions, state=selection.states, language=selection.language)
+
+    def label_files(self) -> list[str]:
+        """The keys of texts, which may be instructions, unless the user wants none."""
+        if self.settings.language == "":
+            return []
+        return text_keys(dict(leaves(self._steps)) | self._beside)
 
     def episodes(self, source: Source) -> Iterator[Item]:
         """The episodes in some records of one file; the last part of a file goes on to its end."""
@@ -119,10 +132,17 @@ class Rlds(EpisodeBuilder):
         return step_features(self._dataset)
 
     @functools.cached_property
+    def _beside(self) -> dict[str, Any]:
+        """The features of a record beside its steps."""
+        return episode_features(self._dataset)
+
+    @functools.cached_property
     def _selection(self) -> Selection:
         settings = self.settings
         try:
-            return select(self._steps, settings.camera, settings.action, settings.state, settings.language)
+            return select(
+                self._steps, settings.camera, settings.action, settings.state, settings.language, self._beside
+            )
         except ConversionError as error:
             if not settings.entry:
                 raise
@@ -133,7 +153,7 @@ class Rlds(EpisodeBuilder):
     def _reader(self) -> EpisodeReader:
         settings = self.settings
         assert settings.control_rate is not None
-        return EpisodeReader(self._steps, self._selection, settings.control_rate, settings.image_size)
+        return EpisodeReader(self._steps, self._selection, settings.control_rate, settings.image_size, self._beside)
 
     def _info(self) -> tfds.core.DatasetInfo:
         info = super()._info()

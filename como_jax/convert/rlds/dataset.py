@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf import json_format
 
+from como_jax.convert.rlds.language import leaves
 from como_jax.convert.selection import nearest
 from como_jax.errors import ConversionError, one_line
 
@@ -140,6 +141,11 @@ def step_features(dataset: tfds.core.DatasetBuilder) -> Mapping[str, Any]:
     if not isinstance(steps, tfds.features.Dataset) or not isinstance(steps.feature, tfds.features.FeaturesDict):
         raise ConversionError(f"{dataset.data_dir} is not an RLDS dataset: its records have no `steps`")
     return steps.feature
+
+
+def episode_features(dataset: tfds.core.DatasetBuilder) -> dict[str, Any]:
+    """Returns the features that a record has beside its steps, such as `episode_metadata/file_path`, by key."""
+    return dict(leaves({name: feature for name, feature in dataset.info.features.items() if name != "steps"}))
 
 
 def dataset_names(dataset: tfds.core.DatasetBuilder) -> list[str]:

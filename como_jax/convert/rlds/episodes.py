@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.convert import images
 from como_jax.convert.images import Frame
+from como_jax.convert.rlds.language import is_text, leaves, lookup, read_texts, usual_language
 from como_jax.convert.selection import Selection
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError, one_line
 
-LANGUAGE_KEYS = (
-    "language_instruction",
-    "observation/natural_language_instruction",
-    "observation/language_instruction",
-    "natural_language_instruction",
-    "instruction",
-)
 _OBSERVATION = "observation/"
 _BLACK = 8
 # What TFDS raises for a record that does not fit its features.
@@ -43,13 +37,23 @@ _BAD_RECORDS = (
 class EpisodeReader:
     """Reads episodes from the records of one dataset; only the selected keys are parsed."""
 
-    def __init__(self, steps: Mapping[str, Any], selection: Selection, control_rate: float, image_size: int) -> None:
+    def __init__(
+        self,
+        steps: Mapping[str, Any],
+        selection: Selection,
+        control_rate: float,
+        image_size: int,
+        episode: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepares for records of these features, by key, of their steps and of the episode as a whole."""
         self._selection = selection
         self._control_rate = control_rate
         self._image_size = image_size
-        language = () if selection.language is None else (selection.language,)
+        available = {} if episode is None else episode
+        self._episode_keys = tuple(key for key in selection.language_keys if key in available)
+        language = [key for key in selection.language_keys if key not in available]
         self._keys = (*selection.cameras.values(), *selection.actions, *selection.states, *language)
-        self._features = _subset(steps, self._keys)
+        self._features = _subset(steps, self._keys, {key: available[key] for key in self._episode_keys})
         self._decoders = _encoded_images(steps, tuple(selection.cameras.values()))
 
     def read(self, record: bytes, source_file: str, index: int) -> tuple[Episode, list[str]]:
@@ -59,12 +63,12 @@ class EpisodeReader:
           ValueError: the record is damaged, or has no steps.
         """
         selection = self._selection
-        steps = list(self._parse(record))
+        values, steps = self._parse(record)
         if not steps:
             raise ValueError("holds no steps")
         by_step = [self._frames(step, number) for number, step in enumerate(steps)]
         frames = {camera: [each[camera] for each in by_step] for camera in selection.cameras}
-        language, is_intact = self._language(steps)
+        texts, notes = read_texts(selection.language_keys, values, steps)
         episode = images.make_episode(
             f"{source_file}/{index:06d}",
             source_file,
@@ -72,15 +76,15 @@ class EpisodeReader:
             frames,
             [_join(step, selection.states) for step in steps] if selection.states else None,
             [_join(step, selection.actions) for step in steps] if selection.actions else None,
-            language,
+            texts,
         )
-        warnings = [] if is_intact else ["a language instruction is not UTF-8; its bad bytes were replaced by \ufffd"]
-        return episode, warnings + _faults(frames)
+        return episode, notes + _faults(frames)
 
-    def _parse(self, record: bytes) -> Iterator[Mapping[str, Any]]:
-        """Yields the selected values of each step."""
+    def _parse(self, record: bytes) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+        """Returns the selected values of the episode, by key, and of each step."""
         try:
-            yield from self._features.deserialize_example_np(record, decoders=self._decoders)["steps"]
+            found = self._features.deserialize_example_np(record, decoders=self._decoders)
+            return {key: lookup(found, key) for key in self._episode_keys}, list(found["steps"])
         except _BAD_RECORDS as error:
             if missing := self._missing_keys(record):
                 raise ValueError(f"holds no {', '.join(missing)}") from error
@@ -93,25 +97,17 @@ class EpisodeReader:
         except DecodeError:
             return []
         # Ragged values are stored under longer names.
-        return [key for key in self._keys if not any(name.startswith(f"steps/{key}") for name in stored)]
+        paths = {key: f"steps/{key}" for key in self._keys} | {key: key for key in self._episode_keys}
+        return [key for key, path in paths.items() if not any(name.startswith(path) for name in stored)]
 
     def _frames(self, step: Mapping[str, Any], number: int) -> dict[str, Frame]:
         frames = {}
         for camera, key in self._selection.cameras.items():
             try:
-                frames[camera] = images.convert_stored(_lookup(step, key), self._image_size)
+                frames[camera] = images.convert_stored(lookup(step, key), self._image_size)
             except ValueError as error:
                 raise ValueError(f"step {number}, camera {camera!r}: {error}") from error
         return frames
-
-    def _language(self, steps: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
-        """Returns the first instruction that is not empty, and whether all of it is valid UTF-8."""
-        if self._selection.language is not None:
-            for step in steps:
-                text = _to_text(_lookup(step, self._selection.language))
-                if text.strip():
-                    return text.strip(), "\ufffd" not in text
-        return "", True
 
 
 def _faults(frames: Mapping[str, Sequence[Frame]]) -> list[str]:
@@ -127,28 +123,7 @@ def _faults(frames: Mapping[str, Sequence[Frame]]) -> list[str]:
 
 def _join(step: Mapping[str, Any], keys: tuple[str, ...]) -> np.ndarray:
     """Joins the values of some keys to float32 `[D]`."""
-    return np.concatenate([np.ravel(np.asarray(_lookup(step, key), np.float32)) for key in keys])
-
-
-def _to_text(value: Any) -> str:
-    """Decodes a text from its bytes, or from code points padded with zeros."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return "".join(chr(point) if 0 < point < 0x110000 else "\ufffd" for point in _without_padding(value))
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _without_padding(values: np.ndarray) -> list[int]:
-    zeros = np.flatnonzero(values == 0)
-    return values[: zeros[0]].tolist() if zeros.size else values.tolist()
-
-
-def leaves(features: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields key path and feature of everything in a features dict."""
-    for name, feature in features.items():
-        if isinstance(feature, tfds.features.FeaturesDict):
-            yield from leaves(feature, f"{prefix}{name}/")
-        else:
-            yield prefix + name, feature
+    return np.concatenate([np.ravel(np.asarray(lookup(step, key), np.float32)) for key in keys])
 
 
 def select(
@@ -157,6 +132,7 @@ def select(
     actions: Sequence[str] | None,
     states: Sequence[str] | None,
     language: str | None,
+    episode: Mapping[str, Any] | None = None,
 ) -> Selection:
     """Checks the keys of a step that were asked for, and chooses the others; see `RldsSettings` for the keys.
 
@@ -164,8 +140,9 @@ def select(
       ConversionError: a key does not exist, or there are several cameras to choose from.
     """
     available = dict(sorted(leaves(steps)))
+    beside = {} if episode is None else episode
     if language is None:
-        language = next((key for key in LANGUAGE_KEYS if key in available), "")
+        language = usual_language(available, beside)
     selection = Selection(
         cameras=_select_cameras(available, cameras),
         actions=_with_default(available, actions, "action"),
@@ -179,18 +156,19 @@ def select(
                 raise ConversionError(f"{kind} key {key!r} has no fixed size: {available[key].shape}")
             if available[key].np_dtype == np.object_:
                 raise ConversionError(f"{kind} key {key!r} holds no numbers")
-    if selection.language is not None:
-        _check_key(available, "language", selection.language)
-        if not _is_text(available[selection.language]):
-            raise ConversionError(f"language key {selection.language!r} is not text")
+    for key in selection.language_keys:
+        _check_key(available | beside, "language", key)
+        if not is_text((available | beside)[key]):
+            raise ConversionError(f"language key {key!r} is not text")
     return selection
 
 
-def _subset(steps: Mapping[str, Any], keys: Sequence[str]) -> tfds.features.FeaturesDict:
+def _subset(steps: Mapping[str, Any], keys: Sequence[str], episode: Mapping[str, Any]) -> tfds.features.FeaturesDict:
     """Returns features of an episode with only some keys of its steps, so that nothing else is parsed."""
     available = dict(leaves(steps))
     chosen = _nest({key: available[key] for key in keys})
-    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(tfds.features.FeaturesDict(chosen))})
+    per_step = tfds.features.Dataset(tfds.features.FeaturesDict(chosen))
+    return tfds.features.FeaturesDict({"steps": per_step, **_nest(episode)})
 
 
 def _encoded_images(steps: Mapping[str, Any], cameras: Sequence[str]) -> dict[str, Any]:
@@ -206,18 +184,12 @@ def vector_size(steps: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     return sum(int(np.prod(available[key].shape)) for key in keys) if keys else None
 
 
-def _lookup(step: Mapping[str, Any], key: str) -> Any:
-    """Returns the value at a key path."""
-    value: Any = step
-    for part in key.split("/"):
-        value = value[part]
-    return value
-
-
 def _select_cameras(available: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, str]:
     """Returns the key of every chosen camera by its name, which is the last part of the key."""
     cameras = [key for key, feature in available.items() if _is_image(key, feature)]
-    names = ", ".join(key.removeprefix(_OBSERVATION) for key in cameras) or "none"
+    others = [f"{key} has shape {feature.shape}" for key, feature in available.items() if _is_like_image(key, feature)]
+    none = f"none ({', '.join(others)}, and images are [H, W, 3])" if others else "none"
+    names = ", ".join(key.removeprefix(_OBSERVATION) for key in cameras) or none
     if not wanted and len(cameras) != 1:
         raise ConversionError(f"`camera` must choose one of the cameras of this dataset: {names}")
     chosen = [_OBSERVATION + name.removeprefix(_OBSERVATION) for name in wanted] or cameras
@@ -239,10 +211,9 @@ def _is_image(key: str, feature: Any) -> bool:
     return shape[-1] in (3, 4, None) or (shape[-1] == 1 and "depth" not in key)
 
 
-def _is_text(feature: Any) -> bool:
-    """Whether a feature is text, or the padded code points of a text, as in Language-Table."""
-    is_code_points = len(feature.shape) == 1 and np.issubdtype(feature.np_dtype, np.integer)
-    return is_code_points or (not feature.shape and feature.np_dtype == np.object_)
+def _is_like_image(key: str, feature: Any) -> bool:
+    """Whether a feature that is no camera could be taken for one, such as stacked images."""
+    return not _is_image(key, feature) and len(feature.shape) > 2 and feature.np_dtype in (np.uint8, np.uint16)
 
 
 def _with_default(available: Mapping[str, Any], keys: Sequence[str] | None, default: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from como_jax.convert.builder import LeftOut, SourceError
 from como_jax.convert.rlds.builder import Rlds, RldsSettings
 from como_jax.convert.rlds.dataset import open_dataset, step_features
-from como_jax.convert.rlds.episodes import leaves
+from como_jax.convert.rlds.language import leaves
 from como_jax.convert.rlds.records import read_records
 from como_jax.convert.sources import Source
 from como_jax.doctor.checks import BLACK
