@@ -308,6 +308,28 @@ def test_a_damaged_demonstration_is_left_out_and_the_others_are_not(
     assert re.search(reason, entry["reasons"][0])
 
 
+@pytest.mark.parametrize(
+    ("arrays", "remedy"),
+    [
+        (
+            {"states": (4, 32)},
+            "it holds actions [4, 7], states [4, 32]: states of the simulator without images; replay",
+        ),
+        ({"obs/agentview_image": (4, 8, 8, 3)}, "obs/agentview_image [4, 8, 8, 3]; these are not LIBERO's names: save"),
+        ({"obs/agentview_rgb": (4, 8, 8, 3)}, "obs/agentview_rgb [4, 8, 8, 3]; `camera` and `state` choose"),
+        ({}, "it holds actions [4, 7]"),
+    ],
+    ids=["robosuite", "robomimic", "without wrist", "actions"],
+)
+def test_files_of_other_tools_are_told_by_what_they_hold(tmp_path: Path, arrays: dict[str, Any], remedy: str) -> None:
+    (tmp_path / "in").mkdir()
+    with h5py.File(tmp_path / "in" / "demo.hdf5", "w") as file:
+        for name, shape in ({"actions": (4, 7)} | arrays).items():
+            file[f"data/demo_1/{name}"] = np.zeros(shape, np.float64 if len(shape) == 2 else np.uint8)
+    with pytest.raises(ConversionError, match=re.escape(remedy)):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "zero", "text", "no data", "a folder"])
 def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
     good = write_file(tmp_path / "in" / NAME, [3])

@@ -28,6 +28,9 @@ STATES = {
     "robot_states": ("robot_states", 9),
 }
 _BLOCK = 32
+_MAX_NAMED = 12
+_IMAGE_AXES = 4
+_REPLAY = "replay them to have images, as dataset_states_to_obs.py of robomimic and create_dataset.py of LIBERO do"
 
 
 @contextlib.contextmanager
@@ -113,8 +116,35 @@ def _member(group: h5py.Group, path: str, kind: type[h5py.HLObject]) -> h5py.Gro
         member = group.get(path)
     if not isinstance(member, kind):
         what = "group" if kind is h5py.Group else "array"
-        raise SourceError(f"has no {what} {path}")
+        raise SourceError(f"has no {what} {path}; {_describe(group)}")
     return member
+
+
+def _describe(group: h5py.Group) -> str:
+    """Says which arrays a group holds, and what can be done with a file that is not LIBERO's."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, member: h5py.HLObject) -> None:
+        if isinstance(member, h5py.Dataset):
+            shapes[name] = member.shape or ()
+
+    try:
+        with _hdf5_errors():
+            group.visititems(note)
+    except SourceError:
+        return "what it holds cannot be listed"
+    named = [f"{name} {list(shape)}" for name, shape in list(shapes.items())[:_MAX_NAMED]]
+    more = f" and {len(shapes) - len(named)} more" if len(shapes) > len(named) else ""
+    holds = f"it holds {', '.join(named) or 'no array'}{more}"
+    has_images = any(len(shape) == _IMAGE_AXES for shape in shapes.values())
+    if {"actions", "states"} <= shapes.keys() and not has_images:
+        return f"{holds}: states of the simulator without images; {_REPLAY}"
+    known = [camera for camera in CAMERAS if f"obs/{camera}" in shapes]
+    if known:
+        return f"{holds}; `camera` and `state` choose what is read"
+    return (
+        f"{holds}; these are not LIBERO's names: save the arrays as .npz, for the builder npz" if has_images else holds
+    )
 
 
 @contextlib.contextmanager
