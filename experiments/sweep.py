@@ -29,7 +29,8 @@ from como_jax import cli
 from como_jax.data.mixture import mixture_text
 from como_jax.errors import ConfigError, NonFiniteError, RunError, UsageError
 from como_jax.evaluation.sweeps.cells import Cell, expand_recipes, make_cells, parse_swept, run_in_processes
-from como_jax.evaluation.sweeps.report import LATENT_DIM, CellResult, Status, tabulate
+from como_jax.evaluation.sweeps.report import LATENT_DIM, CellResult, Status, tabulate, unfinished
+from como_jax.training.run import NOTHING_ELSE, Allowed, allowed_by_flags
 from experiments.pretrain import DATA, pretrain
 
 # experiments.pretrain has a --config of its own, for one recipe.
@@ -46,27 +47,36 @@ TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Run nothing, only tabulate 
 logger = logging.getLogger("como_jax.sweep")
 
 
-def sweep(cells: Sequence[Cell], out: epath.PathLike, processes: int = 1) -> list[CellResult]:
-    """Runs or resumes all cells that are not finished; a cell that fails does not keep the others from running.
+def sweep(
+    cells: Sequence[Cell], out: epath.PathLike, processes: int = 1, allowed: Allowed = NOTHING_ELSE
+) -> list[CellResult]:
+    """Runs or resumes all cells that are not finished, however many fail; returns the results of all, in their order.
 
     Args:
       cells: of `make_cells`.
       out: gets the tables.
       processes: how many cells run at once.
-
-    Returns:
-      The result of every cell, in their order.
+      allowed: what may differ from what the runs began with.
 
     Raises:
       OutputError: `out` cannot be written, or holds tables that are not of a sweep.
     """
     results = tabulate(cells, out)
-    waiting = [cell for cell, result in zip(cells, results, strict=True) if result.status is not Status.FINISHED]
+    waiting = unfinished(results)
     logger.info("Sweep: %d runs in %s, %d of them finished", len(cells), out, len(cells) - len(waiting))
     cache_programs(epath.Path(out) / ".xla_cache")
     failures: dict[epath.Path, str] = {}
     start = time.monotonic()
-    outcomes = run_here(waiting) if processes == 1 else run_in_processes("experiments.pretrain", waiting, processes)
+    outcomes = (
+        run_here(waiting, allowed)
+        if processes == 1
+        else run_in_processes(
+            "experiments.pretrain",
+            waiting,
+            processes,
+            [f"--{name}" for name, is_allowed in vars(allowed).items() if is_allowed],
+        )
+    )
     with contextlib.closing(outcomes):
         for done, (cell, failure) in enumerate(outcomes, 1):
             if failure:
@@ -78,12 +88,12 @@ def sweep(cells: Sequence[Cell], out: epath.PathLike, processes: int = 1) -> lis
     return results
 
 
-def run_here(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+def run_here(cells: Sequence[Cell], allowed: Allowed = NOTHING_ELSE) -> Iterator[tuple[Cell, str]]:
     """Runs cells one after another in this process; yields each with the reason why it failed, or ""."""
     for cell in cells:
         logger.info("Next: %s", cell.workdir)
         try:
-            state = pretrain(cell.config, cell.workdir)
+            state = pretrain(cell.config, cell.workdir, allowed)
         except (NonFiniteError, UsageError) as error:
             yield cell, str(error)
         except Exception as error:  # Out of memory, for example: a sweep overnight goes on with its other cells.
@@ -121,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
         # SIGTERM, outside of a training loop, ends the sweep as Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            results = sweep(cells, OUT.value, PROCESSES.value)
+            results = sweep(cells, OUT.value, PROCESSES.value, allowed_by_flags())
         except KeyboardInterrupt:
             logger.info("Stopped; run the same command to go on.")
             sys.exit(130)

@@ -62,6 +62,11 @@ class Allowed:
     lengthen: bool = False
 
     @property
+    def arguments(self) -> list[str]:
+        """The flags of a command that allow the same."""
+        return [f"--{name}" for name, is_allowed in vars(self).items() if is_allowed]
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Fields of the config that may differ."""
         longer = ("train.num_steps", "optim.learning_rate", "optim.final_learning_rate")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from como_jax.data.identity import identify
 from como_jax.evaluation.sweeps.cells import Cell
 from como_jax.evaluation.sweeps.report import (
     CellResult,
@@ -18,14 +20,19 @@ from como_jax.evaluation.sweeps.report import (
     latent_size_figure,
     read_metrics,
     read_result,
+    unfinished,
     write_report,
 )
+from como_jax.training.run_data import write_data
+from tests.data.robots import make_robot
 
 DIMS, SEEDS = (16, 32, 64), (0, 1, 2)
 
 
 def make_cell(out: Path, dim: int, seed: int, **swept: str) -> Cell:
-    config = ConfigDict({"seed": seed, "model": {"num_queries": 8, "latent_dim": dim}, "train": {"num_steps": 10}})
+    config = ConfigDict(
+        {"family": "como", "seed": seed, "model": {"num_queries": 8, "latent_dim": dim}, "train": {"num_steps": 10}}
+    )
     setting = {"model.latent_dim": str(dim), **swept}
     name = "_".join(setting.values())
     return Cell("configs/x.py:tiny", setting, seed, (), config, epath.Path(out) / name / f"seed{seed}")
@@ -109,6 +116,23 @@ def test_a_run_of_another_config_is_not_taken_for_the_cell(tmp_path: Path):
     cell.config.model.num_queries = 4
     result = read_result(cell)
     assert result.status is Status.FAILED and "config.model.num_queries was 8 and is 4" in result.reason
+
+
+def test_a_finished_cell_whose_data_have_changed_is_run_again_to_say_so(tmp_path: Path):
+    data = make_robot(tmp_path / "arm")
+    cells = [make_cell(tmp_path / "sweep", 16, seed) for seed in range(3)]
+    for cell in cells:
+        cell.config.data = {"mixture": f"{data}/=2"}
+    for cell in cells[:2]:
+        write_run(cell)
+        (cell.workdir / "checkpoints" / "10").mkdir(parents=True)
+    write_data(cells[0].workdir, {str(data): identify(data)}, {}, 0)
+    write_data(cells[1].workdir, {str(data): {**identify(data), "steps of train": 1}}, {}, 0)
+    results = [read_result(cell) for cell in cells]
+    assert [result.status for result in results] == [Status.FINISHED, Status.FINISHED, Status.MISSING]
+    assert unfinished(results) == cells[1:]
+    shutil.rmtree(data)
+    assert unfinished(results) == cells[2:], "data that are not here change nothing"
 
 
 def test_a_label_size_that_the_run_took_from_its_data_is_no_other_config(tmp_path: Path):

@@ -139,8 +139,10 @@ def parse_swept(texts: Sequence[str]) -> dict[str, list[str]]:
     return swept
 
 
-def run_in_processes(module: str, cells: Sequence[Cell], count: int) -> Iterator[tuple[Cell, str]]:
-    """Runs the command `python -m MODULE` for every cell, `count` at once.
+def run_in_processes(
+    module: str, cells: Sequence[Cell], count: int, arguments: Sequence[str] = ()
+) -> Iterator[tuple[Cell, str]]:
+    """Runs the command `python -m MODULE` for every cell, `count` at once, with further arguments.
 
     Yields:
       Every cell as it ends, with the reason why it failed, or "".
@@ -148,7 +150,7 @@ def run_in_processes(module: str, cells: Sequence[Cell], count: int) -> Iterator
     commands = [
         [sys.executable, "-m", module, f"--config={cell.recipe}", f"--workdir={cell.workdir}"]
         # Within an allocation of several processes, each cell still is a run of its own.
-        + ["--num_processes=1", *(f"--config.{override}" for override in cell.overrides)]
+        + ["--num_processes=1", *arguments, *(f"--config.{override}" for override in cell.overrides)]
         for cell in cells
     ]
     logs = [Path(cell.workdir.parent) / f"{cell.workdir.name}.log" for cell in cells]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -14,12 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from como_jax.errors import RunError
+from como_jax.data.identity import Identity, identify
+from como_jax.data.mixture import parse_mixture
+from como_jax.errors import DatasetError, RunError
 from como_jax.evaluation.sweeps.cells import Cell
 from como_jax.evaluation.tables import csv_text, markdown_table
 from como_jax.files import write_atomic, write_text
 from como_jax.ownership import claim
 from como_jax.training.run import claim_workdir
+from como_jax.training.run_data import check_data
 
 FILES = ("cells.csv", "table.csv", "table.md", "figure.png", "figure.svg")
 LATENT_DIM = "model.latent_dim"
@@ -132,6 +136,33 @@ def tabulate(
     ]
     write_report(out, results)
     return results
+
+
+def unfinished(results: Sequence[CellResult]) -> list[Cell]:
+    """The cells to run: those that are not finished, and those whose data have changed since, which will say so."""
+    identities: dict[str, dict[str, Identity]] = {}
+    found = []
+    for result in results:
+        if result.status is Status.FINISHED:
+            mixture = result.cell.config.data.mixture
+            if mixture not in identities:
+                identities[mixture] = _identify_all(mixture)
+            try:
+                check_data(result.cell.workdir, identities[mixture])
+            except RunError:
+                found.append(result.cell)
+        else:
+            found.append(result.cell)
+    return found
+
+
+def _identify_all(mixture: str) -> dict[str, Identity]:
+    """The identities of those datasets of a mixture that are there."""
+    found = {}
+    for entry in parse_mixture(mixture):
+        with contextlib.suppress(DatasetError):
+            found[str(epath.Path(entry.directory))] = identify(entry.directory)
+    return found
 
 
 def group_settings(results: Iterable[CellResult]) -> list[Setting]:
