@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 from etils import epath
@@ -74,6 +75,7 @@ def read_instructions(
         except READ_ERRORS as error:
             failures.append(f"{name}: not understood as language instructions: {one_line(error)}")
             continue
+        entries = _without_parts(entries, known)
         warnings += [f"{name}: {message}" for message in _describe(entries, known)]
         for entry in entries:
             for recording in known.find(entry.name) if entry.texts else ():
@@ -87,6 +89,16 @@ def read_instructions(
         [*warnings, *failures[:_MAX_FAILURES], *tail],
         label_files,
     )
+
+
+def _without_parts(entries: Sequence[Entry], known: _Names) -> list[Entry]:
+    """Takes the texts from entries that are about parts of a recording, of which it has several."""
+    parts = Counter(recording for entry in entries if entry.is_part for recording in known.find(entry.name))
+    fault = "it is about a part of the recording, which has several"
+    return [
+        entry._replace(texts=(), fault=fault) if any(parts[each] > 1 for each in known.find(entry.name)) else entry
+        for entry in entries
+    ]
 
 
 def _describe(entries: Sequence[Entry], known: _Names) -> list[str]:
@@ -152,11 +164,16 @@ class _Names:
         """Prepares for recordings with their paths relative to the label file."""
         self.is_known = bool(recordings)
         self._by_key: dict[str, list[str]] = {}
+        # Some file systems do not tell capital letters from small ones.
+        self._by_folded: dict[str, list[str]] = {}
         for recording, path in recordings.items():
             key = normal(path)
             name = key.rpartition("/")[2]
-            for each in {key, _stem(key), name, _stem(name)}:
+            keys = {key, _stem(key), name, _stem(name)}
+            for each in keys:
                 self._by_key.setdefault(each, []).append(recording)
+            for each in {each.casefold() for each in keys}:
+                self._by_folded.setdefault(each, []).append(recording)
 
     def find(self, name: str) -> Sequence[str]:
         """Returns the recordings that a name stands for: as it is or, if that is clear, by its last parts alone."""
@@ -167,7 +184,9 @@ class _Names:
         tails = ["/".join(parts[start:]) for start in range(len(parts))]
         # The labels may be of the same recordings in another format.
         candidates = [each for tail in tails for each in (tail, _stem(tail) if _is_video(tail) else tail)]
-        found = (self._by_key.get(candidate, ()) for candidate in candidates)
+        tables = [(each, self._by_key) for each in candidates]
+        tables += [(each.casefold(), self._by_folded) for each in candidates]
+        found = (table.get(each, ()) for each, table in tables)
         return next((recordings for recordings in found if len(recordings) == 1), ())
 
 

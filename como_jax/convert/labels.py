@@ -33,6 +33,10 @@ TEXT_COLUMNS = (
     *("task", "prompt", "description", "narration", "annotation", "sentence"),
 )
 READ_ERRORS = (OSError, ValueError, csv.Error, RecursionError, pa.ArrowException)
+# Columns of annotations of actions within long videos, such as those of EPIC-KITCHENS.
+_PART = re.compile(r"(start|stop|begin|end|onset|offset)(_?(frame|time|timestamp|seconds|sec|s))?|timestamps?|segment")
+# What programs write for a value that is missing.
+_NOTHING = ("nan", "null", "none", "n/a", "<na>")
 _DELIMITERS = (",", ";", "\t", "|")
 # A quoted text may hold line breaks. A quote that is never closed must not take the rest of the file with it.
 _MAX_LINES = 20
@@ -49,11 +53,13 @@ class Entry(NamedTuple):
       name: what it calls the recording.
       texts: its instructions; empty if the entry cannot be used.
       fault: why it cannot be used, or what was made of it.
+      is_part: whether it has a start or an end, and so may be about a part of the recording.
     """
 
     name: str
     texts: tuple[str, ...]
     fault: str = ""
+    is_part: bool = False
 
 
 class LabelFile(NamedTuple):
@@ -99,7 +105,8 @@ class LabelFile(NamedTuple):
         name, field = _name(row, column), self._text_field(row)
         if not name or field is None:
             return Entry(name or place, (), f"it has no field for {'a text' if name else 'a file name'}")
-        return _entry(name, _field(row, field))
+        is_part = any(_PART.fullmatch(str(key).strip().lower()) for key in row)
+        return _entry(name, _field(row, field))._replace(is_part=is_part)
 
     def _name_field(self, rows: Iterable[Any]) -> str:
         """Returns the column of some rows that names recordings, or else the first that could."""
@@ -259,7 +266,11 @@ def _fault(value: Any) -> str:
         return "its text is not valid UTF-8"
     if any(character < " " and not character.isspace() for character in value):
         return "its text holds control characters"
-    return "" if value.strip() else "its text is empty"
+    if not value.strip():
+        return "its text is empty"
+    # The number of a class is no instruction.
+    is_words = any(character.isalpha() for character in value) and value.strip().lower() not in _NOTHING
+    return "" if is_words else f"{_shown(value)} is no text"
 
 
 def _shown(value: Any) -> str:

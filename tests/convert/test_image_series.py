@@ -81,10 +81,13 @@ def test_series_that_cannot_be_used(tmp_path, rate, image, message):
 
 def test_series_are_told_apart():
     files = ["1.png", "2.png", "a/left_1.jpg", "a/left_2.jpg", "a/right_1.jpg", "a/right_2.jpg", "a/x.png", "b/7.png"]
+    files += ["d/1_rgb.png", "d/02_rgb.png", "d/v2_1_rgb.png", "e/v2_1.png", "e/v2_02.png"]
     assert find_series([*files, "c/1.mp4", "c/2.mp4"], "root") == {
         "root": ["1.png", "2.png"],
         "a/left_*.jpg": ["a/left_1.jpg", "a/left_2.jpg"],
         "a/right_*.jpg": ["a/right_1.jpg", "a/right_2.jpg"],
+        "d": ["d/1_rgb.png", "d/02_rgb.png"],
+        "e": ["e/v2_1.png", "e/v2_02.png"],
     }
 
 

@@ -95,6 +95,21 @@ def test_a_name_that_could_be_several_recordings_is_not_guessed(tmp_path):
     assert found.warnings[0] == "l.json: 1 of 2 entries name no recording, such as 'x/1.mp4'"
 
 
+def test_annotations_of_parts_of_a_recording_are_not_taken_for_all_of_it(tmp_path):
+    header = "video_id,start_frame,stop_frame,narration"
+    write(tmp_path / "epic.csv", f"{header}\nP01,1,9,open door\nP01,9,20,close door\nP02,1,9,wash cup\n")
+    found = read(tmp_path, ["P01.mp4", "P02.mp4"])
+    assert found.by_name == {"P02.mp4": ("wash cup",)}
+    assert "2 of 3 entries hold no instruction: 'P01' (it is about a part of the recording" in found.warnings[0]
+
+
+def test_capital_letters_and_other_encodings(tmp_path):
+    (tmp_path / "a.csv").write_bytes("file,text\nclip.MP4,öffne\n".encode("utf-16"))
+    assert read(tmp_path, ["Clip.mp4"]).by_name == {"Clip.mp4": ("öffne",)}
+    write(tmp_path / "a.csv", "file,text\nclip.MP4,open\n")
+    assert read(tmp_path, ["Clip.mp4", "CLIP.mp4"]).by_name == {}
+
+
 def test_several_texts_of_a_recording_are_kept_and_the_language_chooses_the_field(tmp_path):
     write(tmp_path / "a.csv", "file,text\n1,push\n1,push it\n1,push\n")
     write(tmp_path / "b.json", {"1": ["push", "shove"]})
@@ -184,7 +199,7 @@ JSON_DAMAGE = [
     '{"x": 1}',
     "[1]",
 ]
-CSV_DAMAGE = ["", ",", ',"open', ',"op"en"', ",\udcff", ',"op\nen', ",\x00"]
+CSV_DAMAGE = [",12", ",NaN", "", ",", ',"open', ',"op"en"', ",\udcff", ',"op\nen', ",\x00"]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

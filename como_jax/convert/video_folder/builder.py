@@ -33,7 +33,11 @@ IGNORED_SUFFIXES = (
     *(".srt", ".vtt", ".ass", ".py", ".sh", ".npy", ".npz", ".parquet", ".pdf", ".m3u8"),
 )
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-_NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>[0-9]{1,18})(?P<suffix>\.[A-Za-z]+)", re.DOTALL)
+# A number at the end of the name, as in `left_v2_001.png`, or else the only number in it, as in `001_left.png`.
+_NUMBERED = (
+    re.compile(r"(?P<prefix>.*?)(?P<number>[0-9]{1,18})(?P<tail>)(?P<suffix>\.[A-Za-z]+)", re.DOTALL),
+    re.compile(r"(?P<prefix>[^0-9]*)(?P<number>[0-9]{1,18})(?P<tail>[^0-9]*)(?P<suffix>\.[A-Za-z]+)"),
+)
 UNEVEN_NUMBERS = "the numbers of some images are not one step apart: images may be missing, and time jumps there"
 GUESSED_RATE = "without `control_rate`, the frame rate of the container counts, which for robot clips is often wrong"
 
@@ -196,26 +200,31 @@ def find_series(files: Sequence[str], root_name: str) -> dict[str, list[str]]:
     Returns:
       The images of every series in the order of their numbers, by its name.
     """
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for file in files:
-        folder, _, name = file.rpartition("/")
-        match = _NUMBERED.fullmatch(name)
+        match = _numbered(file)
         if match and match["suffix"].lower() in IMAGE_SUFFIXES:
-            groups.setdefault((folder, match["prefix"], match["suffix"].lower()), []).append(file)
+            pattern = f"{match['prefix']}*{match['tail']}{match['suffix'].lower()}"
+            groups.setdefault((file.rpartition("/")[0], pattern), []).append(file)
     groups = {key: members for key, members in groups.items() if len(members) >= MIN_STEPS}
-    in_folder = collections.Counter(folder for folder, _, _ in groups)
+    in_folder = collections.Counter(folder for folder, _ in groups)
     series = {}
-    for (folder, prefix, suffix), members in groups.items():
-        name = f"{folder or root_name}/{prefix}*{suffix}" if in_folder[folder] > 1 else folder or root_name
+    for (folder, pattern), members in groups.items():
+        name = f"{folder or root_name}/{pattern}" if in_folder[folder] > 1 else folder or root_name
         series[name] = sorted(members, key=lambda member: (number_of(member), member))
     return series
 
 
 def number_of(image: str) -> int:
     """Returns the number in the name of an image of a series."""
-    match = _NUMBERED.fullmatch(image.rpartition("/")[2])
+    match = _numbered(image)
     assert match is not None
     return int(match["number"])
+
+
+def _numbered(image: str) -> re.Match[str] | None:
+    name = image.rpartition("/")[2]
+    return _NUMBERED[0].fullmatch(name) or _NUMBERED[1].fullmatch(name)
 
 
 def split_clips(frames: Iterator[T], length: int) -> Iterator[list[T]]:
