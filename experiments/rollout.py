@@ -3,11 +3,12 @@
     python -m experiments.rollout --workdir RUN --env tabletop:all --episodes 20
     python -m experiments.rollout --workdir RUN --env metaworld:reach-v3,push-v3 --workers 8 --execute 4 --ensemble 0.01
 
-Writes to RUN/rollouts/ENV-stepN: table.md and table.csv, success of every task with its 95 % Wilson interval and the
-mean length of episodes; episodes.csv; summary.json; videos/TASK-EPISODE-OUTCOME.mp4; and grid.png, images of some
-episodes. Episodes are the same for equal --seed, whatever the number of workers; the simulator is reset with seeds
-from 900,000,000 on, which demonstrations do not use. Episodes whose simulator crashes or hangs are counted apart. The
-exit status is 1 if all did.
+Writes to RUN/rollouts/ENV-stepN: table.md and table.csv, success of every task and suite with its 95 % Wilson interval
+and the mean length of episodes; episodes.csv; summary.json; videos/TASK-EPISODE-OUTCOME.mp4; and grid.png, images of
+some episodes. The same command goes on where it was stopped or killed. Episodes are the same for equal --seed, whatever
+the number of workers; the simulator is reset with seeds from 900,000,000 on, which demonstrations do not use. Settings
+of the environment that are not given are those of the policy's dataset, where it names them. Episodes whose simulator
+crashes or hangs are counted apart. The exit status is 1 if all did.
 """
 
 from __future__ import annotations
@@ -29,14 +30,21 @@ from como_jax.evaluation.rollouts.results import (
     Recording,
     RolloutRecorder,
     RolloutSummary,
-    new_directory,
     table_markdown,
 )
-from como_jax.evaluation.rollouts.rollout import RolloutOptions, parse_settings, rendered_size, roll_out
+from como_jax.evaluation.rollouts.resuming import ended_episodes, rollout_directory
+from como_jax.evaluation.rollouts.rollout import (
+    RolloutOptions,
+    parse_settings,
+    rendered_size,
+    roll_out,
+    trained_settings,
+)
 from como_jax.spec.control import ControlConfig
 from como_jax.training import sharding
 
 logger = logging.getLogger("como_jax.rollout")
+_TIMEOUTS = ("step_timeout", "start_timeout")
 
 
 def rollout(
@@ -68,27 +76,36 @@ def rollout(
     runner = load_policy(workdir, sharding.make_mesh(), dataset, sampling)
     options = dataclasses.replace(options, control=options.control.resolve(runner.spec.chunk))
     size = image_size or rendered_size(runner.spec)
-    environment = EnvironmentOptions(image_size=size, max_steps=max_steps, settings=dict(settings or {}))
-    with new_directory(out, epath.Path(workdir) / "rollouts", f"{env}-step{runner.step}") as directory:
-        recorder = RolloutRecorder(directory, len(names), videos)
-        logger.info("%d episodes of %d tasks, written to %s", len(names) * options.episodes, len(names), directory)
+    settings = trained_settings(runner.environment, names, settings or {})
+    environment = EnvironmentOptions(image_size=size, max_steps=max_steps, settings=settings)
+    facts = {
+        "workdir": str(workdir),
+        "step": runner.step,
+        "env": env,
+        "dataset": dataset,
+        "sampling": dict(sampling or {}),
+        "options": dataclasses.asdict(options),
+        "environment": dataclasses.asdict(environment),
+    }
+    # Neither of these changes an episode.
+    same = {name: value for name, value in facts["options"].items() if name not in ("workers", *_TIMEOUTS)}
+    parent = epath.Path(workdir) / "rollouts"
+    with rollout_directory(out, parent, f"{env}-step{runner.step}", facts | {"options": same}) as directory:
+        ended = ended_episodes(directory)
+        recorder = RolloutRecorder(directory, len(names), videos, ended)
+        total = len(names) * options.episodes
+        logger.info("%d episodes of %d tasks, written to %s", total, len(names), directory)
+        if ended:
+            logger.info("%d of them have ended there before.", len(ended))
 
         def on_episode(result: EpisodeResult, recording: Recording) -> None:
             reason = f": {result.reason}" if result.crashed else ""
-            ended = f"{result.outcome} after {result.steps} steps{reason}"
-            logger.info("%s, episode %d: %s", result.task, result.episode, ended)
+            outcome = f"{result.outcome} after {result.steps} steps{reason}"
+            logger.info("%s, episode %d: %s", result.task, result.episode, outcome)
             recorder(result, recording)
 
-        results = roll_out(runner, names, environment, options, on_episode)
-        facts = {
-            "workdir": str(workdir),
-            "step": runner.step,
-            "env": env,
-            "dataset": dataset,
-            "sampling": dict(sampling or {}),
-        }
-        configs = {"options": dataclasses.asdict(options), "environment": dataclasses.asdict(environment)}
-        summary = recorder.finish(results, {**facts, **configs})
+        results = roll_out(runner, names, environment, options, on_episode, ended=ended)
+        summary = recorder.finish(results, facts)
         logger.info("Table: %s", directory / "table.md")
     return summary
 
@@ -133,7 +150,7 @@ def main(arguments: Sequence[str]) -> None:
             sampling=parse_settings(values["sampling"]),
         )
     except KeyboardInterrupt:
-        logger.info("Stopped; episodes.csv lists the episodes that ended.")
+        logger.info("Stopped; episodes.csv lists the episodes that ended, and the same command goes on from there.")
         sys.exit(130)
     print(table_markdown(summary), end="")
     if not summary.total.finished:

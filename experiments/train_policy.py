@@ -77,9 +77,9 @@ def make_evaluator(
     evaluation = PolicyEvaluationConfig(**{**config.evaluation, "env_settings": tuple(config.evaluation.env_settings)})
     spec, runner = make_spec(data, config), None
     if spec.robots:
-        stats = next(iter(spec.robots.values()))
-        instructions = _instruction_reader(config, data, workdir)
-        runner = PolicyRunner(model, {}, spec, stats, instructions, hosts.local_mesh(mesh))
+        robot, stats = next(iter(spec.robots.items()))
+        instructions, environment = _instruction_reader(config, data, workdir), spec.environments.get(robot)
+        runner = PolicyRunner(model, {}, spec, stats, instructions, hosts.local_mesh(mesh), environment=environment)
     sets = [item for item in (data, open_policy_data(config, "val", scales)) if item.parts]
     return PolicyEvaluator(model, sets, runner, mesh, evaluation, num_steps=config.train.num_steps)
 

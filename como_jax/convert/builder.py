@@ -125,6 +125,11 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def layout(self) -> StepLayout:
         """The cameras of the steps, and the sizes of their states and actions."""
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Family and settings of the environment that looks like this dataset, as in `--env_setting`; {} for none."""
+        return {}
+
     @abc.abstractmethod
     def sources(self) -> list[Source]:
         """Returns everything there is to convert, in a stable order, without reading the data itself."""
@@ -282,7 +287,9 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         layout = self.layout
         features = schema.step_features(layout.cameras, layout.state_size, layout.action_size)
-        metadata = tfds.core.MetadataDict(cameras=list(layout.cameras), builder=type(self).__name__)
+        metadata = tfds.core.MetadataDict(
+            cameras=list(layout.cameras), builder=type(self).__name__, environment=self.environment
+        )
         return tfds.core.DatasetInfo(builder=self, description=_DESCRIPTION, features=features, metadata=metadata)
 
     def _build_data_dir(self, given_data_dir: str | None) -> tuple[str, str]:

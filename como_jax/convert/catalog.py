@@ -12,6 +12,7 @@ from como_jax.convert.builder import EpisodeBuilder
 from como_jax.convert.calvin.builder import Calvin
 from como_jax.convert.lerobot.builder import LeRobot
 from como_jax.convert.libero.builder import Libero
+from como_jax.convert.libero_sim.builder import LiberoDemonstrations
 from como_jax.convert.metaworld.builder import MetaWorldDemonstrations
 from como_jax.convert.npz.builder import Npz
 from como_jax.convert.procgen.builder import Procgen
@@ -25,6 +26,7 @@ BUILDERS: dict[str, type[EpisodeBuilder]] = {
     "calvin": Calvin,
     "lerobot": LeRobot,
     "libero": Libero,
+    "libero_sim": LiberoDemonstrations,
     "metaworld": MetaWorldDemonstrations,
     "npz": Npz,
     "procgen": Procgen,

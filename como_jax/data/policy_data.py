@@ -135,6 +135,11 @@ def make_spec(data: PolicyData, config: ConfigDict) -> PolicySpec:
         control_rate=float(np.median(first.source.control_rate)),
         uses_text=True,
         robots={part.source.directory.name: NormStats(part.action, part.state) for part in data.parts if part.action},
+        environments={
+            part.source.directory.name: part.source.environment
+            for part in data.parts
+            if part.action and part.source.environment
+        },
     )
 
 

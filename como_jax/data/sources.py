@@ -33,6 +33,7 @@ class EpisodeSource:
       directory, split, name: of the dataset.
       cameras: all observations that are images.
       camera: the camera that `read_jpegs` reads.
+      environment: family and settings of the environment that it was made in; empty where it is not known.
       start, length: int64 `[E]`, first record and number of steps of every episode.
       control_rate: float64 `[E]`, Hz.
       motion: float32 `[S]`, see `schema.EPISODE_TABLE_SCHEMA`.
@@ -67,6 +68,7 @@ class EpisodeSource:
         info = self._builder.info
         self.name = info.name
         self.cameras = _cameras(info)
+        self.environment: dict[str, str] = (info.metadata or {}).get("environment") or {}
         self.camera = camera or _first_camera(self.directory, info)
         if self.camera not in self.cameras:
             raise DatasetError(f"{self.directory} has no camera {self.camera!r}; it has: {', '.join(self.cameras)}.")

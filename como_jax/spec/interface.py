@@ -62,6 +62,8 @@ class PolicySpec:
       control_rate: actions a second (Hz), of the first robot dataset.
       uses_text: whether the policy reads an instruction.
       robots: by the name of their dataset, how actions and states are normalised.
+      environments: by the name of their dataset, family and settings of the environment that it was made in; for
+        datasets that know of none, nothing.
     """
 
     cameras: tuple[str, ...]
@@ -75,6 +77,7 @@ class PolicySpec:
     control_rate: float
     uses_text: bool
     robots: Mapping[str, NormStats]
+    environments: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     def choose_robot(self, name: str = "") -> str:
         """The name of a robot dataset: the given one or, where none is given, the only one.
@@ -106,7 +109,10 @@ class PolicySpec:
             name: {"action": stats.action.to_json(), "state": stats.state and stats.state.to_json()}
             for name, stats in self.robots.items()
         }
-        return values | {"cameras": list(self.cameras), "robots": robots}
+        values |= {"cameras": list(self.cameras), "robots": robots}
+        # Files of runs whose datasets know of none are as they always were.
+        environments = {name: dict(settings) for name, settings in values.pop("environments").items()}
+        return values | ({"environments": environments} if environments else {})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PolicySpec:

@@ -97,8 +97,8 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         (
             "robomimic",
             {},
-            "unknown builder 'robomimic'; there are calvin, lerobot, libero, metaworld, npz, procgen, rlds, tabletop, "
-            "video_folder",
+            "unknown builder 'robomimic'; there are calvin, lerobot, libero, libero_sim, metaworld, npz, procgen, "
+            "rlds, tabletop, video_folder",
         ),
         ("tabletop", {"camera": ("a",)}, "`camera` does not apply to tabletop"),
         ("video_folder", {"source": "clips", "episodes": 3}, "`episodes` does not apply to video_folder"),

@@ -44,8 +44,12 @@ def test_missing_packages_are_named_with_the_way_to_install_them(monkeypatch: py
         ({"settings": {"orientation": "up"}}, "'up' is none of rotate180, flip, stored"),
         ({"settings": {"state": "ee_pos,ee"}}, "'ee' is none of"),
         ({"settings": {"render_size": "0"}}, "render_size=0"),
+        ({"settings": {"variation": "arm,sun"}}, "'sun' is none of camera"),
         ({"settings": {"look": "quick"}}, "'quick' is none of fast, full"),
-        ({"settings": {"colour": "red"}}, "colour: this environment has orientation, state, render_size, look"),
+        (
+            {"settings": {"colour": "red"}},
+            "colour: this environment has orientation, state, render_size, look, variation",
+        ),
         ({"settings": {"instruction": "name"}}, "instruction: this environment has"),
         ({"image_size": 0}, "image_size"),
     ],

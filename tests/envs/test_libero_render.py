@@ -84,10 +84,11 @@ def test_shapes_outside_the_image_are_not_drawn() -> None:
 
 
 def test_an_earlier_scene_can_be_shown_again() -> None:
-    names = (*render._DRAWN_OF_DATA, *render._DRAWN_OF_MODEL)
-    scene = SimpleNamespace(**{name: np.full((2, 3), number) for number, name in enumerate(names)})
+    names = ("site_rgba", *render._DRAWN_OF_DATA)
+    scene = SimpleNamespace(time=0.25, **{name: np.full((2, 3), number) for number, name in enumerate(names)})
     before = render.take_scene(scene, scene)
+    scene.time = 9
     for name in names:
         getattr(scene, name)[:] = -1
     render.put_scene(scene, scene, before)
-    assert [getattr(scene, name)[1, 2] for name in names] == list(range(len(names)))
+    assert [getattr(scene, name)[1, 2] for name in names] == list(range(len(names))) and scene.time == 0.25

@@ -78,6 +78,7 @@ class FakeRunner:
     """Gives chunks that depend on all that they may depend on, and nothing else."""
 
     step = 7
+    environment: dict[str, str] = {}
 
     def __init__(self, spec: PolicySpec = LINE_POLICY, scale: float = 1.0):
         self.spec, self.scale, self.batches, self.instructions = spec, scale, [], set()

@@ -162,3 +162,11 @@ def test_tables_without_any_finished_episode_have_no_numbers(tmp_path: Path):
     record(tmp_path, crashed).finish(crashed, {})
     assert json.loads((tmp_path / "summary.json").read_text())["all"]["rate"] is None
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_tasks_of_several_suites_have_a_row_for_each_suite():
+    results = [EpisodeResult(f"sim:{task}", 0, 0, "", 4, task != "x/2") for task in ("x/1", "x/2", "y/1", "z")]
+    assert [row.task for row in summarize(results).rows[4:]] == ["sim:x", "sim:y", "all"]
+    assert [suite.rate for suite in summarize(results).suites] == [0.5, 1.0]
+    # One suite alone is all.
+    assert [row.task for row in summarize(results[:2]).rows] == ["sim:x/1", "sim:x/2", "all"]

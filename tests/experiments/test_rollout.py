@@ -13,6 +13,7 @@ import pytest
 
 from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts import rollout as rollouts
+from como_jax.evaluation.rollouts.resuming import ended_episodes, rollout_directory
 from como_jax.evaluation.rollouts.rollout import RolloutOptions, parse_settings
 from como_jax.spec.control import ControlConfig
 from experiments import rollout as command
@@ -125,3 +126,67 @@ def test_crashes_are_listed_beside_the_rate(tmp_path: Path, monkeypatch: pytest.
     rows = list(csv.DictReader((tmp_path / "out/episodes.csv").open(newline="")))
     assert [row["crashed"] for row in rows] == ["1", "1"] and "exit status 3" in rows[0]["reason"]
     assert np.all([not row["instruction"] for row in rows])
+
+
+def test_stopped_rollouts_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run_twice(stop_after: int) -> Path:
+        """Interrupts at an episode, and gives the same command again with another number of workers."""
+        write, left = command.RolloutRecorder.__call__, [stop_after]
+
+        def write_or_stop(self: object, *episode: object) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write(self, *episode)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(command.RolloutRecorder, "__call__", write_or_stop)
+            rollout(tmp_path / str(stop_after), "tabletop:reach,push", OPTIONS, max_steps=4)
+        options = RolloutOptions(episodes=2, workers=1)
+        rollout(tmp_path / str(stop_after), "tabletop:reach,push", options, max_steps=4)
+        (out,) = (tmp_path / str(stop_after) / "rollouts").iterdir()
+        return out
+
+    stopped, whole = run_twice(3), tmp_path / "whole"
+    rollout(tmp_path / "run", "tabletop:reach,push", OPTIONS, max_steps=4, out=whole)
+    for name in ("episodes.csv", "table.csv", "videos/tabletop-push-001-failure.mp4"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    assert {path.name for path in stopped.iterdir()} == {path.name for path in whole.iterdir()}
+    # With nothing written there is nothing to go on with, nor to leave.
+    assert run_twice(0).name == "tabletop-reach-push-step7"
+
+
+def test_other_rollouts_do_not_go_on_in_a_stopped_directory(tmp_path: Path):
+    plan = {"env": "a", "sizes": (1, 2)}
+    with pytest.raises(KeyboardInterrupt), rollout_directory(None, tmp_path, "a:b", plan) as first:
+        (first / "episodes.csv").write_text("task\n")
+        # It has an owner, who is still at work.
+        with rollout_directory(None, tmp_path, "a:b", plan) as second:
+            pass
+        raise KeyboardInterrupt
+    with rollout_directory(None, tmp_path, "a:b", {**plan, "env": "c"}) as third:
+        pass
+    assert [path.name for path in (first, second, third)] == ["a-b", "a-b-2", "a-b-3"]
+    with pytest.raises(RunError, match="holds files already"), rollout_directory(first, tmp_path, "", {"env": "c"}):
+        pass
+    with pytest.raises(RunError, match="episodes.csv is damaged"), rollout_directory(first, tmp_path, "", plan):
+        (first / "episodes.csv").write_text("task,episode,crashed\na,b,0\n")
+        ended_episodes(first)
+    with rollout_directory(None, tmp_path, "a:b", plan) as again:
+        pass
+    assert again == first and not (first / "unfinished.json").exists()
+
+
+def test_the_settings_of_the_data_hold_unless_others_are_given(
+    tmp_path: Path, policy: FakeRunner, caplog: pytest.LogCaptureFixture
+):
+    policy.environment = {"family": "tabletop", "look": "hard"}
+    rollout(tmp_path, "tabletop:reach", OPTIONS, max_steps=1, videos=0)
+    (out,) = (tmp_path / "rollouts").iterdir()
+    assert json.loads((out / "summary.json").read_text())["environment"]["settings"] == {"look": "hard"}
+    assert not caplog.records
+    given = {"look": "plain"}
+    assert rollouts.trained_settings(policy.environment, ["tabletop:reach"], given) == given
+    assert "The policy was trained on images and states of look=hard, not plain." in caplog.text
+    # Another simulator has settings of its own.
+    assert rollouts.trained_settings(policy.environment, ["metaworld:reach-v3"], {}) == {}

@@ -154,3 +154,11 @@ def test_what_the_network_is_given_is_normalised_and_filled_up() -> None:
     assert "state" not in observation_arrays(dataclasses.replace(SPEC, state_size=0), HAND, histories)
     with pytest.raises(ValueError, match="states are"):
         observation_arrays(dataclasses.replace(spec, instants=3), ARM, histories)
+
+
+def test_environments_are_kept_where_they_are_known(tmp_path: Path) -> None:
+    known = dataclasses.replace(SPEC, environments={"robot": {"family": "libero", "look": "fast"}})
+    save(known, tmp_path)
+    assert PolicySpec.load(tmp_path).environments == known.environments
+    save(SPEC, tmp_path)
+    assert PolicySpec.load(tmp_path).environments == {}

@@ -85,6 +85,16 @@ class Libero(FolderBuilder):
         return StepLayout(self.settings.camera, state_size or None, ACTION_SIZE)
 
     @property
+    def environment(self) -> dict[str, str]:
+        settings = self.settings
+        return {
+            "family": "libero",
+            "look": "full",
+            "orientation": settings.orientation,
+            "state": ",".join(settings.state),
+        }
+
+    @property
     def _base(self) -> epath.Path:
         """Paths of sources are relative to it: above the folder of a suite, so that they name the suite."""
         return self.root.parent if self.root.name in SUITES else self.root

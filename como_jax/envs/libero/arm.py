@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from como_jax.envs.base import EnvironmentOptions, EnvironmentSpec, Observation,
 from como_jax.envs.libero.render import LOOKS, Renderer, Scene, put_scene, take_scene
 from como_jax.envs.libero.simulation import ACTION_SIZE, CONTROL_RATE_HZ, Simulation
 from como_jax.envs.libero.task import Task
+from como_jax.envs.libero.variation import VARIATIONS
 from como_jax.errors import ConfigError, closest
 from como_jax.spec.images import resize
 
@@ -36,8 +38,9 @@ class View:
     orientation: str
     states: tuple[str, ...]
     look: str
+    variations: tuple[str, ...]
 
-    SETTINGS: ClassVar[tuple[str, ...]] = ("orientation", "state", "render_size", "look")
+    SETTINGS: ClassVar[tuple[str, ...]] = ("orientation", "state", "render_size", "look", "variation")
 
     @classmethod
     def of(cls, settings: Mapping[str, str], options: EnvironmentOptions) -> View:
@@ -51,13 +54,15 @@ class View:
         orientation = settings.get("orientation", ORIENTATIONS[0])
         render_size = settings.get("render_size", str(_DEFAULT_RENDER_SIZE))
         look = settings.get("look", LOOKS[0])
+        variations = tuple(filter(None, settings.get("variation", "").split(",")))
+        _check_known("setting variation", variations, VARIATIONS)
         _check_known("the camera", cameras, CAMERAS)
         _check_known("setting state", states, STATES)
         _check_known("setting orientation", (orientation,), ORIENTATIONS)
         _check_known("setting look", (look,), LOOKS)
         if not (render_size.isdecimal() and 0 < int(render_size) <= _MAX_RENDER_SIZE):
             raise ConfigError(f"setting render_size={render_size}: must be from 1 to {_MAX_RENDER_SIZE}.")
-        return cls(cameras, options.image_size, int(render_size), orientation, states, look)
+        return cls(cameras, options.image_size, int(render_size), orientation, states, look, variations)
 
     @property
     def state_size(self) -> int:
@@ -72,6 +77,27 @@ class View:
         return image
 
 
+class Expert(Protocol):
+    """What acts in one episode; see `como_jax.envs.libero.expert`.
+
+    Attributes:
+      done: whether everything is done, and let go of.
+      reason: why it has given up; empty if it has not.
+    """
+
+    done: bool
+    reason: str
+
+    def act(self) -> np.ndarray:
+        """The action for the present state, float32 `[7]`."""
+
+
+def make_expert(raw: Any, seed: int) -> Expert:
+    """The scripted expert for an episode that has just begun in LIBERO's environment."""
+    # It needs MuJoCo, which may be missing, and which chooses how to draw as it is imported.
+    return importlib.import_module("como_jax.envs.libero.expert").Expert(raw, seed)
+
+
 class PandaEnvironment:
     """See `como_jax.envs.base.Environment`; actions are those of `Simulation`."""
 
@@ -83,7 +109,8 @@ class PandaEnvironment:
         """
         _check_known("setting init", (start,), STARTS)
         self._view, self._official = view, start == "official"
-        self._steps, self._expert, self._seed = 0, None, 0
+        self._expert: Expert | None = None
+        self._steps, self._seed, self._is_varied = 0, 0, False
         self.simulation = Simulation(task)
         self._renderer: Renderer | None = None
         self.spec = EnvironmentSpec(
@@ -102,7 +129,8 @@ class PandaEnvironment:
 
     def begin(self, seed: int) -> None:
         """Starts an episode as `reset` does, without looking."""
-        self._steps, self._expert, self._seed = 0, None, seed
+        self._expert = None
+        self._steps, self._seed, self._is_varied = 0, seed, False
         self.simulation.reset(seed, seed if self._official else None)
 
     @property
@@ -122,8 +150,11 @@ class PandaEnvironment:
         return StepResult(self.observe(), success, success or self._steps >= self.spec.max_steps)
 
     def expert_action(self) -> np.ndarray:
-        """There is no expert."""
-        raise NotImplementedError(f"{self.spec.name} has no expert")
+        """The action of LIBERO's expert, which is made at the first call in an episode; robosuite's tasks have none."""
+        if not hasattr(self.simulation.raw, "parsed_problem"):
+            raise NotImplementedError(f"{self.spec.name} has no expert")
+        self._expert = self._expert or make_expert(self.simulation.raw, self._seed)
+        return self._expert.act()
 
     def close(self) -> None:
         """Frees the simulator and its renderer."""
@@ -140,7 +171,13 @@ class PandaEnvironment:
         if self._renderer is None:
             sim = self.simulation.raw.sim
             names = [CAMERAS[name] for name in self._view.cameras]
-            self._renderer = Renderer(sim.model._model, sim.data._data, names, self._view.render_size, self._view.look)
+            view = self._view
+            self._renderer = Renderer(
+                sim.model._model, sim.data._data, names, view.render_size, view.look, view.variations
+            )
+        if not self._is_varied:
+            self._renderer.vary(self._seed)
+            self._is_varied = True
         rendered = zip(self._view.cameras, self._renderer.render(), strict=True)
         return {name: self._view.image(image) for name, image in rendered}
 

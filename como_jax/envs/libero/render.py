@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from como_jax.envs.libero import opengl
 from como_jax.envs.libero.meshes import coarsen
+from como_jax.envs.libero.variation import Variation
 
 LOOKS = ("fast", "full")
 """`full` is what LIBERO's own environment shows, `fast` differs a little and takes a fraction of the time."""
 
 
 _HIDDEN_GROUP = 5
-Scene = tuple[np.ndarray, ...]
-"""Where everything is that is drawn, and in which colours."""
+# What shapes, cameras and lights are at; and sites, since a stove that is on glows by one.
 _DRAWN_OF_DATA = (
     "geom_xpos",
     "geom_xmat",
@@ -28,29 +28,35 @@ _DRAWN_OF_DATA = (
     "light_xpos",
     "light_xdir",
 )
-# A stove that is on glows.
-_DRAWN_OF_MODEL = ("geom_rgba", "site_rgba")
+_VARIED_OF_DATA = ("cam_xpos", "cam_xmat", "light_xdir")
+
+
+class Scene(NamedTuple):
+    """What is drawn at one step: the time in seconds, where everything is, and the colours of sites."""
+
+    time: float
+    places: tuple[np.ndarray, ...]
+    site_rgba: np.ndarray
 
 
 def take_scene(model: Any, data: Any) -> Scene:
     """The scene as it is now."""
-    return tuple(array.copy() for array in _drawn(model, data))
+    return Scene(data.time, tuple(getattr(data, name).copy() for name in _DRAWN_OF_DATA), model.site_rgba.copy())
 
 
 def put_scene(model: Any, data: Any, scene: Scene) -> None:
     """Shows an earlier scene; the simulation cannot go on from there before it is reset."""
-    for array, values in zip(_drawn(model, data), scene, strict=True):
-        array[:] = values
-
-
-def _drawn(model: Any, data: Any) -> list[np.ndarray]:
-    return [*(getattr(data, name) for name in _DRAWN_OF_DATA), *(getattr(model, name) for name in _DRAWN_OF_MODEL)]
+    data.time, model.site_rgba[:] = scene.time, scene.site_rgba
+    for name, values in zip(_DRAWN_OF_DATA, scene.places, strict=True):
+        getattr(data, name)[:] = values
 
 
 class Renderer:
     """Draws a model from fixed cameras; several instances can exist at the same time."""
 
-    def __init__(self, model: Any, data: Any, cameras: Sequence[str], size: int, look: str):
+    def __init__(
+        self, model: Any, data: Any, cameras: Sequence[str], size: int, look: str, variations: Sequence[str] = ()
+    ):
         """Creates the OpenGL context, which copies what it needs of the model.
 
         Args:
@@ -58,6 +64,7 @@ class Renderer:
           cameras: their names.
           size: side of the images in pixels.
           look: one of `LOOKS`.
+          variations: what `vary` changes, see `como_jax.envs.libero.variation`.
 
         Raises:
           ConfigError: there is no OpenGL to draw with.
@@ -65,6 +72,7 @@ class Renderer:
         import mujoco
 
         self._model, self._data, self._cameras = model, data, tuple(cameras)
+        self._variation = Variation(model, variations) if variations else None
         # What lies outside the image may be seen in a mirror.
         self._culls = look == "fast"
         if look == "fast":
@@ -80,9 +88,23 @@ class Renderer:
         # Collision shapes, which robosuite hides too.
         self._options.geomgroup[0] = 0
 
+    def vary(self, seed: int) -> None:
+        """Lets the scene look otherwise from now on."""
+        import mujoco
+
+        if self._variation is not None:
+            for texture in self._variation.draw(seed):
+                mujoco.mjr_uploadTexture(self._model, self._renderer._mjr_context, texture)
+
     def render(self) -> list[np.ndarray]:
         """uint8 RGB `[size, size, 3]` of every camera, its lowest row first as robosuite has it."""
-        return [self._render(camera) for camera in self._cameras]
+        before = {name: getattr(self._data, name).copy() for name in _VARIED_OF_DATA}
+        if self._variation is not None:
+            self._variation.place(self._data, self._data.time)
+        images = [self._render(camera) for camera in self._cameras]
+        for name, values in before.items():
+            getattr(self._data, name)[:] = values
+        return images
 
     def _render(self, camera: str) -> np.ndarray:
         groups = self._model.geom_group.copy()

@@ -30,6 +30,7 @@ from como_jax.evaluation.rollouts.rollout import (
     parse_settings,
     rendered_size,
     roll_out,
+    trained_settings,
 )
 from como_jax.nn.model_def import ModelDef, Params
 from como_jax.spec.control import ControlConfig
@@ -166,7 +167,8 @@ class PolicyEvaluator:
         """Options of the environments; raises ConfigError, before training, if the policy cannot act in them."""
         if self._runner is None:
             raise ConfigError("evaluation.env needs a policy with actions; this one learns latent motion alone.")
-        size, settings = rendered_size(self._runner.spec), parse_settings(self._config.env_settings)
+        size, given = rendered_size(self._runner.spec), parse_settings(self._config.env_settings)
+        settings = trained_settings(self._runner.environment, self._names, given)
         environment = EnvironmentOptions(image_size=size, settings=settings)
         check_rollouts(self._runner.spec, self._names, environment, self._rollout_options())
         return environment

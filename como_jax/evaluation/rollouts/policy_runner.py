@@ -39,6 +39,7 @@ class PolicyRunner:
     Attributes:
       spec: of the policy, with the sizes of this robot's actions and states.
       step: updates that the policy has been trained for.
+      environment: family and settings of the environment that the robot's dataset was made in, where they are known.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class PolicyRunner:
         instructions: InstructionReader,
         mesh: Mesh,
         step: int = 0,
+        environment: Mapping[str, str] | None = None,
     ):
         self.spec, self._model_spec, self._stats = spec.sized_for(stats), spec, stats
+        self.environment = environment or {}
         self.step, self._params, self._instructions = step, params, instructions
         self._replicated = sharding.replicated(mesh)
 
@@ -110,9 +113,9 @@ def load_policy(
             f"`python -m experiments.train_policy --config.init_from={workdir}`."
         )
     instructions = InstructionReader.make(run.config.text, workdir)
-    return PolicyRunner(
-        run.model, run.params, spec, spec.robots[spec.choose_robot(dataset)], instructions, mesh, run.step
-    )
+    robot = spec.choose_robot(dataset)
+    environment = spec.environments.get(robot)
+    return PolicyRunner(run.model, run.params, spec, spec.robots[robot], instructions, mesh, run.step, environment)
 
 
 def with_sampling(config: ConfigDict, settings: Mapping[str, str]) -> ConfigDict:

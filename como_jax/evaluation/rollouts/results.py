@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,14 +16,13 @@ from etils import epath
 from matplotlib.figure import Figure
 from scipy import stats
 
-from como_jax.errors import RunError
 from como_jax.evaluation.tables import csv_text, markdown_table
 from como_jax.files import write_atomic, write_json, write_text
 
 CONFIDENCE = 0.95
+EPISODES_NAME = "episodes.csv"
 GRID_EPISODES = 12
 _GRID_COLUMNS = 3
-_MAX_NAME = 80
 _COLOURS = {True: "tab:green", False: "tab:red"}
 # With a larger denominator the clock of MP4, which has 32 bits, would overflow.
 _MAX_DENOMINATOR = 10_000
@@ -136,10 +133,11 @@ class SuccessRate:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSummary:
-    """Success by task, and over all episodes together."""
+    """Success by task, by suite where tasks are of several, and over all episodes together."""
 
     tasks: tuple[SuccessRate, ...]
     total: SuccessRate
+    suites: tuple[SuccessRate, ...] = ()
 
     @property
     def mean_rate(self) -> float | None:
@@ -149,15 +147,27 @@ class RolloutSummary:
 
     @property
     def rows(self) -> tuple[SuccessRate, ...]:
-        """The rows of a table: every task and, if there are several, all episodes together."""
-        return (*self.tasks, self.total) if len(self.tasks) > 1 else self.tasks
+        """The rows of a table: every task, every suite and, if there are several tasks, all episodes together."""
+        return (*self.tasks, *self.suites, self.total) if len(self.tasks) > 1 else self.tasks
 
 
 def summarize(results: Sequence[EpisodeResult]) -> RolloutSummary:
     """Success by task, in the order of their first episodes."""
     names = dict.fromkeys(result.task for result in results)
     tasks = tuple(SuccessRate.of(name, (result for result in results if result.task == name)) for name in names)
-    return RolloutSummary(tasks, SuccessRate.of("all", results))
+    return RolloutSummary(tasks, SuccessRate.of("all", results), _suites(results))
+
+
+def suite_of(task: str) -> str:
+    """The suite in the name of a task, as in `libero:libero_goal/7`; empty if it has none."""
+    return task.rpartition("/")[0]
+
+
+def _suites(results: Sequence[EpisodeResult]) -> tuple[SuccessRate, ...]:
+    """Success by suite, if there are several."""
+    names = [name for name in dict.fromkeys(suite_of(result.task) for result in results) if name]
+    rates = [SuccessRate.of(name, (result for result in results if suite_of(result.task) == name)) for name in names]
+    return tuple(rates) if len(rates) > 1 else ()
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -170,71 +180,59 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-@contextlib.contextmanager
-def new_directory(out: epath.PathLike | None, parent: epath.Path, name: str) -> Iterator[epath.Path]:
-    """Makes the directory of some rollouts: `out`, or by default a new one in `parent` that is named after `name`.
-
-    It is removed if nothing was written to it.
-
-    Raises:
-      RunError: it cannot be made, or `out` holds files already.
-    """
-    path = epath.Path(out) if out is not None else _unused(parent, name)
-    try:
-        path.mkdir(parents=True, exist_ok=out is not None)
-    except OSError as error:
-        raise RunError(f"`out` {path} cannot be made: {error}") from error
-    if any(path.iterdir()):
-        raise RunError(f"`out` {path} holds files already; choose another or empty it.")
-    try:
-        yield path
-    finally:
-        if not any(path.iterdir()):
-            path.rmdir()
-
-
 class RolloutRecorder:
     """Writes episodes.csv and videos whenever an episode ends, and the rest when all have ended."""
 
-    def __init__(self, out: epath.PathLike, num_tasks: int, videos: int | None):
+    def __init__(self, out: epath.PathLike, num_tasks: int, videos: int | None, ended: Sequence[EpisodeResult] = ()):
         """Prepares the recorder; nothing is written yet.
 
         Args:
           out: a directory, which gets the files.
           num_tasks: number of tasks that the episodes are of.
           videos: number of episodes of every task to write videos of; None for all.
+          ended: episodes that are in the directory already, from before it was stopped.
         """
         self._out, self._videos = epath.Path(out), videos
         self._shown_of_task = -(-GRID_EPISODES // num_tasks)
-        self._results: list[EpisodeResult] = []
-        self._shown: list[tuple[EpisodeResult, list[np.ndarray]]] = []
+        self._results = list(ended)
+        self._shown = [(result, images) for result in ended if (images := self._stored_images(result))]
 
     def __call__(self, result: EpisodeResult, recording: Recording) -> None:
         """Adds an episode that has ended."""
         self._results.append(result)
-        # At every episode, so that an interrupted run keeps what it measured.
-        write_text(self._out / "episodes.csv", episodes_csv(sorted(self._results, key=_identity)))
-        if result.crashed:
-            return
         frames = recording.frames
-        if self._videos is None or result.episode < self._videos:
-            folder = self._out / "videos"
-            folder.mkdir(exist_ok=True)
-            task = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in result.task)
-            name = f"{task}-{result.episode:03d}-{result.outcome}.mp4"
-            write_atomic(folder / name, lambda file: file.write(encode_video(frames, recording.rate)))
-        if result.episode < self._shown_of_task:
-            self._shown.append((result, [frames[0], frames[len(frames) // 2], frames[-1]]))
+        if not result.crashed:
+            if self._videos is None or result.episode < self._videos:
+                path = self._video(result)
+                path.parent.mkdir(exist_ok=True)
+                write_atomic(path, lambda file: file.write(encode_video(frames, recording.rate)))
+            if result.episode < self._shown_of_task:
+                self._shown.append((result, _for_grid(frames)))
+        # At every episode and after its video, so that an interrupted run keeps what it measured.
+        write_text(self._out / EPISODES_NAME, episodes_csv(sorted(self._results, key=_identity)))
+
+    def _video(self, result: EpisodeResult) -> epath.Path:
+        task = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in result.task)
+        return self._out / "videos" / f"{task}-{result.episode:03d}-{result.outcome}.mp4"
+
+    def _stored_images(self, result: EpisodeResult) -> list[np.ndarray]:
+        """Images of an episode for the grid, from its video; none if it has no video or no place there."""
+        path = self._video(result)
+        if result.episode >= self._shown_of_task or not path.exists():
+            return []
+        with av.open(io.BytesIO(path.read_bytes())) as container:
+            return _for_grid([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
     def finish(self, results: Sequence[EpisodeResult], facts: Mapping[str, Any]) -> RolloutSummary:
         """Writes the tables, summary.json with these facts, and grid.png if any episode finished."""
         summary = summarize(results)
-        write_text(self._out / "episodes.csv", episodes_csv(results))
+        write_text(self._out / EPISODES_NAME, episodes_csv(results))
         write_text(self._out / "table.csv", table_csv(summary))
         write_text(self._out / "table.md", table_markdown(summary))
         found = {
             "mean_rate_of_tasks": summary.mean_rate,
             "all": summary.total.as_json(),
+            "suites": {suite.task: suite.as_json() for suite in summary.suites},
             "tasks": {task.task: task.as_json() for task in summary.tasks},
         }
         write_json(self._out / "summary.json", {**facts, **found})
@@ -315,15 +313,9 @@ def table_markdown(summary: RolloutSummary) -> str:
     return markdown_table(rows, numbers=True)
 
 
+def _for_grid(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [frames[0], frames[len(frames) // 2], frames[-1]]
+
+
 def _identity(result: EpisodeResult) -> tuple[str, int]:
     return result.task, result.episode
-
-
-def _unused(parent: epath.Path, name: str) -> epath.Path:
-    """A path in `parent` that does not exist yet, named after `name`."""
-    stem, number = re.sub(r"[^\w.-]+", "-", name), 1
-    if len(stem) > _MAX_NAME:
-        stem = f"{stem[: _MAX_NAME // 2]}...{stem[-_MAX_NAME // 2 :]}"
-    while (path := parent / (stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return path

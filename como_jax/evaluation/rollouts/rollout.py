@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from como_jax.envs.base import FIRST_ROLLOUT_SEED, SEED_STRIDE, EnvironmentOptio
 from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
-from como_jax.evaluation.rollouts.results import EpisodeResult, Recording
+from como_jax.evaluation.rollouts.results import EpisodeResult, Recording, suite_of
 from como_jax.evaluation.rollouts.workers import Failed, MakeEnvironment, Reply, Start, Started, Step, WorkerPool
 from como_jax.spec.control import ControlConfig, Controller
 from como_jax.spec.interface import History, PolicySpec
@@ -92,6 +92,23 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     return settings
 
 
+def trained_settings(trained: Mapping[str, str], names: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Settings of environments: those given, and for others those under which the policy's dataset was made.
+
+    Args:
+      trained: what the dataset says about its environment: its family, and settings.
+      names: of the environments.
+      given: settings; there is a warning about those that differ from the dataset's.
+    """
+    family, own = trained.get("family"), {name: value for name, value in trained.items() if name != "family"}
+    if {name.partition(":")[0] for name in names} != {family}:
+        return dict(given)
+    for name, value in own.items():
+        if given.get(name, value) != value:
+            logger.warning("The policy was trained on images and states of %s=%s, not %s.", name, value, given[name])
+    return own | dict(given)
+
+
 def roll_out(
     runner: PolicyRunner,
     names: Sequence[str],
@@ -99,6 +116,7 @@ def roll_out(
     options: RolloutOptions,
     on_episode: OnEpisode = lambda result, recording: None,
     make: MakeEnvironment = make_environment,
+    ended: Sequence[EpisodeResult] = (),
 ) -> list[EpisodeResult]:
     """Rolls a policy out.
 
@@ -111,6 +129,7 @@ def roll_out(
       options: of the rollouts.
       on_episode: called with every episode as it ends, in no particular order.
       make: makes an environment; a function at the top of a module.
+      ended: episodes that are known already, and are not played again.
 
     Returns:
       All episodes, by task and number.
@@ -120,10 +139,10 @@ def roll_out(
       NonFiniteError: the policy returned actions that are not finite.
     """
     environment, options = _resolve(runner.spec, environment, options)
-    count = min(options.workers, len(names) * options.episodes)
+    count = max(1, min(options.workers, len(names) * options.episodes - len(ended)))
     with WorkerPool(count, make, options.start_timeout, options.step_timeout) as pool:
         _check_tasks(runner.spec, names, environment, environment_seed(options.seed, 0), pool)
-        return _Rollouts(runner, environment, options, pool).run(names, on_episode)
+        return _Rollouts(runner, environment, options, pool).run(names, on_episode, ended)
 
 
 def check_rollouts(
@@ -183,12 +202,15 @@ def _resolve(
 def _check_tasks(
     policy: PolicySpec, names: Sequence[str], environment: EnvironmentOptions, seed: int, pool: WorkerPool
 ) -> None:
-    """Begins an episode of every task; a simulator that crashes is only warned of, since it may not crash again.
+    """Begins an episode of every task, or of one of each suite, whose tasks are alike.
+
+    A simulator that crashes is only warned of, since it may not crash again.
 
     Raises:
       ConfigError: the policy cannot act in one of them, or one cannot be made.
     """
     warnings: dict[str, None] = {}
+    names = list({suite_of(name) or name: name for name in reversed(names)}.values())[::-1]
     for first in range(0, len(names), len(pool)):
         batch = names[first : first + len(pool)]
         for slot, name in enumerate(batch):
@@ -210,12 +232,14 @@ class _Rollouts:
     ):
         self._runner, self._environment, self._options, self._pool = runner, environment, options, pool
 
-    def run(self, names: Sequence[str], on_episode: OnEpisode) -> list[EpisodeResult]:
-        """All episodes of all tasks."""
-        waiting = collections.deque((name, episode) for name in names for episode in range(self._options.episodes))
+    def run(self, names: Sequence[str], on_episode: OnEpisode, ended: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+        """All episodes of all tasks, without playing those again that have ended."""
+        known = {(result.task, result.episode) for result in ended}
+        wanted = ((name, episode) for name in names for episode in range(self._options.episodes))
+        waiting = collections.deque(episode for episode in wanted if episode not in known)
         order = {name: number for number, name in enumerate(names)}
         playing: dict[int, _Episode] = {}
-        results: list[EpisodeResult] = []
+        results = list(ended)
         with (
             tqdm(total=len(waiting), unit="episode", disable=None, leave=False) as bar,
             logging_redirect_tqdm([logging.getLogger("como_jax")]),

@@ -1,0 +1,1 @@
+"""Demonstrations in LIBERO's simulator."""
