@@ -16,6 +16,7 @@ from como_jax.convert import images
 from como_jax.convert.builder import EpisodeBuilder, Item, SourceError, StepLayout, Warned
 from como_jax.convert.images import GREY, Decoded, Frame, NotRgbError
 from como_jax.convert.lerobot import order, placement
+from como_jax.convert.lerobot.language import column_texts, language_columns, like_labels
 from como_jax.convert.lerobot.metadata import INFO_PATH, EpisodeEntry, Feature, Metadata, read_metadata
 from como_jax.convert.lerobot.reading import (
     bounds,
@@ -58,6 +59,10 @@ class LeRobotSettings(Settings):
     camera: tuple[str, ...] = setting("keys or names of cameras, the main camera first [all with images]", ())
     action: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [action]", None)
     state: tuple[str, ...] | None = setting("keys, joined in this order; '' for none [observation.state]", None)
+    language: str | None = setting(
+        "columns of texts, or of numbers of tasks, that mean the same; '' for none [the tasks, and the usual ones]",
+        None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,7 @@ class LeRobot(EpisodeBuilder):
     def episodes(self, source: Source) -> Iterator[Item]:
         """The one episode of a source."""
         entry, selection = self._entries[source.path], self.selection
-        table, warnings = self._rows(entry, (*selection.actions, *selection.states))
+        table, warnings = self._rows(entry, (*selection.actions, *selection.states, *selection.language_keys))
         states, actions = join_numbers(table, selection.states), join_numbers(table, selection.actions)
         parts = {name: self._part(entry, name) for name in selection.cameras}
         frames = {name: self._frames(entry, name, part, table.num_rows) for name, part in parts.items()}
@@ -203,13 +208,23 @@ class LeRobot(EpisodeBuilder):
             raise SourceError(f"{path} {error}") from error
         return full_path
 
-    def _language(self, entry: EpisodeEntry, table: pa.Table) -> tuple[str, list[str]]:
-        """Returns the instruction of an episode, and what is unusual about it."""
-        texts = [self.metadata.tasks.get(index, "") for index in dict.fromkeys(task_indices(table))]
-        # The list of the episode also holds annotations that are not instructions, so it comes second.
-        text = next(filter(None, [*texts[:1], *entry.tasks]), "").strip()
-        warnings = [SEVERAL_TASKS] if len(texts) > 1 else []
-        return text, warnings if text else [*warnings, NO_TASK]
+    def _language(self, entry: EpisodeEntry, table: pa.Table) -> tuple[list[str], list[str]]:
+        """Returns the instructions of an episode, and what is unusual about them."""
+        texts, warnings = column_texts(table, self.selection.language_keys, self.metadata.tasks)
+        if self.settings.language is None:
+            tasks = [self.metadata.tasks.get(index, "") for index in dict.fromkeys(task_indices(table))]
+            # The list of the episode also holds annotations that are not instructions, so it comes second.
+            texts.insert(0, next(filter(None, [*tasks[:1], *entry.tasks]), "").strip())
+            warnings += [SEVERAL_TASKS] if len(tasks) > 1 else []
+        texts = [text for text in texts if text]
+        return texts, warnings if texts or self.settings.language == "" else [*warnings, NO_TASK]
+
+    def label_files(self) -> list[str]:
+        """The tasks, and the columns that look as if they held instructions, unless the user wants none."""
+        if self.settings.language == "":
+            return []
+        tasks = sorted(path for path in self.metadata.files.paths if path.startswith("meta/tasks"))
+        return [*tasks, *like_labels(self.metadata.features)]
 
     @functools.cached_property
     def metadata(self) -> Metadata:
@@ -239,6 +254,7 @@ class LeRobot(EpisodeBuilder):
             cameras=select_cameras(sorted(stored, key=lambda key: "depth" in key.lower()), settings.camera),
             actions=_select_numbers(metadata.features, "action", settings.action, _ACTION_KEYS),
             states=_select_numbers(metadata.features, "state", settings.state, _STATE_KEYS),
+            language=language_columns(metadata.features, self._table_columns, settings.language),
         )
 
     @functools.cached_property
