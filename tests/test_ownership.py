@@ -9,6 +9,7 @@ from etils import epath
 
 from como_jax.errors import OutputError, RunError
 from como_jax.ownership import MARK, claim, strangers
+from como_jax.pages import render_page
 from como_jax.staging import Staging, check_apart, check_output, new_folder, real_output
 from como_jax.training.run import RUN_FILES, check_workdir
 from configs import pretrain_mae
@@ -151,6 +152,18 @@ def test_a_linked_staging_folder_and_what_is_put_into_one_are_kept(tmp_path):
     with Staging(epath.Path(tmp_path / "other"), "conversion").locked():
         (tmp_path / "other.partial/mine.mp4").write_text("put there meanwhile")
     assert os.listdir(tmp_path / "other.partial") == ["mine.mp4"]
+
+
+def test_a_page_of_somebody_else_is_kept(tmp_path):
+    (tmp_path / "template").write_text('<html><meta name="generator" content="como_jax"><p>{{ text }}</html>')
+    page = tmp_path / "page.html"
+    for text in ("one", "two"):
+        render_page(page, tmp_path / "template", text=text)
+    assert "two" in page.read_text()
+    page.write_text("<html>my own page</html>")
+    with pytest.raises(OutputError, match=r"page\.html was not made by this project"):
+        render_page(page, tmp_path / "template", text="three")
+    assert "my own page" in page.read_text()
 
 
 def test_single_files_are_claimed(tmp_path):

@@ -23,6 +23,7 @@ from como_jax.doctor.sources import open_view
 from como_jax.doctor.survey import Thresholds
 from como_jax.errors import ConfigError, UsageError
 from como_jax.files import write_text
+from como_jax.pages import check_page
 
 
 class FaultsError(UsageError):
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     if values.control_rate is not None:
         check_control_rate(values.control_rate)
     page = page_path(dataset, values.out)
+    check_page(page)
     for path in filter(None, (page, values.json)):
         check_outside(epath.Path(path), dataset)
     view = open_view(dataset, values.control_rate)

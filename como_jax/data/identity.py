@@ -46,7 +46,7 @@ def identify(directory: epath.PathLike, opened: Iterable[EpisodeSource] = ()) ->
     return {
         **{f"episodes of {source.split}": len(source.length) for source in sources},
         **{f"steps of {source.split}": len(source) for source in sources},
-        "instructions": _digest(source.instruction for source in sources),
+        "instructions": _digest(part for source in sources for part in (source.instruction, source.other_instructions)),
         "episodes": _digest(part for source in sources for part in (source.episode_id, source.length)),
         "control rates": _digest(source.control_rate for source in sources),
         "images": _digest(part for source in sources for part in (source.motion, *_some_images(source))),
@@ -58,6 +58,11 @@ def identify(directory: epath.PathLike, opened: Iterable[EpisodeSource] = ()) ->
         "builder": report.get("builder"),
         "conversion": settings,
     }
+
+
+def digest_vectors(vectors: Mapping[str, np.ndarray]) -> str | None:
+    """A digest of vectors by their names, in any order."""
+    return _digest(part for name in sorted(vectors) for part in ([name], vectors[name]))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -92,7 +97,7 @@ def _labels_of(source: EpisodeSource) -> list[np.ndarray | None]:
     return [source.latent_motion, source.latent_valid, source.latent_codes]
 
 
-def _digest(parts: Iterable[np.ndarray | list[str] | None]) -> str | None:
+def _digest(parts: Iterable[np.ndarray | list[Any] | None]) -> str | None:
     """A digest of arrays and texts; None where there are none."""
     digest, is_empty = hashlib.blake2b(digest_size=12), True
     for part in parts:

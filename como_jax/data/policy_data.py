@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.data.chunks import ChunkConfig, ChunkFiller, PolicyPart, find_cameras
-from como_jax.data.identity import Identity, identify
+from como_jax.data.identity import Identity, digest_vectors, identify
 from como_jax.data.instructions import InstructionReader, InstructionTable, read_embeddings
 from como_jax.data.mixture import MixtureEntry, parse_mixture
 from como_jax.data.reader import BatchReader
@@ -53,7 +53,12 @@ class PolicyData:
 
     def identify(self) -> dict[str, Identity]:
         """The identity of every dataset, by its directory."""
-        return {str(part.source.directory): identify(part.source.directory, [part.source]) for part in self.parts}
+        found = {str(part.source.directory): identify(part.source.directory, [part.source]) for part in self.parts}
+        for part in self.parts:
+            if part.instructions.key == "text_embedding":
+                name = part.source.directory
+                found[str(name)]["embeddings of instructions"] = digest_vectors(dict(read_embeddings(name).items()))
+        return found
 
     def scales(self) -> dict[str, dict[str, Normalizer | None]]:
         """What normalises the numbers of every dataset, by its name."""

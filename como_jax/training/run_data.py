@@ -78,10 +78,11 @@ def changed_since(workdir: epath.PathLike) -> list[str]:
     sentences = []
     for name, before in (_last(workdir) or {}).items():
         try:
-            found = changes(before, identify(name))
+            now = identify(name)
         except UsageError:
             continue  # It is not here, which does no harm by itself.
-        if found:
+        # What only a run reads of its data, such as embeddings, is not in the identity of the dataset.
+        if found := changes({fact: value for fact, value in before.items() if fact in now}, now):
             sentences.append(f"{name} is not what {workdir} was trained on: {'; '.join(found)}.")
     return sentences
 
