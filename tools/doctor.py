@@ -33,7 +33,7 @@ class FaultsError(UsageError):
 def define_flags() -> None:
     """Defines the flags of the command."""
     defaults = Thresholds()
-    flags.DEFINE_string("out", None, "HTML file, or a folder for it [DATASET_doctor.html].")
+    flags.DEFINE_string("out", None, "File that ends in .html, or a folder for it [DATASET_doctor.html].")
     flags.DEFINE_string("json", None, "JSON file with the same content.")
     flags.DEFINE_integer("max_episodes", 100, "Look at this many, evenly spread; 0 for all.", lower_bound=0)
     flags.DEFINE_float("control_rate", None, "Steps per second (Hz) of a source, where it is known better.")
@@ -59,8 +59,10 @@ def main(arguments: Sequence[str]) -> None:
     thresholds = Thresholds(values.gap_seconds, values.still, values.cut)
     diagnosis = examine(view, values.max_episodes, thresholds, show_progress=True)
     try:
+        page.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, diagnosis)
         if values.json:
+            epath.Path(values.json).parent.mkdir(parents=True, exist_ok=True)
             write_text(values.json, to_json(diagnosis))
     except OSError as error:
         raise ConfigError(f"The report cannot be written; choose another --out or --json: {error}") from error
@@ -76,7 +78,7 @@ def page_path(dataset: epath.Path, out: str | None) -> epath.Path:
     if out is None:
         return epath.Path(name)
     path = epath.Path(out).expanduser()
-    return path / name if path.is_dir() else path
+    return path / name if path.is_dir() or path.suffix.lower() not in (".html", ".htm") else path
 
 
 def check_outside(path: epath.Path, dataset: epath.Path) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 
+from como_jax.data.parquet import read_parquet
 from como_jax.errors import one_line
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -81,8 +81,7 @@ class LabelFile(NamedTuple):
         """
         suffix = path.suffix.lower()
         if suffix == ".parquet":
-            with path.open("rb") as file:
-                return self._rows(pq.read_table(file).to_pylist())
+            return self._rows(read_parquet(path).to_pylist())
         text = _decoded(path.read_bytes())
         if suffix == ".txt":
             return [_entry(path.stem, text)]

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from etils import epath
 from tqdm import tqdm
 
 from como_jax.convert.statistics import dataset_statistics
 from como_jax.data import schema
+from como_jax.data.parquet import read_parquet
 from como_jax.files import write_json
 from como_jax.spec.normalization import AffineNormalizer, lost_dimensions
 
@@ -137,8 +137,7 @@ def _num_instructed(paths: Iterable[epath.Path]) -> int:
     """Returns how many episodes of some tables have an instruction."""
     count = 0
     for path in paths:
-        with path.open("rb") as file:
-            texts = pq.read_table(file, columns=["language_instruction"]).column(0)
+        texts = read_parquet(path, ["language_instruction"]).column(0)
         count += sum(bool(text) for text in texts.to_pylist())
     return count
 

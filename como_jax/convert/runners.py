@@ -25,7 +25,7 @@ from etils import epath
 from como_jax.convert.report import Progress, SourceOutcome
 from como_jax.convert.shards import ShardNotes
 from como_jax.convert.sources import Shard
-from como_jax.errors import ConversionError
+from como_jax.errors import ConversionError, UsageError
 from como_jax.staging import Staging
 
 BEAM_RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
@@ -236,13 +236,16 @@ def _end_with_parent() -> None:
 
 
 def _sendable(error: BaseException) -> BaseException:
-    """Returns the error, with its traceback in a note, in a form that can be sent to another process."""
-    trace = "".join(traceback.format_exception(error))
+    """Returns the error in a form that can be sent to another process.
+
+    The traceback of a mistake goes along in a note. Errors that the command reports in one line have none.
+    """
     try:
         copy = multiprocessing.reduction.ForkingPickler.loads(multiprocessing.reduction.ForkingPickler.dumps(error))
     except Exception:
         copy = RuntimeError(f"{type(error).__name__}: {error}")
-    copy.add_note(f"in a worker process:\n{trace}")
+    if not isinstance(error, UsageError | OSError | KeyboardInterrupt):
+        copy.add_note(f"in a worker process:\n{''.join(traceback.format_exception(error))}")
     return copy
 
 

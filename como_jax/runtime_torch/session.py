@@ -16,6 +16,7 @@ from como_jax.runtime_torch.noise import DrawnNoise, Noise
 from como_jax.spec.control import ControlConfig, Controller
 from como_jax.spec.images import fit_frames
 from como_jax.spec.interface import History, PolicySpec
+from como_jax.spec.observations import check_image, check_instruction, check_state
 
 Sample = Callable[[Sequence[History], Noise], np.ndarray]
 
@@ -50,9 +51,9 @@ class Session:
         Call it at every control step, also at those whose action is in the queue already: the history grows by it.
 
         Args:
-          observation: `images`, uint8 RGB `[H, W, 3]` of any size by camera, and `state`, numbers `[S]` in the robot's
-            units, where the policy uses one.
-          instruction: what to do, in words.
+          observation: `images`, uint8 RGB `[H, W, 3]` or `[3, H, W]` of any size by camera, and `state`, numbers or
+            truth values `[S]` in the robot's units, where the policy uses one.
+          instruction: what to do, in words; text, or bytes in UTF-8; may be empty.
           noise: for the chunk, if one is due; None for the session's own.
 
         Raises:
@@ -60,7 +61,7 @@ class Session:
           NonFiniteError: the policy gave an action that is not finite.
           In both cases the session is as it was before the call.
         """
-        self._observe(observation, instruction)
+        instruction = self._observe(observation, instruction)
         if self._controller.needs_chunk():
             self._controller.add_chunk(self._chunk(instruction, noise))
         return self._controller.next_action()
@@ -70,7 +71,7 @@ class Session:
 
         The queue of `act` does not change. Otherwise like `act`: every call is a step of the history.
         """
-        self._observe(observation, instruction)
+        instruction = self._observe(observation, instruction)
         return self._chunk(instruction, noise)
 
     def _chunk(self, instruction: str, noise: Noise | None) -> np.ndarray:
@@ -85,11 +86,9 @@ class Session:
             raise
         return chunk
 
-    def _observe(self, observation: Mapping[str, Any], instruction: str) -> None:
-        """Checks what is seen, and keeps it as the model will see it."""
-        if not isinstance(instruction, str):
-            raise InputError(f"instruction is {type(instruction).__name__} and must be text.")
-        spec = self._spec
+    def _observe(self, observation: Mapping[str, Any], instruction: Any) -> str:
+        """Checks what is seen, and keeps it as the model will see it; returns the instruction as text."""
+        text, spec = check_instruction("instruction", instruction), self._spec
         images = observation.get("images") if isinstance(observation, Mapping) else None
         if not isinstance(images, Mapping):
             raise InputError(f"observation.images must hold an image of {', '.join(spec.cameras)}, by camera.")
@@ -97,14 +96,11 @@ class Session:
         for camera in spec.cameras:
             if camera not in images:
                 raise InputError(f"observation.images.{camera} is missing; there are {', '.join(images) or 'none'}.")
-            image = np.asarray(images[camera])
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-                raise InputError(
-                    f"observation.images.{camera} is {image.dtype} {list(image.shape)} and must be uint8 RGB [H, W, 3]."
-                )
+            image = check_image(f"observation.images.{camera}", images[camera])
             # A copy, since drivers of cameras may reuse their memory.
             frames[camera] = fit_frames(image, spec.image_size, spec.fit).copy()
         self._controller.observe(frames, self._check_state(observation.get("state")))
+        return text
 
     def _check_state(self, state: Any) -> np.ndarray:
         """float32 `[S]`, empty where the policy uses none."""
@@ -113,12 +109,4 @@ class Session:
             return np.zeros(0, np.float32)
         if state is None:
             raise InputError(f"observation.state is missing; it must be {size} numbers.")
-        try:
-            numbers = np.array(state, np.float32)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"observation.state must be {size} numbers: {error}.") from error
-        if numbers.shape != (size,):
-            raise InputError(f"observation.state is {list(numbers.shape)} and must be [{size}].")
-        if not np.isfinite(numbers).all():
-            raise InputError("observation.state holds numbers that are not finite.")
-        return numbers
+        return check_state("observation.state", state, size)

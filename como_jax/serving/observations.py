@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from como_jax.errors import ConfigError, closest
+from como_jax.errors import ConfigError, InputError, closest
 from como_jax.serving.policy import PolicyInputs
 from como_jax.serving.protocol import RequestError
+from como_jax.spec.observations import check_image, check_instruction, check_numbers, check_state
 
 STATE, PROMPT, RESET = "state", "prompt", "reset"
 _PREFIXES = ("observation/", "images/", "observation/images/", "")
 _MAX_DEPTH = 8
-_MAX_PROMPT = 4096
 
 
 class PolicyRequest(NamedTuple):
@@ -88,50 +88,36 @@ class ObservationReader:
         if not isinstance(message, dict):
             raise RequestError(f"An observation must be a map of fields, not {type(message).__name__}.")
         found = dict(_flatten(message))
-        return PolicyRequest(
-            images={camera: self._image(found, camera) for camera in self._inputs.cameras},
-            state=self._state(found),
-            prompt=self._prompt(found),
-            reset=_flag(found.get(RESET, False)),
-        )
+        try:
+            return PolicyRequest(
+                images={camera: self._image(found, camera) for camera in self._inputs.cameras},
+                state=self._state(found),
+                prompt=self._prompt(found),
+                reset=_flag(found.get(RESET, False)),
+            )
+        except InputError as error:
+            raise RequestError(str(error)) from error
 
     def _image(self, found: Mapping[str, Any], camera: str) -> np.ndarray:
         (name,) = self._locate(found, camera)
-        image = found[name]
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-            raise RequestError(f"{name} must be an array of uint8, RGB from 0 to 255, not {_describe(image)}.")
-        # Channels first, as PyTorch has them; openpi's server takes such images too.
-        if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
-            image = np.ascontiguousarray(np.moveaxis(image, 0, 2))
-        if image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise RequestError(f"{name} must have shape [H, W, 3], not {list(image.shape)}.")
-        return image
+        return check_image(name, found[name])
 
     def _state(self, found: Mapping[str, Any]) -> np.ndarray:
         size = self._inputs.state_size
         if not size:
             return np.zeros(0, np.float32)
         names = self._locate(found, STATE)
-        state = np.concatenate([_numbers(name, found[name]) for name in names])
-        if len(state) != size:
-            raise RequestError(f"{' + '.join(names)} must be {size} numbers, not {len(state)}.")
-        return state
+        state = np.concatenate([check_numbers(name, found[name]) for name in names])
+        return check_state(" + ".join(names), state, size)
 
     def _prompt(self, found: Mapping[str, Any]) -> str:
         if not self._inputs.uses_text:
             return ""
         ((name,),) = self._ways[PROMPT]
-        prompt = found.get(name, "")
-        if isinstance(prompt, np.ndarray) and prompt.dtype.kind == "U" and prompt.size == 1:
-            prompt = prompt.item()
-        if not isinstance(prompt, str):
-            raise RequestError(f"{name} must be text, not {_describe(prompt)}.")
-        if len(prompt) > _MAX_PROMPT:
-            raise RequestError(f"{name} has {len(prompt)} characters; {_MAX_PROMPT} are the most.")
-        prompt = str(prompt) if prompt.strip() else self._default_prompt
-        if not prompt:
-            raise RequestError(f"{name} is missing: the policy needs an instruction to act.")
-        return prompt
+        if name not in found and not self._default_prompt:
+            raise RequestError(f"{name} is missing: the policy reads an instruction, which may be empty.")
+        prompt = check_instruction(name, found.get(name, ""))
+        return prompt if prompt.strip() else self._default_prompt or prompt
 
     def _locate(self, found: Mapping[str, Any], name: str) -> tuple[str, ...]:
         """The fields of the message that hold an input."""
@@ -163,29 +149,7 @@ def _flatten(fields: Mapping[Any, Any], prefix: str = "", depth: int = 1) -> Ite
             yield prefix + name, value
 
 
-def _numbers(name: str, value: Any) -> np.ndarray:
-    """float32 `[n]`."""
-    try:
-        numbers = np.atleast_1d(np.asarray(value))
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
-            raise ValueError
-    # NumPy raises these for lists of different lengths and for integers of more than 64 bits.
-    except (ValueError, OverflowError):
-        raise RequestError(f"{name} must be a row of numbers, not {_describe(value)}.") from None
-    with np.errstate(over="ignore"):
-        numbers = numbers.astype(np.float32)
-    if not np.isfinite(numbers).all():
-        raise RequestError(f"{name} holds numbers that are not finite.")
-    return numbers
-
-
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise RequestError(f"{RESET} must be true or false, not {_describe(value)}.")
+        raise RequestError(f"{RESET} must be true or false, not {type(value).__name__}.")
     return bool(value)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {list(value.shape)}"
-    return type(value).__name__

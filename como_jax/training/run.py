@@ -18,6 +18,7 @@ from como_jax.errors import RunError
 from como_jax.files import write_text
 from como_jax.motion.models import FAMILIES, build_model
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.exported import FORMAT as EXPORT_FORMAT
 from como_jax.spec.interface import POLICY_FILE
 from como_jax.spec.policies import with_new_names
 from como_jax.training import sharding
@@ -155,11 +156,18 @@ def read_config(workdir: epath.Path) -> ConfigDict:
       RunError: the directory holds no run, or a damaged one.
     """
     try:
-        return ConfigDict(json.loads((workdir / "config.json").read_text(), object_hook=with_new_names))
+        content = json.loads((workdir / "config.json").read_text(), object_hook=with_new_names)
+        config = ConfigDict(content)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"`workdir` {workdir} holds no run: it has no config.json.") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{workdir}/config.json is damaged: {error}") from error
+    if config.get("format") == EXPORT_FORMAT:
+        raise RunError(
+            f"`workdir` {workdir} is an export for PyTorch, not a run; name the run that it was made of. Exports are "
+            "for `python -m tools.serve --model` and como_jax.runtime_torch."
+        )
+    return config
 
 
 def check_workdir(workdir: epath.PathLike, config: ConfigDict, allowed: Allowed = NOTHING_ELSE) -> None:

@@ -10,7 +10,8 @@ import pytest
 from fake_builder import FakeBuilder, FakeSettings
 
 from como_jax.convert.builder import ConversionError
-from como_jax.convert.runners import run_here, run_in_processes, run_on_beam
+from como_jax.convert.runners import _sendable, run_here, run_in_processes, run_on_beam
+from tools.datasets.build import with_notes
 
 two_processes = functools.partial(run_in_processes, count=2)
 needs_beam = pytest.mark.skipif(
@@ -99,6 +100,15 @@ def test_a_mistake_in_a_builder_comes_back_from_its_process(tmp_path):
         FakeBuilder(tmp_path / "out", settings).convert(runner=two_processes)
     assert "fake_builder.py" in error.value.__notes__[0]
     assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_in_a_process_is_one_line(tmp_path):
+    full = _sendable(OSError(28, "No space left on device", "records"))
+    assert isinstance(full, OSError) and str(full) == "[Errno 28] No space left on device: 'records'"
+    for error in (full, _sendable(ConversionError("no such key")), _sendable(KeyboardInterrupt())):
+        assert not hasattr(error, "__notes__")
+    assert "Traceback" not in with_notes("the conversion failed", full)
+    assert "in a worker process" in _sendable(TypeError("a mistake")).__notes__[0]
 
 
 def test_the_number_of_processes_is_checked(tmp_path):

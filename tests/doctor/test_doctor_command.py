@@ -10,6 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from etils import epath
+
+from tools import doctor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,6 +68,15 @@ def test_strict_makes_faults_an_error(clips, tmp_path):
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == f"error: {clips} has errors or warnings, see above."
     assert (tmp_path / "clips_doctor.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "page"),
+    [("new", "new/d_doctor.html"), ("new.d/x", "new.d/x/d_doctor.html"), ("a/b.html", "a/b.html"), ("B.HTM", "B.HTM")],
+)
+def test_out_is_a_folder_unless_it_ends_in_html(tmp_path, monkeypatch, out, page):
+    monkeypatch.chdir(tmp_path)
+    assert doctor.page_path(epath.Path("d"), out) == epath.Path(page)
 
 
 # One process for all mistakes, since the imports take longer than finding them.

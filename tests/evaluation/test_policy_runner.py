@@ -188,6 +188,9 @@ def test_a_run_that_is_no_policy_is_refused(
         load_policy(smoke_run("como"), mesh)
     with pytest.raises(RunError, match="holds no run"):
         load_policy(tmp_path, mesh)
+    (tmp_path / "config.json").write_text('{"format": "como_jax", "version": 2, "kind": "policy"}')
+    with pytest.raises(RunError, match="is an export for PyTorch, not a run; name the run that it was made of"):
+        load_policy(tmp_path, mesh)
     run = policy_run("diffusion", robot_dataset, **{"train.stop_after": 1})
     text = (run.workdir / POLICY_FILE).read_text()
     try:

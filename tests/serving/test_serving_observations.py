@@ -69,6 +69,7 @@ def test_messages_without_prompt_get_the_default_one() -> None:
     ("changes", "reason"),
     [
         ({"observation/top": None}, "observation/top must be an array of uint8, RGB from 0 to 255, not NoneType"),
+        ({"observation/top": b"jpeg"}, "observation/top must be an array of uint8, RGB from 0 to 255, not bytes"),
         ({"observation/top": IMAGE / 255}, "observation/top must be an array of uint8, RGB from 0 to 255, not float"),
         ({"observation/wrist": IMAGE[0]}, "observation/wrist must have shape [H, W, 3], not [6, 3]"),
         ({"observation/wrist": IMAGE[:0]}, "observation/wrist must have shape [H, W, 3], not [0, 6, 3]"),
@@ -79,7 +80,7 @@ def test_messages_without_prompt_get_the_default_one() -> None:
         ({"observation/state": "1"}, "observation/state must be a row of numbers, not str"),
         ({"observation/state": [2**70]}, "observation/state must be a row of numbers, not list"),
         ({"prompt": 3}, "prompt must be text, not int"),
-        ({"prompt": " "}, "prompt is missing"),
+        ({"prompt": b"\xff"}, "prompt must be text; these bytes are not UTF-8"),
         ({"prompt": "a" * 5000}, "prompt has 5000 characters"),
         ({"reset": 1}, "reset must be true or false"),
         ({3: 4}, "Names of fields must be text, not int"),

@@ -86,7 +86,7 @@ def column_names(path: epath.PathLike) -> set[str]:
 def first_stored(path: epath.PathLike, key: str) -> Decoded:
     """Returns the first image of a column; raises like `read_rows` and `stored_frames`."""
     with epath.Path(path).open("rb") as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=[key]):
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=[key], use_threads=False):
             return next(stored_frames(pa.chunked_array([batch.column(0)])))
     raise SourceError("the table has no rows")
 
