@@ -73,8 +73,10 @@ class InverseDynamics(nnx.Module):
         tokens.append(motion + expand(self.motion_type))
         x = jnp.concatenate(tokens, axis=1)
         x = x + broadcast_param(self.pos_embed[...], x.shape, x.dtype)
-        x = self.norm(self.blocks(x, num_outputs=self.num_queries))
-        return self.latent_out(jnp.tanh(self.latent_hidden(x)))
+        # So few tokens are cheaper to exchange than the layers' kernels, which XLA does unless it is told otherwise.
+        x = keep_batch_split(self.norm(self.blocks(x, num_outputs=self.num_queries)))
+        hidden = keep_batch_split(jnp.tanh(self.latent_hidden(x)))
+        return keep_batch_split(self.latent_out(hidden))
 
 
 class ForwardDynamics(nnx.Module):

@@ -56,7 +56,9 @@ class Attention(FusableAttention):
           num_outputs: how many of the first tokens are computed; None computes all.
         """
         x = x.astype(self.dtype)
-        query, key, value = self._heads(x[:, :num_outputs], 0), self._heads(x, 1), self._heads(x, 2)
+        # XLA would exchange so few tokens, or their gradients, between devices in place of the kernel.
+        asked = x if num_outputs is None else keep_batch_split(x[:, :num_outputs])
+        query, key, value = self._heads(asked, 0), self._heads(x, 1), self._heads(x, 2)
         mixed = attend(query, key, value, mask, implementation=self.implementation)
         return project(mixed, self.proj.kernel[...], self.proj.bias[...], num_inputs=2)
 

@@ -78,9 +78,9 @@ def test_a_train_step_for_a_slice_is_split_as_planned(variant: str, topology: st
 
 def check_that_samples_stay(module: Module) -> None:
     """No chip gets activations of another."""
-    exchanged = [shape.dims for item in collectives(module) for shape in item.shapes]
+    exchanged = [(item.source, shape.dims) for item in collectives(module) for shape in item.shapes]
     assert exchanged
-    assert not [dims for dims in exchanged if any(size % PER_CHIP == 0 for size in dims)]
+    assert not [(source, dims) for source, dims in exchanged if any(size % PER_CHIP == 0 for size in dims)]
 
 
 def check_that_sums_are_in_float32(module: Module) -> None:
