@@ -32,7 +32,7 @@ class Listing:
 
 
 def list_files(root: epath.Path) -> Listing:
-    """Lists all files below a folder. Links to folders are followed, but no folder is read twice."""
+    """Lists all files below a folder. Links to folders are followed, unless to what holds it or was read before."""
     names: list[epath.Path] = []
     links: list[epath.Path] = []
     again: list[str] = []
@@ -52,7 +52,7 @@ def list_files(root: epath.Path) -> Listing:
             links += [folder / name for name in sorted(linked) if not _is_hidden((folder / name).relative_to(root))]
         while links and not waiting:
             link = links.pop(0)
-            if os.path.realpath(link) in seen:
+            if (real := os.path.realpath(link)) in seen or epath.Path(os.path.realpath(root)).is_relative_to(real):
                 again.append(_as_text(link.relative_to(root).as_posix()))
             else:
                 waiting.append(link)

@@ -32,6 +32,7 @@ from lerobot_files import (
 )
 
 from como_jax.convert.lerobot.builder import LeRobot, LeRobotSettings
+from como_jax.convert.lerobot.metadata import read_metadata
 from como_jax.errors import ConversionError
 
 
@@ -241,23 +242,35 @@ def test_cameras_whose_names_would_be_mixed_up(tmp_path, check_dataset):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tasks.jsonl", b'{"task_index": 0, "task": "caf\xe9"}', "tasks.jsonl cannot be read: 'utf-8'"),
-        ("tasks.jsonl", b'{"task_index": 0, "task": "\\ud800"}', "tasks.jsonl, line 1: "),
-        ("tasks.jsonl", b'{"task_index": "0", "task": "a"}', "tasks.jsonl: task_index must be a whole number"),
-        ("tasks.jsonl", b'{"task_index": 0.5, "task": "a"}', "tasks.jsonl: task_index must be a whole number"),
-        ("episodes.jsonl", b'{"episode_index": 1, "tasks": ["push"]', "episodes.jsonl, line 1: "),
-        ("episodes.jsonl", b'{"episode_index": -1}', "episodes.jsonl: episode_index must be a whole number"),
-        ("episodes.jsonl", b'{"episode_index": true}', "episodes.jsonl: episode_index must be a whole number"),
-        ("episodes.jsonl", b'"episode"', "episodes.jsonl, line 1: expected a JSON object"),
-        ("episodes.jsonl", b"[" * 100_000, "episodes.jsonl, line 1: "),
-        ("episodes.jsonl", b'\n\n{"episode_index": 1} x', "episodes.jsonl, line 3: "),
+        ("tasks.jsonl", b'{"task_index": 0, "task": "caf\xe9"}', "line 1 ('utf-8'"),
+        ("tasks.jsonl", b'{"task_index": 0, "task": "\\ud800"}', "line 1 ('utf-8'"),
+        ("tasks.jsonl", b'{"task_index": "0", "task": "a"}', "line 1 (task_index must be a whole number, got '0')"),
+        ("tasks.jsonl", b'{"task_index": 0.5, "task": "a"}', "line 1 (task_index must be a whole number, got 0.5)"),
+        ("tasks.jsonl", b'{"task_index": 0, "task": 7}', "line 1 (task must be a text, got 7)"),
+        ("episodes.jsonl", b'{"episode_index": 1, "tasks": ["push"]', "line 1 (Expecting"),
+        ("episodes.jsonl", b'{"episode_index": -1}', "line 1 (episode_index must be a whole number, got -1)"),
+        ("episodes.jsonl", b'{"episode_index": true}', "line 1 (episode_index must be a whole number, got True)"),
+        ("episodes.jsonl", b'{"episode_index": NaN}', "line 1 (episode_index must be a whole number, got nan)"),
+        ("episodes.jsonl", b'"episode"', "line 1 (expected a JSON object)"),
+        ("episodes.jsonl", b"[" * 100_000, "line 1 (nested too deeply)"),
+        ("episodes.jsonl", b'\n\n{"episode_index": 1} x', "line 3 (Extra data"),
     ],
 )
-def test_lists_that_are_broken(tmp_path, name, content, message):
+def test_damaged_lines_of_lists_are_left_out_and_named(tmp_path, name, content, message):
     source = write_v2(tmp_path / "data")
-    (source / "meta" / name).write_bytes(content)
-    with pytest.raises(ConversionError, match=message):
-        convert(source, tmp_path / "out")
+    path = source / "meta" / name
+    path.write_bytes(content + b"\n" + path.read_bytes())
+    report = convert(source, tmp_path / "out")
+    assert report["left_out"] == []
+    (warning,) = (warning["message"] for warning in report["warnings"])
+    assert warning.startswith(f"meta/{name}: damaged entries were left out: {message}")
+
+
+def test_many_damaged_lines_are_counted(tmp_path):
+    source = write_v2(tmp_path / "data")
+    (source / "meta" / "episodes.jsonl").write_bytes(b"{\n" * 50)
+    (warning,) = read_metadata(source).warnings[:1]
+    assert "line 20 (" in warning and "line 21" not in warning and warning.endswith("and 30 more")
 
 
 def test_lists_with_odd_entries(tmp_path, check_dataset):
@@ -274,21 +287,50 @@ def test_lists_with_odd_entries(tmp_path, check_dataset):
     assert [reason.endswith("is missing") for reason in left_out(report).values()] == [True]
 
 
-@pytest.mark.parametrize("name", ["tasks.parquet", "episodes/chunk-000/file-000.parquet"])
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(40) + b"PAR1", b"\xff" * 200])
-def test_v3_metadata_tables_that_are_no_tables(tmp_path, name, content):
+def test_v3_lists_of_episodes_that_are_no_tables(tmp_path, content):
     source = write_v3(tmp_path / "data")
+    name = "episodes/chunk-000/file-000.parquet"
     (source / "meta" / name).write_bytes(content)
     with pytest.raises(ConversionError, match=f"{name} cannot be read"):
-        convert(source, tmp_path / "out")
+        read_metadata(source)
+    write_table(source / "meta/episodes/chunk-000/file-001.parquet", {"episode_index": [7]})
+    metadata = read_metadata(source)
+    assert [entry.index for entry in metadata.episodes] == [7]
+    assert f"meta/{name} cannot be read" in metadata.warnings[0]
 
 
-def test_v3_tasks_that_are_not_utf8(tmp_path):
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"\xff" * 200])
+def test_v3_tasks_that_are_no_table_come_from_the_episodes(tmp_path, check_dataset, content):
+    source = write_v3(tmp_path / "data")
+    (source / "meta" / "tasks.parquet").write_bytes(content)
+    report = convert(source, tmp_path / "out")
+    assert [row["language_instruction"] for row in check_dataset(tmp_path / "out")["train"]] == ["pull", "push", "push"]
+    assert "meta/tasks.parquet cannot be read" in report["warnings"][0]["message"]
+
+
+def test_a_v3_task_that_is_not_utf8(tmp_path):
     source = write_v3(tmp_path / "data")
     text = pa.array([b"caf\xe9", b"pull"]).view(pa.string())
     write_table(source / "meta" / "tasks.parquet", {"task_index": [0, 1], "task": text})
-    with pytest.raises(ConversionError, match=r"tasks.parquet cannot be read: .*utf-8"):
-        convert(source, tmp_path / "out")
+    metadata = read_metadata(source)
+    assert metadata.tasks[1] == "pull"
+    assert metadata.warnings[0].startswith("meta/tasks.parquet: damaged entries were left out: row 0 (task: 'utf-8'")
+
+
+def test_a_damaged_part_of_a_v3_list_costs_its_episodes(tmp_path):
+    source = write_v3(tmp_path / "data")
+    path = source / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.ParquetFile(path).read()
+    pq.write_table(table, path, row_group_size=1)
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    first = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[first : first + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+    metadata = read_metadata(source)
+    assert [entry.index for entry in metadata.episodes] == [1, 6]
+    assert "damaged entries were left out: rows 1 to 1 (" in metadata.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -299,7 +341,6 @@ def test_v3_tasks_that_are_not_utf8(tmp_path):
         ("to_timestamp", 1e6, "has more frames"),
         ("from_timestamp", 1e6, "from 1000000.0 to 0.5 seconds"),
         ("to_timestamp", "0.5", "to nan seconds"),
-        ("file_index", 7, "file-007.mp4 is missing"),
         ("chunk_index", -1, "is missing|whole number"),
     ],
 )

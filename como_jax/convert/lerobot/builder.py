@@ -19,16 +19,19 @@ from como_jax.convert.lerobot import order, placement
 from como_jax.convert.lerobot.language import column_texts, language_columns, like_labels
 from como_jax.convert.lerobot.metadata import INFO_PATH, EpisodeEntry, Feature, Metadata, read_metadata
 from como_jax.convert.lerobot.reading import (
+    NoRowsError,
     bounds,
     column_names,
     first_stored,
     frame_times,
     join_numbers,
     read_rows,
+    stored_episodes,
     stored_frames,
     task_indices,
     video_frames,
 )
+from como_jax.convert.lerobot.totals import wrong_totals
 from como_jax.convert.selection import Selection, as_identifier, missing_warnings
 from como_jax.convert.settings import RATE, Settings, setting
 from como_jax.convert.sources import Source, check_file
@@ -47,6 +50,10 @@ _MAX_PROBED = 5
 NO_TASK = "no task is known: the language instruction is empty"
 SEVERAL_TASKS = "the task changes within an episode: that of its first step counts"
 DEPTH_NAME = "its images are grey, and its name says that they are depth maps"
+OTHER_TASK = "its rows have another task than the list of episodes says: that of the rows counts"
+UNKNOWN_TASK = "its rows have a `task_index` that the list of tasks does not have"
+OTHER_TABLE = "its rows do not lie in the table that the metadata name; they were found in another one"
+OTHER_VIDEO = "its frames do not lie in the video that the metadata name; they were found in another one"
 OTHER_LENGTH = "the metadata list another number of steps than the table has"
 
 
@@ -63,6 +70,10 @@ class LeRobotSettings(Settings):
         "columns of texts, or of numbers of tasks, that mean the same; '' for none [the tasks, and the usual ones]",
         None,
     )
+
+
+class MissingFileError(SourceError):
+    """A file that the metadata name is not in the folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +128,7 @@ class LeRobot(EpisodeBuilder):
     def warnings(self) -> list[str]:
         """What is wrong with the metadata, and what is missing from the dataset."""
         selection, cameras = self.selection, self.layout.cameras
-        messages = [*self.metadata.warnings]
+        messages = [*self.metadata.warnings, *filter(None, [wrong_totals(self.metadata)])]
         messages += [f"camera {key!r} was left out: {fault}" for key, fault in self._camera_faults.items() if fault]
         if len(cameras) > 1 and not self.settings.camera:
             messages.append(f"the main camera is {cameras[0]!r}, the first of several; `camera` chooses another")
@@ -165,16 +176,44 @@ class LeRobot(EpisodeBuilder):
             return None
         video = entry.videos.get(key)
         if video is None:
-            raise SourceError(f"there is no video of camera {camera!r}")
-        path = self._path(video.path)
-        times = frame_times(path)
+            raise SourceError(entry.faults.get(key) or f"there is no video of camera {camera!r}")
         if video.seconds is None:
-            return _Part(path, times)
+            path = self._path(video.path)
+            return _Part(path, frame_times(path))
+        window = placement.Window(entry.index, video.seconds, entry.length)
+        try:
+            return self._place(key, video.path, window)
+        except SourceError:
+            neighbours = [path for path in self._videos[key] if path != video.path and self._fits(key, path, window)]
+            if len(neighbours) != 1:
+                raise
+            part = self._place(key, neighbours[0], window)
+            return dataclasses.replace(part, warnings=(OTHER_VIDEO, *part.warnings))
+
+    def _place(self, key: str, video: str, window: placement.Window) -> _Part:
+        """Finds the frames of an episode in a video of several."""
+        path = self._path(video)
+        times = frame_times(path)
         if times is None:
-            raise SourceError(f"the frames of {video.path} have no times, by which those of the episode are found")
-        windows = self._windows[key, video.path]
-        first, stop, warnings = placement.place(times, windows, entry.index, self.metadata.fps)
+            raise SourceError(f"the frames of {video} have no times, by which those of the episode are found")
+        windows = [each for each in self._windows.get((key, video), ()) if each.episode != window.episode]
+        first, stop, warnings = placement.place(times, [*windows, window], window.episode, self.metadata.fps)
         return _Part(path, times, (first, stop), tuple(warnings))
+
+    def _fits(self, key: str, video: str, window: placement.Window) -> bool:
+        """Whether the frames that other episodes leave in a video are those of this one."""
+        try:
+            times = frame_times(self._path(video))
+        except (SourceError, *self.decoder_errors):
+            return False
+        windows = self._windows.get((key, video), ())
+        return times is not None and placement.fits_gap(times, windows, window, self.metadata.fps)
+
+    @functools.cached_property
+    def _videos(self) -> dict[str, list[str]]:
+        """All videos of every camera."""
+        videos = self.metadata.files.below("videos", ".mp4")
+        return {key: [path for path in videos if key in path.split("/")] for key in self.selection.cameras.values()}
 
     @functools.cached_property
     def _windows(self) -> dict[tuple[str, str], list[placement.Window]]:
@@ -196,11 +235,34 @@ class LeRobot(EpisodeBuilder):
         return order.control_rate(self.metadata.fps, order.row_times(table), videos)
 
     def _rows(self, entry: EpisodeEntry, keys: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
-        return read_rows(self._path(entry.table), keys, entry.index if entry.shares_table else None)
+        if fault := entry.faults.get(""):
+            raise SourceError(fault)
+        if not entry.shares_table:
+            return read_rows(self._path(entry.table), keys)
+        try:
+            return read_rows(self._path(entry.table), keys, entry.index)
+        except (MissingFileError, NoRowsError):
+            tables = self._tables.get(entry.index, ())
+            if len(tables) != 1:
+                raise
+            table, warnings = read_rows(self._path(tables[0]), keys, entry.index)
+            return table, [OTHER_TABLE, *warnings]
+
+    @functools.cached_property
+    def _tables(self) -> dict[int, list[str]]:
+        """The tables with rows of every episode, whatever the metadata say."""
+        tables: dict[int, list[str]] = {}
+        for path in self.metadata.files.below("data", ".parquet"):
+            try:
+                for index in stored_episodes(self._path(path)):
+                    tables.setdefault(index, []).append(path)
+            except (SourceError, KeyError, *self.decoder_errors):
+                continue
+        return tables
 
     def _path(self, path: str) -> epath.Path:
         if path not in self.metadata.files:
-            raise SourceError(f"{path} is missing")
+            raise MissingFileError(f"{path} is missing")
         full_path = self.metadata.root / path
         try:
             check_file(full_path)
@@ -212,12 +274,24 @@ class LeRobot(EpisodeBuilder):
         """Returns the instructions of an episode, and what is unusual about them."""
         texts, warnings = column_texts(table, self.selection.language_keys, self.metadata.tasks)
         if self.settings.language is None:
-            tasks = [self.metadata.tasks.get(index, "") for index in dict.fromkeys(task_indices(table))]
-            # The list of the episode also holds annotations that are not instructions, so it comes second.
-            texts.insert(0, next(filter(None, [*tasks[:1], *entry.tasks]), "").strip())
-            warnings += [SEVERAL_TASKS] if len(tasks) > 1 else []
+            task, task_warnings = self._task(entry, table)
+            texts, warnings = [task, *texts], [*warnings, *task_warnings]
         texts = [text for text in texts if text]
         return texts, warnings if texts or self.settings.language == "" else [*warnings, NO_TASK]
+
+    def _task(self, entry: EpisodeEntry, table: pa.Table) -> tuple[str, list[str]]:
+        """Returns the task of an episode, or an empty text, and what is unusual about it."""
+        indices, tasks = dict.fromkeys(task_indices(table)), self.metadata.tasks
+        texts = [tasks.get(index, "").strip() for index in indices]
+        listed = [text.strip() for text in entry.tasks if text.strip()]
+        found = {
+            SEVERAL_TASKS: len(texts) > 1,
+            UNKNOWN_TASK: bool(tasks) and any(index not in tasks for index in indices),
+            OTHER_TASK: bool(listed) and any(each and each not in listed for each in texts),
+        }
+        # The list of the episode also holds annotations that are not instructions, so it comes second.
+        text = next(filter(None, [*texts[:1], *listed]), "")
+        return text, [message for message, applies in found.items() if applies]
 
     def label_files(self) -> list[str]:
         """The tasks, and the columns that look as if they held instructions, unless the user wants none."""

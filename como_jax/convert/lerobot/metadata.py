@@ -7,37 +7,33 @@ each camera, for every episode; v3.0 joins several episodes in one file.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 
 from como_jax.convert.folder import check_folder
+from como_jax.convert.lerobot.entries import Entry, EntryError, EntryList, finite_float, parse_json, whole
+from como_jax.convert.lerobot.file_index import FileIndex, fill
 from como_jax.convert.sources import VALIDATION_SPLITS, check_file
-from como_jax.errors import ConversionError, one_line
+from como_jax.errors import ConversionError
 
 INFO_PATH = "meta/info.json"
 FOUND_BY_NAME = "they were found by their names"
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
-_FOLDERS = ("data", "meta", "videos")
 _DEPTH_FLAGS = ("video.is_depth_map", "is_depth_map")
 _V2_TABLE = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 _V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 _V2_TABLE_NAME = re.compile(r"episode_(\d+)\.parquet")
 _V3_TABLE = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _V3_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-_DEFAULT_CHUNK_SIZE = 1000
 # Lengths only serve to size shards and to warn.
 _MAX_LENGTH = 2**40
 # Pandas calls the index of a frame so if it has no name of its own.
 _TASK_COLUMNS = ("task", "__index_level_0__")
-_TINY, _HUGE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +75,7 @@ class EpisodeEntry:
       videos: the video of every camera, by key.
       tasks: all instructions that occur in the episode.
       length: number of rows, or None if the metadata do not say.
+      faults: why the metadata do not say where a video is, by the key of its camera; the table by an empty key.
     """
 
     index: int
@@ -87,69 +84,12 @@ class EpisodeEntry:
     videos: Mapping[str, VideoPart]
     tasks: tuple[str, ...] = ()
     length: int | None = None
+    faults: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Unique within the dataset."""
         return f"episode_{self.index:06d}"
-
-
-class FileIndex:
-    """All files of a dataset, listed once.
-
-    Attributes:
-      paths: paths relative to the dataset.
-      chunk_size: number of episodes in a folder, which some path templates need.
-      found_by_name: number of files that `find` found although the path template led elsewhere.
-    """
-
-    def __init__(self, root: epath.Path, chunk_size: int | None = None):
-        self.paths: set[str] = set()
-        self.chunk_size = chunk_size if chunk_size is not None and chunk_size >= 1 else _DEFAULT_CHUNK_SIZE
-        self.found_by_name = 0
-        self._by_name: dict[str, list[str]] = {}
-        for top in _FOLDERS:
-            for folder, _, files in (root / top).walk():
-                for name in files:
-                    path = (folder / name).relative_to(root).as_posix()
-                    self.paths.add(path)
-                    self._by_name.setdefault(name, []).append(path)
-
-    def __contains__(self, path: str) -> bool:
-        return path in self.paths
-
-    def below(self, folder: str, suffix: str) -> list[str]:
-        """Returns the files with a suffix in a folder and below, sorted."""
-        return sorted(path for path in self.paths if path.startswith(f"{folder}/") and path.endswith(suffix))
-
-    def fields(self, index: int, camera: str = "") -> dict[str, Any]:
-        """Returns the values for the path templates of an episode (v2.0 and v2.1)."""
-        return {"episode_index": index, "episode_chunk": index // self.chunk_size, "video_key": camera}
-
-    def find(self, template: Any, standard: str, part: str, fields: Mapping[str, Any]) -> str:
-        """Finds a file by its path template, or by its name if the template leads to no file.
-
-        The file name of the `standard` template is unique among the files whose path goes through the folder `part`.
-        """
-        path = fill(template, standard, fields)
-        if path in self:
-            return path
-        name = standard.format(**fields).rpartition("/")[2]
-        matches = [match for match in self._by_name.get(name, ()) if part in match.split("/")[:-1]]
-        if len(matches) != 1:
-            return path
-        self.found_by_name += 1
-        return matches[0]
-
-
-def fill(template: Any, standard: str, fields: Mapping[str, Any]) -> str:
-    """Fills in a path template, or the standard one if that is not possible."""
-    if isinstance(template, str):
-        try:
-            return template.format(**fields)
-        except (AttributeError, LookupError, TypeError, ValueError):
-            pass
-    return standard.format(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +139,7 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
     features = {key: _feature(value) for key, value in _mapping(root, info, "features").items()}
     videos = [key for key, feature in features.items() if feature.dtype == "video"]
     files = FileIndex(root, whole(info.get("chunks_size")))
-    warnings: list[str] = []
+    warnings = [f"{path} leads to a folder that it lies in, and is not followed" for path in files.not_followed]
     episodes = (_read_v3 if version == "v3.0" else _read_v2)(root, info, videos, files, warnings)
     if not episodes:
         raise ConversionError(f"{root} is a LeRobot dataset without episodes")
@@ -273,11 +213,20 @@ def _read_v2(
 ) -> list[EpisodeEntry]:
     """Reads the episodes of v2.0 and v2.1: all that are listed, and all that have a table."""
     path = "meta/episodes.jsonl"
-    listed = {}
+    listed: dict[int, Mapping[str, Any]] = {}
     if path in files:
-        rows = _read_json_lines(root / path)
-        listed = {_integer(root / path, row, "episode_index"): row for row in rows}
-        if len(listed) < len(rows):
+        entries = EntryList(root, path)
+        repeated = 0
+        for entry in entries:
+            try:
+                index = entry.number("episode_index")
+            except EntryError as error:
+                entries.note(entry.place, error)
+                continue
+            repeated += index in listed
+            listed[index] = entry.values
+        warnings += entries.warnings()
+        if repeated:
             warnings.append(f"{path} lists some episodes twice; the last entry counts")
     matches = [_V2_TABLE_NAME.fullmatch(table.rpartition("/")[2]) for table in files.below("data", ".parquet")]
     stored = {int(match[1]) for match in matches if match}
@@ -307,24 +256,60 @@ def _read_v3(
     if not paths:
         raise ConversionError(f"{root} is of format v3.0 but has no table of episodes in meta/episodes")
     episodes: dict[int, EpisodeEntry] = {}
-    repeated = False
+    repeated, unreadable = Counter[int](), list[ConversionError]()
     for path in paths:
-        for row in _read_parquet(root / path):
-            index = _integer(root / path, row, "episode_index")
-            place = {name: _integer(root / path, row, f"data/{name}") for name in ("chunk_index", "file_index")}
-            videos = {key: _v3_video(root / path, info, key, row) for key in cameras}
-            repeated |= index in episodes
-            episodes[index] = EpisodeEntry(
-                index,
-                fill(info.get("data_path"), _V3_TABLE, place),
-                True,
-                {key: video for key, video in videos.items() if video is not None},
-                _texts(row.get("tasks")),
-                _length(row),
-            )
-    if repeated:
+        entries = EntryList(root, path)
+        try:
+            for entry in entries:
+                try:
+                    episode = _v3_episode(info, cameras, entry, path)
+                except EntryError as error:
+                    entries.note(entry.place, error)
+                    continue
+                before = episodes.get(episode.index)
+                repeated[episode.index] += before is not None
+                episodes[episode.index] = episode if before is None else _newer(before, episode)
+        except ConversionError as error:
+            unreadable.append(error)
+            warnings.append(f"{str(error).removeprefix(f'{root}/')}; the episodes that it lists were left out")
+        warnings += entries.warnings()
+    if unreadable and not episodes:
+        raise unreadable[0]
+    if any(repeated.values()):
         warnings.append("meta/episodes lists some episodes twice; the last entry counts")
     return list(episodes.values())
+
+
+def _v3_episode(info: Mapping[str, Any], cameras: Sequence[str], entry: Entry, path: str) -> EpisodeEntry:
+    """Reads an episode; an index of a file that is no number costs what the file holds.
+
+    Raises:
+      EntryError: the entry does not say which episode it is.
+    """
+    index = entry.number("episode_index")
+    table, videos, faults = "", {}, {}
+    try:
+        place = {name: entry.number(f"data/{name}") for name in ("chunk_index", "file_index")}
+        table = fill(info.get("data_path"), _V3_TABLE, place)
+    except EntryError as error:
+        faults[""] = f"{path}, {entry.place}: {error}"
+    for key in cameras:
+        try:
+            video = _v3_video(info, key, entry)
+        except EntryError as error:
+            faults[key] = f"{path}, {entry.place}: {error}"
+            continue
+        if video is not None:
+            videos[key] = video
+    return EpisodeEntry(index, table, True, videos, _texts(entry.values.get("tasks")), _length(entry.values), faults)
+
+
+def _newer(before: EpisodeEntry, last: EpisodeEntry) -> EpisodeEntry:
+    """Returns the last of two entries of one episode, without its places if they contradict those of the other."""
+    if (before.table, before.videos, before.faults) == (last.table, last.videos, last.faults):
+        return last
+    fault = "the metadata list it twice, at different places"
+    return dataclasses.replace(last, table="", videos={}, faults={"": fault})
 
 
 def _read_tasks(root: epath.Path, path: str, files: FileIndex, warnings: list[str]) -> dict[int, str]:
@@ -332,66 +317,48 @@ def _read_tasks(root: epath.Path, path: str, files: FileIndex, warnings: list[st
     if path not in files:
         warnings.append(f"{path} is missing")
         return {}
-    tasks = {}
-    for row in (_read_parquet if path.endswith(".parquet") else _read_json_lines)(root / path):
-        text = next((row[column] for column in _TASK_COLUMNS if row.get(column)), "")
-        tasks[_integer(root / path, row, "task_index")] = str(text)
+    tasks: dict[int, str] = {}
+    entries = EntryList(root, path)
+    changed = False
+    try:
+        for entry in entries:
+            text = next((entry.values[column] for column in _TASK_COLUMNS if entry.values.get(column)), "")
+            try:
+                index = entry.number("task_index")
+                if not isinstance(text, str):
+                    raise EntryError(f"task must be a text, got {text!r}")
+            except EntryError as error:
+                entries.note(entry.place, error)
+                continue
+            changed |= tasks.get(index, text) != text
+            tasks[index] = text
+    except ConversionError as error:
+        warnings.append(f"{str(error).removeprefix(f'{root}/')}; instructions come from the list of episodes alone")
+    warnings += entries.warnings()
+    if changed:
+        warnings.append(f"{path} gives several texts for one task_index; the last entry counts")
     return tasks
 
 
-def _v3_video(path: epath.Path, info: Mapping[str, Any], camera: str, row: Mapping[str, Any]) -> VideoPart | None:
-    """Returns the part of a video that belongs to an episode, or None if the episode has none of this camera."""
+def _v3_video(info: Mapping[str, Any], camera: str, entry: Entry) -> VideoPart | None:
+    """Returns the part of a video that belongs to an episode, or None if the episode has none of this camera.
+
+    Raises:
+      EntryError: an index of the file is no whole number.
+    """
     prefix = f"videos/{camera}/"
-    if row.get(f"{prefix}file_index") is None:
+    indices = {name: entry.values.get(prefix + name) for name in ("chunk_index", "file_index")}
+    # Pandas writes NaN where there is nothing.
+    if any(value is None or value != value for value in indices.values()):
         return None
-    place = {name: _integer(path, row, prefix + name) for name in ("chunk_index", "file_index")}
-    begin, end = (row.get(f"{prefix}{name}_timestamp") for name in ("from", "to"))
+    place = {name: entry.number(prefix + name) for name in indices}
+    begin, end = (entry.values.get(f"{prefix}{name}_timestamp") for name in ("from", "to"))
     # Missing times cost only this episode, when it is read.
     seconds = (
         float(begin) if isinstance(begin, int | float) else math.nan,
         float(end) if isinstance(end, int | float) else math.nan,
     )
     return VideoPart(fill(info.get("video_path"), _V3_VIDEO, {**place, "video_key": camera}), seconds)
-
-
-def _read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    rows = []
-    try:
-        # Only line feeds end a line of JSON; texts may contain other line separators.
-        check_file(path)
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise ConversionError(f"{path}, line {number}: {error}") from error
-        if not isinstance(row, dict):
-            raise ConversionError(f"{path}, line {number}: expected a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _read_parquet(path: epath.Path) -> list[dict[str, Any]]:
-    """Reads the rows of a small table, without the columns of statistics."""
-    try:
-        check_file(path)
-        with path.open("rb") as file:
-            table = pq.ParquetFile(file)
-            columns = [name for name in table.schema_arrow.names if not name.startswith("stats/")]
-            return table.read(columns, use_threads=False).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ConversionError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def _integer(path: epath.Path, row: Mapping[str, Any], key: str) -> int:
-    value = whole(row.get(key))
-    if value is None or value < 0:
-        raise ConversionError(f"{path}: {key} must be a whole number in every row, got {row.get(key)!r}")
-    return value
 
 
 def _length(row: Mapping[str, Any]) -> int | None:
@@ -401,35 +368,3 @@ def _length(row: Mapping[str, Any]) -> int | None:
 
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
-
-
-def parse_json(text: str) -> Any:
-    """Parses a JSON text.
-
-    Raises:
-      ValueError: the text is not JSON, is nested too deeply, or contains surrogates, which are not characters.
-    """
-    try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    # Surrogates, such as "\\ud800", cannot be written as UTF-8.
-    if "\\u" in text:
-        json.dumps(content, ensure_ascii=False).encode()
-    return content
-
-
-def whole(value: Any) -> int | None:
-    """Returns a whole number, even if it is stored as a float; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) else None
-
-
-def finite_float(value: Any) -> float | None:
-    """Returns a number in the range of float32; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if value == 0 or _TINY <= abs(value) <= _HUGE else None

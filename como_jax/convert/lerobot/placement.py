@@ -62,6 +62,8 @@ def place(times: np.ndarray, windows: Sequence[Window], episode: int, fps: float
     first, stop = _by_time(times, window)
     numbers = _numbers(windows, len(times), rate)
     if numbers is None:
+        if _fill_video(times, [each for each in windows if each.episode != episode], rate):
+            raise SourceError("the metadata put it into a video in which all frames belong to other episodes")
         # Without all lengths only the times are left. A frame of another episode may lie where they lead by chance.
         same_clock = rate is None or not _is_even(times) or first is None or abs(begin * rate - first) <= 0.5
         if first is not None and same_clock:
@@ -76,6 +78,20 @@ def place(times: np.ndarray, windows: Sequence[Window], episode: int, fps: float
         if first == number:
             return first, stop, []
     raise SourceError(f"no frame of it lies where the metadata say that it begins, at {begin:.3f} s of its video")
+
+
+def fits_gap(times: np.ndarray, windows: Sequence[Window], window: Window, fps: float | None) -> bool:
+    """Whether a video has just those frames left, beside those of the episodes in it, that an episode needs."""
+    together = [*windows, window]
+    return _fill_video(_from_origin(times, together), together, _rate(together, fps))
+
+
+def _fill_video(times: np.ndarray, windows: Sequence[Window], rate: float | None) -> bool:
+    """Whether the windows, by time and by number, divide all frames of a video among them."""
+    numbers = _numbers(windows, len(times), rate)
+    return numbers is not None and all(
+        _by_time(times, each) == (numbers[each.episode], numbers[each.episode] + (each.length or 0)) for each in windows
+    )
 
 
 def _rate(windows: Sequence[Window], fps: float | None) -> float | None:

@@ -13,11 +13,15 @@ from etils import epath
 from como_jax.convert import images
 from como_jax.convert.builder import SourceError
 from como_jax.convert.images import Decoded
-from como_jax.convert.lerobot.order import ORDER_COLUMNS, sort_rows
+from como_jax.convert.lerobot.order import ORDER_COLUMNS, scalars, sort_rows
 from como_jax.convert.video import VideoReader
 
 _TASK_COLUMN = "task_index"
 _EPISODE_COLUMN = "episode_index"
+
+
+class NoRowsError(SourceError):
+    """A table has no rows of an episode."""
 
 
 def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = None) -> tuple[pa.Table, list[str]]:
@@ -45,7 +49,7 @@ def read_rows(path: epath.PathLike, keys: Sequence[str], episode: int | None = N
         threads = {"use_threads": False, "pre_buffer": False}
         table = pq.read_table(file, columns=list(columns), filters=filters, **threads)
     if not table.num_rows:
-        raise SourceError("the table has no rows of this episode")
+        raise NoRowsError("the table has no rows of this episode")
     return sort_rows(table)
 
 
@@ -81,6 +85,14 @@ def column_names(path: epath.PathLike) -> set[str]:
     """Returns the columns of a Parquet file; raises like `read_rows` if it is damaged."""
     with epath.Path(path).open("rb") as file:
         return set(pq.ParquetFile(file).schema_arrow.names)
+
+
+def stored_episodes(path: epath.PathLike) -> set[int]:
+    """Returns the numbers of the episodes that have rows in a table; raises like `read_rows` if it is damaged."""
+    with epath.Path(path).open("rb") as file:
+        column = pq.ParquetFile(file).read([_EPISODE_COLUMN], use_threads=False)[_EPISODE_COLUMN]
+    values = scalars(column)
+    return set() if values is None else set(values.astype(int).tolist())
 
 
 def first_stored(path: epath.PathLike, key: str) -> Decoded:

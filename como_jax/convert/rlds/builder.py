@@ -10,12 +10,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from como_jax.convert.builder import EpisodeBuilder, Item, LeftOut, StepLayout, Warned
+from como_jax.convert.builder import EpisodeBuilder, Item, LeftOut, SourceError, StepLayout, Warned
 from como_jax.convert.rlds.dataset import dataset_names, episode_features, locate, open_dataset, step_features
 from como_jax.convert.rlds.entries import OPEN_X, Entry, find_entry, read_table
 from como_jax.convert.rlds.episodes import EpisodeReader, select, vector_size
 from como_jax.convert.rlds.language import leaves, text_keys, with_numbered
 from como_jax.convert.rlds.records import read_records
+from como_jax.convert.rlds.shards import Shards, compare_shards
 from como_jax.convert.selection import Selection, missing_warnings, nearest
 from como_jax.convert.settings import RATE, Settings, setting
 from como_jax.convert.sources import VALIDATION_SPLITS, Source
@@ -88,7 +89,7 @@ class Rlds(EpisodeBuilder):
     def warnings(self) -> list[str]:
         """What was chosen without being asked for, and what is missing from the dataset."""
         selection = self._selection
-        notes = [note for note in (self._location.note, self._entry.notes) if note]
+        notes = [note for note in (self._location.note, self._entry.notes) if note] + self._shards.warnings()
         return notes + missing_warnings(action=selection.actions, state=selection.states, language=selection.language)
 
     def label_files(self) -> list[str]:
@@ -102,7 +103,10 @@ class Rlds(EpisodeBuilder):
         assert source.records is not None
         start, stop = source.records
         is_last = stop == self._num_records[source.path]
-        records = read_records(self._location.directory / source.path, start, stop, to_end=is_last)
+        path = self._location.directory / self._shards.found.get(source.path, source.path)
+        if not path.exists():
+            raise SourceError(self._shards.missing)
+        records = read_records(path, start, stop, to_end=is_last)
         for index, record in enumerate(records, start):
             if index == stop:
                 yield Warned("a file holds more records than dataset_info.json says; they were converted as well")
@@ -125,6 +129,11 @@ class Rlds(EpisodeBuilder):
             for info in self._dataset.info.splits.values()
             for path, length in zip(info.filepaths, info.shard_lengths, strict=True)
         }
+
+    @functools.cached_property
+    def _shards(self) -> Shards:
+        """The files that dataset_info.json names, and those in the folder."""
+        return compare_shards(self._num_records, (path.name for path in self._location.directory.iterdir()))
 
     @functools.cached_property
     def _steps(self) -> Mapping[str, Any]:

@@ -11,8 +11,10 @@ from etils import epath
 
 from como_jax.convert.builder import SourceError
 from como_jax.convert.lerobot.builder import NO_TASK, LeRobot, LeRobotSettings
-from como_jax.convert.lerobot.metadata import FOUND_BY_NAME, INFO_PATH, EpisodeEntry, Metadata, fill
+from como_jax.convert.lerobot.file_index import fill
+from como_jax.convert.lerobot.metadata import FOUND_BY_NAME, INFO_PATH, EpisodeEntry, Metadata
 from como_jax.convert.lerobot.reading import read_rows
+from como_jax.convert.lerobot.totals import wrong_totals
 from como_jax.doctor.findings import Finding, Problem, name_dimensions, name_some, share_of, warning
 from como_jax.doctor.sources.base import DatasetView, SourceReader, spread
 from como_jax.doctor.sources.videos import VideoHeader, check_decoder, describe_codecs, read_header
@@ -139,7 +141,8 @@ def check_info(metadata: Metadata) -> Iterator[Finding]:
             f"{INFO_PATH} lists {'cameras' if len(missing) > 1 else 'a camera'} without files: {name_some(missing)}.",
             "Conversion leaves it out; remove it from the list, or fetch its files if they should be there.",
         )
-    yield from _check_totals(metadata)
+    if wrong := wrong_totals(metadata):
+        yield warning("wrong-totals", f"{wrong}.", _MEND)
     yield from _check_templates(metadata)
     numbers = [entry.index for entry in metadata.episodes]
     if numbers != list(range(len(numbers))):
@@ -153,26 +156,6 @@ def check_info(metadata: Metadata) -> Iterator[Finding]:
     for message in metadata.warnings:
         if FOUND_BY_NAME not in message:
             yield warning("metadata", f"{message}.", "Conversion copes with it; mend the metadata.")
-
-
-def _check_totals(metadata: Metadata) -> Iterator[Finding]:
-    info = metadata.info
-    counted: dict[str, int] = {
-        "total_episodes": len(metadata.episodes),
-        "total_tasks": len(metadata.tasks),
-        "total_videos": len(metadata.files.below("videos", ".mp4")),
-        "total_chunks": len({path.rpartition("/")[0] for path in metadata.files.below("data", ".parquet")}),
-    }
-    lengths = [entry.length for entry in metadata.episodes]
-    if None not in lengths:
-        counted["total_frames"] = sum(length or 0 for length in lengths)
-    wrong = [
-        f"{name} is {info[name]}, and there are {count}"
-        for name, count in counted.items()
-        if name in info and info[name] != count
-    ]
-    if wrong:
-        yield warning("wrong-totals", f"{INFO_PATH} counts wrongly: {'; '.join(wrong)}.", _MEND)
 
 
 def _check_templates(metadata: Metadata) -> Iterator[Finding]:
