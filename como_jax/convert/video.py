@@ -86,7 +86,12 @@ class VideoReader:
         self._file.close()
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Yields RGB images, uint8 `[H, W, 3]`, upright.
+        """Yields RGB images, uint8 `[H, W, 3]`, upright; raises like `timed_frames`."""
+        for _, image in self.timed_frames():
+            yield image
+
+    def timed_frames(self) -> Iterator[tuple[float | None, np.ndarray]]:
+        """Yields the time of every frame in seconds, or None, and its RGB image, uint8 `[H, W, 3]`, upright.
 
         Raises:
           ValueError: a frame is damaged or of another size, or the file ends too early for its container.
@@ -99,7 +104,7 @@ class VideoReader:
                 first = frame.time if first is None else first
                 last = frame.time
                 count += 1
-                yield image
+                yield frame.time, image
         except av.error.InvalidDataError as error:
             announced = f", although {self._stream.frames} frames were announced" if self._stream.frames else ""
             raise ValueError(f"cannot be decoded after {count} frames{announced}") from error

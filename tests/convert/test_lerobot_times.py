@@ -30,8 +30,9 @@ from lerobot_files import (
 
 from como_jax.convert.builder import SourceError
 from como_jax.convert.images import decode_image
-from como_jax.convert.lerobot.builder import LeRobot, LeRobotSettings
+from como_jax.convert.lerobot.builder import OTHER_INDEX, LeRobot, LeRobotSettings
 from como_jax.convert.lerobot.order import (
+    FRAMES_WITHOUT_ROWS,
     LOST_ROWS,
     OTHER_CLOCK,
     OTHER_FPS,
@@ -264,3 +265,27 @@ def test_the_rate_is_that_of_timestamps_and_videos_or_what_was_asked_for(tmp_pat
     episodes, outcomes = read(source, control_rate=5.0)
     assert {episode.control_rate for episode in episodes.values()} == {5.0}
     assert all(outcome.warnings == [] for outcome in outcomes.values())
+
+
+def test_frames_without_rows_are_left_out_where_frame_index_says_which(tmp_path):
+    source = write_v2(tmp_path / "data")
+    kept = [0, 1, 4, 6]
+    for index, numbers in ((2, kept), (6, list(range(4)))):
+        columns = rows(index, 7)
+        columns = {key: [values[number] for number in kept] for key, values in columns.items()}
+        write_table(v2_paths(source, index)[0], columns | {"frame_index": numbers})
+    write_video(v2_paths(source, 6)[1], [brightness(6, step) for step in range(7)])
+    episodes, outcomes = read(source)
+    assert [int(step.action[0]) for step in episodes["episode_000002"].steps] == kept
+    check_images(episodes)
+    assert {FRAMES_WITHOUT_ROWS, LOST_ROWS} <= set(outcomes["episode_000002"].warnings)
+    assert outcomes["episode_000006"].problems == ["the table has 4 rows, but camera 'top' has more frames"]
+
+
+def test_v3_rows_that_begin_at_another_index_than_the_metadata_say(tmp_path):
+    source = write_v3(tmp_path / "data")
+    entries = episode_list(source)
+    entries[2]["dataset_from_index"] += 1
+    write_episode_list(source, entries)
+    _, outcomes = read(source)
+    assert [outcome.warnings for outcome in outcomes.values()] == [[], [], [OTHER_INDEX]]

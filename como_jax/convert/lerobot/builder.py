@@ -54,6 +54,7 @@ OTHER_TASK = "its rows have another task than the list of episodes says: that of
 UNKNOWN_TASK = "its rows have a `task_index` that the list of tasks does not have"
 OTHER_TABLE = "its rows do not lie in the table that the metadata name; they were found in another one"
 OTHER_VIDEO = "its frames do not lie in the video that the metadata name; they were found in another one"
+OTHER_INDEX = "the metadata say that its rows begin at another `index` than they do"
 OTHER_LENGTH = "the metadata list another number of steps than the table has"
 
 
@@ -140,20 +141,31 @@ class LeRobot(EpisodeBuilder):
         table, warnings = self._rows(entry, (*selection.actions, *selection.states, *selection.language_keys))
         states, actions = join_numbers(table, selection.states), join_numbers(table, selection.actions)
         parts = {name: self._part(entry, name) for name in selection.cameras}
-        frames = {name: self._frames(entry, name, part, table.num_rows) for name, part in parts.items()}
+        chosen = {name: _chosen(part, table) for name, part in parts.items()}
+        frames = {name: self._frames(entry, name, part, table.num_rows, chosen[name]) for name, part in parts.items()}
         rate, clock_warnings = self._rate(table, [part for part in parts.values() if part is not None])
         language, language_warnings = self._language(entry, table)
         warnings += [*clock_warnings, *language_warnings]
         warnings += [warning for part in parts.values() if part is not None for warning in part.warnings]
+        if any(chosen.values()):
+            warnings.append(order.FRAMES_WITHOUT_ROWS)
         if entry.length not in (None, table.num_rows):
             warnings.append(OTHER_LENGTH)
+        if entry.first_row is not None and order.first_index(table) not in (None, entry.first_row):
+            warnings.append(OTHER_INDEX)
         yield from map(Warned, dict.fromkeys(warnings))
         yield images.make_episode(entry.name, entry.table, rate, frames, states, actions, language)
 
-    def _frames(self, entry: EpisodeEntry, camera: str, part: _Part | None, num_rows: int) -> list[Frame]:
-        """Reads the frames of a camera, one for each row of the table."""
+    def _frames(
+        self, entry: EpisodeEntry, camera: str, part: _Part | None, num_rows: int, chosen: Sequence[int] | None
+    ) -> list[Frame]:
+        """Reads the frames of a camera, one for each row of the table; `chosen` are their numbers, or None for all."""
+        stored = self._images(entry, camera, part)
+        if chosen:
+            wanted = set(chosen)
+            stored = (image for number, image in enumerate(stored) if number in wanted)
         # One frame more than there are rows shows that a video is too long, without reading all of it.
-        stored = itertools.islice(self._images(entry, camera, part), num_rows + 1)
+        stored = itertools.islice(stored, num_rows + 1)
         frames = [images.make_frame(image, self.settings.image_size, note) for image, note in stored]
         if len(frames) != num_rows:
             count = "more" if len(frames) > num_rows else f"only {len(frames)}"
@@ -373,6 +385,12 @@ class LeRobot(EpisodeBuilder):
             except (SourceError, *self.decoder_errors):
                 continue
         return set()
+
+
+def _chosen(part: _Part | None, table: pa.Table) -> list[int] | None:
+    """Returns the numbers of the frames that have rows, if that is known of a video with more frames."""
+    times = None if part is None else part.episode_times
+    return None if times is None else order.frames_of_rows(table, len(times))
 
 
 def select_cameras(available: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:

@@ -75,6 +75,7 @@ class EpisodeEntry:
       videos: the video of every camera, by key.
       tasks: all instructions that occur in the episode.
       length: number of rows, or None if the metadata do not say.
+      first_row: number of the first row within the dataset, or None if the metadata do not say.
       faults: why the metadata do not say where a video is, by the key of its camera; the table by an empty key.
     """
 
@@ -84,6 +85,7 @@ class EpisodeEntry:
     videos: Mapping[str, VideoPart]
     tasks: tuple[str, ...] = ()
     length: int | None = None
+    first_row: int | None = None
     faults: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -301,7 +303,8 @@ def _v3_episode(info: Mapping[str, Any], cameras: Sequence[str], entry: Entry, p
             continue
         if video is not None:
             videos[key] = video
-    return EpisodeEntry(index, table, True, videos, _texts(entry.values.get("tasks")), _length(entry.values), faults)
+    tasks, first_row = _texts(entry.values.get("tasks")), whole(entry.values.get("dataset_from_index"))
+    return EpisodeEntry(index, table, True, videos, tasks, _length(entry.values), first_row, faults)
 
 
 def _newer(before: EpisodeEntry, last: EpisodeEntry) -> EpisodeEntry:

@@ -19,6 +19,7 @@ OTHER_VIDEO_RATE = "its videos run at another frame rate than the metadata say, 
 OTHER_CLOCK = "its timestamps run at another rate than info.json and its videos, which count"
 OTHER_FPS = "its timestamps and its videos run at another rate than the `fps` of info.json, and count"
 OTHER_UNIT = "its timestamps are not seconds, but parts of them"
+FRAMES_WITHOUT_ROWS = "some frames of its videos have no row, as `frame_index` says, and were left out"
 LOST_ROWS = "its timestamps jump by more than one step: gaps in seconds are not exact there"
 _PARTS_OF_SECONDS = (1e3, 1e6, 1e9)
 
@@ -83,6 +84,23 @@ def row_times(table: pa.Table) -> np.ndarray | None:
     """Returns the timestamps of sorted rows, or None if they do not increase from row to row."""
     values = scalars(table[TIMESTAMP]) if TIMESTAMP in table.column_names else None
     return values if values is not None and len(values) > 1 and (np.diff(values) > 0).all() else None
+
+
+def frames_of_rows(table: pa.Table, num_frames: int) -> list[int] | None:
+    """Returns the number of the frame of each sorted row, if a video has more frames and `frame_index` says which.
+
+    It does if it counts from the first frame to the last one.
+    """
+    values = scalars(table["frame_index"]) if "frame_index" in table.column_names else None
+    if values is None or num_frames <= len(values) or (np.diff(values) < 1).any() or (values % 1).any():
+        return None
+    return values.astype(int).tolist() if (values[0], values[-1]) == (0, num_frames - 1) else None
+
+
+def first_index(table: pa.Table) -> float | None:
+    """Returns the number of the first of sorted rows within the dataset, or None if it is not known."""
+    values = scalars(table["index"]) if "index" in table.column_names else None
+    return None if values is None else float(values[0])
 
 
 def usual_rate(times: np.ndarray | None) -> float | None:

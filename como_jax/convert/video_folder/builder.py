@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 from etils import epath
 
 from como_jax.convert import images
@@ -20,6 +21,7 @@ from como_jax.convert.labels import SIDECAR_SUFFIXES
 from como_jax.convert.settings import RATE, number, positive, setting
 from como_jax.convert.sources import Source, check_file
 from como_jax.convert.video import VIDEO_ERRORS, VideoReader
+from como_jax.convert.video_folder.timing import regular_steps, uneven_rate
 from como_jax.data.schema import Episode
 from como_jax.errors import one_line
 from como_jax.names import DEFAULT_CAMERA
@@ -39,6 +41,8 @@ _NUMBERED = (
     re.compile(r"(?P<prefix>[^0-9]*)(?P<number>[0-9]{1,18})(?P<tail>[^0-9]*)(?P<suffix>\.[A-Za-z]+)"),
 )
 UNEVEN_NUMBERS = "the numbers of some images are not one step apart: images may be missing, and time jumps there"
+UNEVEN = "its frames are not shown equally long: some were repeated or left out, and a pause ends an episode"
+UNEVEN_AT_RATE = "its frames are not shown equally long, but `control_rate` counts each of them as one step"
 GUESSED_RATE = "without `control_rate`, the frame rate of the container counts, which for robot clips is often wrong"
 
 
@@ -118,10 +122,25 @@ class VideoFolder(FolderBuilder):
         if source.path in self.series:
             yield from self._series_episodes(source)
             return
+        uneven = uneven_rate(_times(self.path(source)))
+        if self.settings.control_rate is None:
+            yield Warned(GUESSED_RATE)
+        if uneven is not None:
+            yield Warned(UNEVEN if self.settings.control_rate is None else UNEVEN_AT_RATE)
         with VideoReader(self.path(source)) as reader:
-            if self.settings.control_rate is None:
-                yield Warned(GUESSED_RATE)
-            yield from self._clips(source, self._frames(reader), self._control_rate(reader.frame_rate))
+            if uneven is None or self.settings.control_rate is not None:
+                yield from self._clips(source, self._frames(reader), self._control_rate(reader.frame_rate))
+            else:
+                yield from self._uneven_clips(source, reader, uneven)
+
+    def _uneven_clips(self, source: Source, reader: VideoReader, frame_rate: float) -> Iterator[Episode]:
+        """Yields episodes of a video by the times of its frames, of which `frame_rate` is the usual number a second."""
+        count = 0
+        for _, steps in itertools.groupby(self._steps(reader, frame_rate), key=lambda step: step[0]):
+            frames = (frame for _, frame in steps)
+            for episode in self._clips(source, frames, self._control_rate(frame_rate), count):
+                count += 1
+                yield episode
 
     def _clips(self, source: Source, frames: Iterator[Frame], rate: float, first: int = 0) -> Iterator[Episode]:
         """Yields episodes of frames that follow each other; `first` is the number of the first one."""
@@ -153,11 +172,31 @@ class VideoFolder(FolderBuilder):
             raise SourceError("it gives no frame rate; set `control_rate`")
         return rate / self.settings.frame_stride
 
+    def _steps(self, reader: VideoReader, frame_rate: float) -> Iterator[tuple[int, Frame]]:
+        """Yields the frame of every step, and the number of the recording between two pauses that it belongs to."""
+        before, frame = None, None
+        for recording, step, image in regular_steps(reader.timed_frames(), frame_rate):
+            if step % self.settings.frame_stride == 0:
+                # An image that is shown for several steps is encoded once.
+                if frame is None or image is not before:
+                    frame = images.make_frame(image, self.settings.image_size, "; ".join(reader.notes))
+                before = image
+                yield recording, frame
+
     def _frames(self, reader: VideoReader) -> Iterator[Frame]:
         """Yields the frames that become steps."""
         for index, image in enumerate(reader.frames()):
             if index % self.settings.frame_stride == 0:
                 yield images.make_frame(image, self.settings.image_size, "; ".join(reader.notes))
+
+
+def _times(path: epath.Path) -> np.ndarray | None:
+    """Returns the times of the frames of a video, or None; damage shows when the frames are read."""
+    with VideoReader(path) as reader:
+        try:
+            return reader.times()
+        except VIDEO_ERRORS:
+            return None
 
 
 class _Run:

@@ -13,6 +13,7 @@ from como_jax.convert.builder import SourceError
 from como_jax.convert.lerobot.builder import NO_TASK, LeRobot, LeRobotSettings
 from como_jax.convert.lerobot.file_index import fill
 from como_jax.convert.lerobot.metadata import FOUND_BY_NAME, INFO_PATH, EpisodeEntry, Metadata
+from como_jax.convert.lerobot.order import LOST_ROWS, OTHER_VIDEO_RATE
 from como_jax.convert.lerobot.reading import read_rows
 from como_jax.convert.lerobot.totals import wrong_totals
 from como_jax.doctor.findings import Finding, Problem, name_dimensions, name_some, share_of, warning
@@ -20,6 +21,8 @@ from como_jax.doctor.sources.base import DatasetView, SourceReader, spread
 from como_jax.doctor.sources.videos import VideoHeader, check_decoder, describe_codecs, read_header
 from como_jax.doctor.survey import Recording, record_episode
 
+# A check of the doctor, of instructions or of clocks, says the same.
+_COVERED = re.compile("|".join(map(re.escape, (NO_TASK, LOST_ROWS, OTHER_VIDEO_RATE))))
 _TIMESTAMP = "timestamp"
 _RATE_TOLERANCE = 0.05
 _LOST_FRAME = 1.5
@@ -36,7 +39,7 @@ class LeRobotView(DatasetView):
     def __init__(self, directory: epath.Path, control_rate: float | None = None):
         super().__init__(directory)
         settings = LeRobotSettings(source=str(directory), control_rate=control_rate)
-        self._reader = SourceReader(LeRobot, settings, re.compile(re.escape(NO_TASK)))
+        self._reader = SourceReader(LeRobot, settings, _COVERED)
         self._builder: LeRobot = self._reader.builder
         self._metadata = self._builder.metadata
         self._sources = self._builder.sources()
