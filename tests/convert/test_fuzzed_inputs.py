@@ -260,7 +260,7 @@ def test_resolutions_that_differ_between_videos(tmp_path, make_video, check_data
         ("a.json", b'{"0.mp4": "\\ud800"}', "a.json: not understood as language instructions"),
         ("a.json", b'{"\\ud800": "x"}', "a.json: not understood as language instructions"),
         ("a.json", b'{"0.mp4": "x", "0.mp4": "y"}', "a.json: 1 of 2 entries name a video again"),
-        ("a.json", b'{"gone.mp4": "x", "0.mp4": "y"}', "a.json: 1 of 2 entries name no video, such as 'gone.mp4'"),
+        ("a.json", b'{"gone.mp4": "x", "0.mp4": "y"}', "a.json: 1 of 2 entries name no recording, such as 'gone.mp4'"),
         ("a.csv", b"file,text\n0.mp4,caf\xe9\n", "a.csv: not understood as language instructions: 'utf-8'"),
         ("a.csv", b"file,text\n0.mp4,y\n1.mp4\n\n", "a.csv: 1 of 2 rows have too few columns"),
         ("a.csv", b"file,text\n0.mp4,x\n0.mp4,y\n", "a.csv: 1 of 2 entries name a video again"),

@@ -42,7 +42,7 @@ from como_jax.convert.lerobot.order import (
     row_times,
     sort_rows,
 )
-from como_jax.convert.lerobot.placement import MATCHED_BY_NUMBER, Window, place
+from como_jax.convert.lerobot.placement import MATCHED_BY_NUMBER, VideoLayout, Window
 from como_jax.convert.report import SourceOutcome
 from como_jax.data.schema import Episode
 
@@ -148,6 +148,10 @@ def test_lost_rows_are_said():
     assert control_rate(10, np.array([0.0, 0.1, 0.2, 0.4, 0.5]), []) == (10, [LOST_ROWS])
 
 
+def place(times: np.ndarray, parts: list[Window], episode: int) -> tuple[int, int, list[str]]:
+    return VideoLayout(times, parts, 30.0).place(episode)
+
+
 def windows(lengths: list[int | None], rate: float = 30.0) -> list[Window]:
     ends = np.cumsum([length or 0 for length in lengths]) / rate
     return [
@@ -170,7 +174,7 @@ def windows(lengths: list[int | None], rate: float = 30.0) -> list[Window]:
     ids=["exact", "late", "milliseconds", "29.94", "25", "60", "uneven"],
 )
 def test_frames_are_found_by_time_or_number(times, warned):
-    placed = [place(times, windows([40, 50, 30]), episode, 30.0) for episode in range(3)]
+    placed = [place(times, windows([40, 50, 30]), episode) for episode in range(3)]
     assert [each[:2] for each in placed] == [(0, 40), (40, 90), (90, 120)]
     assert any(MATCHED_BY_NUMBER in each[2] for each in placed) == warned
 
@@ -178,10 +182,10 @@ def test_frames_are_found_by_time_or_number(times, warned):
 def test_a_long_video_whose_clock_is_off_by_whole_frames():
     """After 1000 frames of a video at 29.97 Hz, a frame lies where the metadata at 30 Hz lead, but the wrong one."""
     times, parts = np.arange(3000) * 1.001 / 30, windows([1000, 1000, 1000])
-    assert [place(times, parts, episode, 30.0)[:2] for episode in range(3)] == [(0, 1000), (1000, 2000), (2000, 3000)]
+    assert [place(times, parts, episode)[:2] for episode in range(3)] == [(0, 1000), (1000, 2000), (2000, 3000)]
     # With a frame more, no number is sure.
     with pytest.raises(SourceError, match="no frame of it lies where the metadata say"):
-        place(np.arange(3001) * 1.001 / 30, parts, 1, 30.0)
+        place(np.arange(3001) * 1.001 / 30, parts, 1)
 
 
 def test_a_wrong_begin_costs_its_episode_alone():
@@ -190,18 +194,18 @@ def test_a_wrong_begin_costs_its_episode_alone():
         parts = windows([40, 50, 30])
         moved = tuple(second + shift / 30 for second in parts[1].seconds)
         parts[1] = Window(1, moved, 50)
-        assert [place(times, parts, episode, 30.0)[0] for episode in (0, 2)] == [0, 90]
+        assert [place(times, parts, episode)[0] for episode in (0, 2)] == [0, 90]
         with pytest.raises(SourceError, match="no frame of it lies where the metadata say that it begins, at "):
-            place(times, parts, 1, 30.0)
+            place(times, parts, 1)
 
 
 def test_episodes_that_the_metadata_no_longer_list_leave_the_others_in_place():
     parts = windows([40, 50, 30])
-    assert place(np.arange(120) / 30, [parts[0], parts[2]], 2, 30.0) == (90, 120, [])
+    assert place(np.arange(120) / 30, [parts[0], parts[2]], 2) == (90, 120, [])
     unknown = [parts[0], Window(1, parts[1].seconds, None), parts[2]]
-    assert place(np.arange(120) / 30, unknown, 2, 30.0) == (90, 120, [])
+    assert place(np.arange(120) / 30, unknown, 2) == (90, 120, [])
     times = np.concatenate([np.arange(60) / 30, 5 + np.arange(60) / 30])
-    assert place(times, [Window(0, (0.0, 2.0), None), Window(1, (5.0, 7.0), None)], 1, 30.0) == (60, 120, [])
+    assert place(times, [Window(0, (0.0, 2.0), None), Window(1, (5.0, 7.0), None)], 1) == (60, 120, [])
 
 
 def test_a_clock_that_begins_anew_does_not_mix_the_rows(tmp_path):

@@ -35,7 +35,8 @@ def test_renamed_and_unnamed_files_of_a_dataset(tmp_path, make_rlds, rlds_steps)
     first, second = sorted(source.glob("*.tfrecord-*"))
     shutil.copy(second, second.with_name(second.name.replace("-of-00002", "-of-00003")))
     first.rename(first.with_name(first.name.replace(first.name.partition("-")[0], "renamed")))
-    builder = Rlds(tmp_path / "out", RldsSettings(source=str(source), control_rate=5.0, validation_fraction=0.0))
+    settings = RldsSettings(source=str(source), control_rate=5.0, camera=("main",), action=(), validation_fraction=0.0)
+    builder = Rlds(tmp_path / "out", settings)
     outcomes = [SourceOutcome(each.name) for each in builder.sources()]
     episodes = [list(builder.read(each, outcome)) for each, outcome in zip(builder.sources(), outcomes, strict=True)]
     assert [len(each) for each in episodes] == [1, 1]

@@ -171,7 +171,7 @@ def test_a_frame_rate_that_is_no_control_rate(tmp_path, write_clip, diagnose):
     message = found["suspicious-frame-rate"].message
     assert "30 Hz" in message and "encoded all 3 videos" in message and "less than 1.1 s" in message
     assert "too-fast" in found
-    assert "entries name no video, such as '3.mp4'" in found["sidecar"].message
+    assert "entries name no recording, such as '3.mp4'" in found["sidecar"].message
     known = by_name(diagnose(tmp_path, control_rate=3.0))
     assert not {"suspicious-frame-rate", "guessed-rate", "too-fast"} & set(known)
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -204,22 +204,29 @@ class LeRobot(EpisodeBuilder):
 
     def _place(self, key: str, video: str, window: placement.Window) -> _Part:
         """Finds the frames of an episode in a video of several."""
-        path = self._path(video)
-        times = frame_times(path)
-        if times is None:
-            raise SourceError(f"the frames of {video} have no times, by which those of the episode are found")
-        windows = [each for each in self._windows.get((key, video), ()) if each.episode != window.episode]
-        first, stop, warnings = placement.place(times, [*windows, window], window.episode, self.metadata.fps)
-        return _Part(path, times, (first, stop), tuple(warnings))
+        is_listed = window in self._windows.get((key, video), ())
+        layout = self._layout(key, video) if is_listed else self._layout_with(key, video, window)
+        first, stop, warnings = layout.place(window.episode)
+        return _Part(self._path(video), layout.times, (first, stop), tuple(warnings))
 
     def _fits(self, key: str, video: str, window: placement.Window) -> bool:
         """Whether the frames that other episodes leave in a video are those of this one."""
         try:
-            times = frame_times(self._path(video))
+            return self._layout_with(key, video, window).is_full
         except (SourceError, *self.decoder_errors):
             return False
-        windows = self._windows.get((key, video), ())
-        return times is not None and placement.fits_gap(times, windows, window, self.metadata.fps)
+
+    @functools.cached_property
+    def _layout(self) -> Callable[[str, str], placement.VideoLayout]:
+        """Finds the frames of all episodes in a video; the last ones are kept, since episodes follow each other."""
+        return functools.lru_cache(maxsize=16)(self._layout_with)
+
+    def _layout_with(self, key: str, video: str, *more: placement.Window) -> placement.VideoLayout:
+        times = frame_times(self._path(video))
+        if times is None:
+            raise SourceError(f"the frames of {video} have no times, by which those of the episode are found")
+        others = [each for each in self._windows.get((key, video), ()) if each.episode not in {m.episode for m in more}]
+        return placement.VideoLayout(times, [*others, *more], self.metadata.fps)
 
     @functools.cached_property
     def _videos(self) -> dict[str, list[str]]:
@@ -244,7 +251,7 @@ class LeRobot(EpisodeBuilder):
             return self.settings.control_rate, []
         assert self.metadata.fps is not None  # Checked with the metadata.
         videos = [part.episode_times for part in parts if part.episode_times is not None]
-        return order.control_rate(self.metadata.fps, order.row_times(table), videos)
+        return order.control_rate(self.metadata.fps, order.row_times(table), videos, order.row_numbers(table))
 
     def _rows(self, entry: EpisodeEntry, keys: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
         if fault := entry.faults.get(""):

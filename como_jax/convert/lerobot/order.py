@@ -103,24 +103,36 @@ def first_index(table: pa.Table) -> float | None:
     return None if values is None else float(values[0])
 
 
-def usual_rate(times: np.ndarray | None) -> float | None:
-    """Returns the usual number of steps per second, or None without two times."""
-    step = float(np.median(np.diff(times))) if times is not None and len(times) > 1 else 0.0
+def row_numbers(table: pa.Table) -> np.ndarray | None:
+    """Returns `frame_index` of sorted rows, which jumps where rows were lost, or None if it does not count up."""
+    values = scalars(table["frame_index"]) if "frame_index" in table.column_names else None
+    return values if values is not None and len(values) > 1 and (np.diff(values) > 0).all() else None
+
+
+def usual_rate(times: np.ndarray | None, numbers: np.ndarray | None = None) -> float | None:
+    """Returns the usual number of steps per second, or None without two times; `numbers` are those of the steps."""
+    if times is None or len(times) < 2:
+        return None
+    step = float(np.median(np.diff(times) / (1 if numbers is None else np.diff(numbers))))
     return 1 / step if step > 0 else None
 
 
-def control_rate(fps: float, rows: np.ndarray | None, videos: Sequence[np.ndarray]) -> tuple[float, list[str]]:
+def control_rate(
+    fps: float, rows: np.ndarray | None, videos: Sequence[np.ndarray], numbers: np.ndarray | None = None
+) -> tuple[float, list[str]]:
     """Returns the steps per second of an episode, and what contradicts them.
 
     Args:
       fps: what info.json says.
       rows: timestamps of the rows, or None if they say nothing.
       videos: times of the frames of each video.
+      numbers: of the rows, or None if they follow each other.
 
     Raises:
       SourceError: the timestamps contradict info.json, and no video decides.
     """
-    by_rows = usual_rate(rows)
+    by_rows = usual_rate(rows, numbers)
+    has_lost_rows = rows is not None and by_rows is not None and np.diff(rows).max() * by_rows > LOST_ROWS_STEP
     by_videos = [rate for rate in map(usual_rate, videos) if rate is not None]
     warnings = []
     if by_rows is not None and not _near(by_rows, fps):
@@ -134,7 +146,7 @@ def control_rate(fps: float, rows: np.ndarray | None, videos: Sequence[np.ndarra
             raise SourceError(f"info.json says {fps:g} Hz, and its timestamps {by_rows:g} Hz; `control_rate` decides")
     if not all(_near(rate, fps) for rate in by_videos):
         warnings.append(OTHER_VIDEO_RATE)
-    if rows is not None and by_rows is not None and np.diff(rows).max() > LOST_ROWS_STEP * np.median(np.diff(rows)):
+    if has_lost_rows:
         warnings.append(LOST_ROWS)
     return fps, warnings
 

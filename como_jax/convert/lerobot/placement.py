@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -37,61 +38,75 @@ class Window:
     length: int | None
 
 
-def place(times: np.ndarray, windows: Sequence[Window], episode: int, fps: float | None) -> tuple[int, int, list[str]]:
-    """Returns the numbers of the first frame of an episode and of that after its last, and what is odd about them.
+class VideoLayout:
+    """The episodes of one video.
 
-    If the episodes of a video have as many frames together as the video has, their lengths say where each begins.
-    Where the times of the metadata lead elsewhere, because they count at another rate than the video runs, the
-    lengths decide, but only for an episode whose begin and end are these numbers at the rate of the metadata.
-
-    Args:
-      times: of all frames of the video, in order.
-      windows: of all episodes in the video.
-      episode: number of the one that is wanted.
-      fps: of info.json.
-
-    Raises:
-      SourceError: the metadata do not say where its frames lie, or contradict the video.
+    If they have as many frames together as the video has, their lengths say where each begins. Where the times of the
+    metadata lead elsewhere, because they count at another rate than the video runs, the lengths decide, but only for an
+    episode whose begin and end are these numbers at the rate of the metadata.
     """
-    window = next(each for each in windows if each.episode == episode)
-    begin, end = window.seconds
-    if not -_MAX_SECONDS < begin < end < _MAX_SECONDS:
-        raise SourceError(f"the metadata say that it runs from {begin} to {end} seconds of its video")
-    rate = _rate(windows, fps)
-    times = _from_origin(times, windows)
-    first, stop = _by_time(times, window)
-    numbers = _numbers(windows, len(times), rate)
-    if numbers is None:
-        if _fill_video(times, [each for each in windows if each.episode != episode], rate):
-            raise SourceError("the metadata put it into a video in which all frames belong to other episodes")
-        # Without all lengths only the times are left. A frame of another episode may lie where they lead by chance.
-        same_clock = rate is None or not _is_even(times) or first is None or abs(begin * rate - first) <= 0.5
-        if first is not None and same_clock:
-            return first, stop, []
-    else:
-        number = numbers[episode]
-        after = number + (window.length or 0)
-        if (first, stop) == (number, after):
-            return number, after, []
-        if rate is not None and abs(begin * rate - number) <= 0.5 and abs(end * rate - after) <= 0.5:
-            return number, after, [MATCHED_BY_NUMBER]
-        if first == number:
-            return first, stop, []
-    raise SourceError(f"no frame of it lies where the metadata say that it begins, at {begin:.3f} s of its video")
 
+    def __init__(self, times: np.ndarray, windows: Sequence[Window], fps: float | None):
+        """Finds the frames of all episodes.
 
-def fits_gap(times: np.ndarray, windows: Sequence[Window], window: Window, fps: float | None) -> bool:
-    """Whether a video has just those frames left, beside those of the episodes in it, that an episode needs."""
-    together = [*windows, window]
-    return _fill_video(_from_origin(times, together), together, _rate(together, fps))
+        Args:
+          times: of all frames of the video, in order.
+          windows: of all episodes in the video, one for each.
+          fps: of info.json.
+        """
+        self.times = times
+        self._windows = {window.episode: window for window in windows}
+        self._rate = _rate(windows, fps)
+        self._by_time = _places_by_time(times, windows)
+        self._numbers = _numbers(windows, len(times), self._rate)
 
+    def place(self, episode: int) -> tuple[int, int, list[str]]:
+        """Returns the numbers of the first frame of an episode and of that after its last, and what is odd about them.
 
-def _fill_video(times: np.ndarray, windows: Sequence[Window], rate: float | None) -> bool:
-    """Whether the windows, by time and by number, divide all frames of a video among them."""
-    numbers = _numbers(windows, len(times), rate)
-    return numbers is not None and all(
-        _by_time(times, each) == (numbers[each.episode], numbers[each.episode] + (each.length or 0)) for each in windows
-    )
+        Raises:
+          SourceError: the metadata do not say where its frames lie, or contradict the video.
+        """
+        window = self._windows[episode]
+        begin, end = window.seconds
+        if not -_MAX_SECONDS < begin < end < _MAX_SECONDS:
+            raise SourceError(f"the metadata say that it runs from {begin} to {end} seconds of its video")
+        first, stop = self._by_time[episode]
+        if self._numbers is None:
+            others = [each for each in self._windows.values() if each.episode != episode]
+            if self._fill(others, _numbers(others, len(self.times), self._rate)):
+                raise SourceError("the metadata put it into a video in which all frames belong to other episodes")
+            # Without all lengths only the times are left. A frame of another episode may lie where they lead by chance.
+            if first is not None and (abs(begin * (self._rate or 0) - first) <= 0.5 or not self._has_same_steps):
+                return first, stop, []
+        else:
+            number = self._numbers[episode]
+            after = number + (window.length or 0)
+            if (first, stop) == (number, after):
+                return number, after, []
+            if abs(begin * (self._rate or 0) - number) <= 0.5 and abs(end * (self._rate or 0) - after) <= 0.5:
+                return number, after, [MATCHED_BY_NUMBER]
+            if first == number:
+                return first, stop, []
+        raise SourceError(f"no frame of it lies where the metadata say that it begins, at {begin:.3f} s of its video")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the episodes, by time and by number, divide all frames of the video among them."""
+        return self._fill(list(self._windows.values()), self._numbers)
+
+    def _fill(self, windows: Sequence[Window], numbers: dict[int, int] | None) -> bool:
+        return numbers is not None and all(
+            self._by_time[each.episode] == (numbers[each.episode], numbers[each.episode] + (each.length or 0))
+            for each in windows
+        )
+
+    @functools.cached_property
+    def _has_same_steps(self) -> bool:
+        """Whether all frames are shown equally long, at a rate that is known."""
+        if len(self.times) < 3 or self._rate is None:
+            return self._rate is not None
+        line = np.linspace(self.times[0], self.times[-1], len(self.times))
+        return bool(np.abs(self.times - line).max() < 0.5 * np.median(np.diff(self.times)))
 
 
 def _rate(windows: Sequence[Window], fps: float | None) -> float | None:
@@ -106,23 +121,27 @@ def _rate(windows: Sequence[Window], fps: float | None) -> float | None:
     return fps if fps is not None and usual is not None and abs(usual / fps - 1) < _SAME_RATE else usual
 
 
-def _from_origin(times: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
-    """Counts times from the first frame if more windows begin with a frame then."""
-    moved = times - times[0]
-    fitting = [sum(_by_time(each, window)[0] is not None for window in windows) for each in (times, moved)]
-    return moved if fitting[1] > fitting[0] else times
-
-
-def _by_time(times: np.ndarray, window: Window) -> tuple[int | None, int]:
-    """Returns the first frame of a window, or None if none lies at its begin, and that after its last one."""
-    begin, end = window.seconds
+def _places_by_time(times: np.ndarray, windows: Sequence[Window]) -> dict[int, tuple[int | None, int]]:
+    """Returns the first frame of every episode, or None if none lies where it begins, and that after its last one."""
     frame = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    if not math.isfinite(begin + end):
-        return None, 0
-    after = int(np.searchsorted(times, begin))
-    first = min((index for index in (after - 1, after) if 0 <= index < len(times)), key=lambda i: abs(times[i] - begin))
-    lies_there = abs(times[first] - begin) <= max(_TOLERANCE * frame, _ROUNDING_SECONDS)
-    return first if lies_there else None, int(np.searchsorted(times, end - frame / 2))
+    begins, ends = np.transpose([each.seconds for each in windows])
+    known = np.isfinite(begins) & np.isfinite(ends)
+    begins, ends = np.where(known, begins, 0.0), np.where(known, ends, 0.0)
+
+    def firsts(origin: float) -> tuple[np.ndarray, np.ndarray]:
+        after = np.searchsorted(times, begins + origin).clip(1, len(times) - 1) if len(times) > 1 else 0 * known
+        first = after - (np.abs(times[after - 1] - begins - origin) < np.abs(times[after] - begins - origin))
+        near = np.abs(times[first] - begins - origin) <= max(_TOLERANCE * frame, _ROUNDING_SECONDS)
+        return first, near & known
+
+    # Times count from the first frame if more episodes begin with a frame then.
+    origin = max((0.0, float(times[0])), key=lambda origin: firsts(origin)[1].sum())
+    first, lies_there = firsts(origin)
+    stop = np.searchsorted(times, ends + origin - frame / 2)
+    return {
+        each.episode: (int(first[row]) if lies_there[row] else None, int(stop[row]) if known[row] else 0)
+        for row, each in enumerate(windows)
+    }
 
 
 def _numbers(windows: Sequence[Window], num_frames: int, rate: float | None) -> dict[int, int] | None:
@@ -140,11 +159,3 @@ def _numbers(windows: Sequence[Window], num_frames: int, rate: float | None) -> 
     by_number = count(sorted(windows, key=lambda each: each.episode))
     by_begin = count(sorted(windows, key=lambda each: (math.isnan(each.seconds[0]), each.seconds[0])))
     return by_begin if agreement(by_begin) > agreement(by_number) else by_number
-
-
-def _is_even(times: np.ndarray) -> bool:
-    """Whether all frames are shown equally long."""
-    if len(times) < 3:
-        return True
-    line = np.linspace(times[0], times[-1], len(times))
-    return bool(np.abs(times - line).max() < 0.5 * np.median(np.diff(times)))
