@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs like quickstart.sh, then checks style, imports and types and runs the everyday tests: about a quarter of an hour on
-# two CPU cores. With --all it runs the slow tests too. Other arguments go to pytest: tools/test.sh -n 0 FILE
+# two CPU cores. With --all it runs the slow tests too, and with WITH_LIBERO=1 those of LIBERO's simulator among them, which takes
+# a minute of installing, as root on Debian or Ubuntu, and two of testing. Other arguments go to pytest: tools/test.sh -n 0 FILE
 set -euo pipefail
 cd "$(dirname "$0")/.."
 which=(-m "not slow")

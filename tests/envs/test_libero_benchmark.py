@@ -15,6 +15,7 @@ from como_jax.convert.libero import builder, demonstrations
 from como_jax.envs.base import FIRST_ROLLOUT_SEED, EnvironmentOptions
 from como_jax.envs.libero import benchmark
 from como_jax.envs.libero.arm import CAMERAS, PandaEnvironment
+from como_jax.envs.libero.render import Renderer
 from como_jax.envs.registry import environment_names, make_environment
 from como_jax.errors import ConfigError
 
@@ -115,8 +116,8 @@ def test_the_full_look_is_that_of_libero(stove: PandaEnvironment) -> None:
     context.vopt.geomgroup[0] = 0
     for name, own in CAMERAS.items():
         difference = np.abs(shown[name].astype(int) - sim.render(128, 128, camera_name=own)).max(axis=-1)
-        # A few pixels at edges of objects, since robosuite draws into a larger buffer.
-        assert (difference > 0).mean() < 0.01 and difference.max() < 40
+        # Robosuite draws into a larger buffer, which moves edges by a fraction of a pixel.
+        assert (difference > 25).mean() < 0.005 and difference.mean() < 0.5
         assert shown[name].std() > 20
 
 
@@ -131,7 +132,8 @@ def test_an_episode_depends_on_its_seed_alone_and_is_solved_by_its_own_predicate
     four = begin(FIRST_ROLLOUT_SEED + 4)
     np.testing.assert_array_equal(begin(3), three)
     # The fiftieth state is followed by the first; the rest of the scene is drawn anew.
-    assert np.abs(begin(53) - three).max() < 0.02 < np.abs(stove.simulation.task.init_states[3:5].std(axis=0)).max()
+    states = stove.simulation.task.init_states
+    assert np.abs(begin(53) - three).max() < 0.02 < np.abs(states[3] - states[4]).max()
     assert np.abs(four - three).max() > 1e-4
     assert stove.instruction == "turn on the stove" and stove.spec.max_steps == 300
     assert stove.simulation.goal == [["turnon", "flat_stove_1"]] and not stove.simulation.success()
@@ -142,19 +144,23 @@ def test_an_episode_depends_on_its_seed_alone_and_is_solved_by_its_own_predicate
 
 @needs_libero
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["libero_spatial_object", "libero_10"])
-def test_the_fast_look_is_much_like_the_full_one(suite: str) -> None:
-    task, images, drawn = f"libero:{suite}/0", {}, {}
-    for look in ("fast", "full"):
-        env = make_environment(task, EnvironmentOptions(image_size=128, settings={"look": look, "init": "drawn"}))
-        observation = env.reset(0)
-        images[look], drawn[look] = observation.images, env.simulation.state()
-        # What is not drawn would not be seen.
-        env._renderer._culls = False
-        for camera, image in env.images().items():
-            np.testing.assert_array_equal(image, observation.images[camera])
-        env.close()
-    np.testing.assert_array_equal(drawn["fast"], drawn["full"])
-    for camera, fast in images["fast"].items():
-        difference = np.abs(fast.astype(int) - images["full"][camera]).max(axis=-1)
-        assert 0 < (difference > 25).mean() < 0.1 and fast.std() > 20
+@pytest.mark.parametrize(
+    "suite", ["libero_spatial", "libero_10", "libero_90", "libero_object_swap", "libero_goal_task"]
+)
+def test_a_task_of_a_suite_can_be_reset_stepped_and_seen_in_both_looks(suite: str) -> None:
+    settings = {"look": "full", "init": "drawn", "orientation": "stored"}
+    env = make_environment(f"libero:{suite}/0", EnvironmentOptions(image_size=128, settings=settings))
+    full, sim = env.reset(0).images, env.simulation.raw.sim
+    renderer = Renderer(sim.model._model, sim.data._data, [CAMERAS[name] for name in full], 128, "fast")
+    fast = renderer.render()
+    # What is not drawn would not be seen.
+    renderer._culls = False
+    for image, whole, original in zip(fast, renderer.render(), full.values(), strict=True):
+        np.testing.assert_array_equal(image, whole)
+        difference = np.abs(image.astype(int) - original).max(axis=-1)
+        assert 0 < (difference > 25).mean() < 0.1 and image.std() > 20
+    renderer.close()
+    result = env.step(np.array([0.5, 0, -0.5, 0, 0, 0, 1]))
+    assert np.abs(result.observation.state - env.reset(0).state).max() > 1e-3 and not result.success
+    assert any((image != full[name]).any() for name, image in result.observation.images.items())
+    env.close()
