@@ -186,3 +186,14 @@ def test_the_suite_must_be_given_and_a_missing_simulator_is_named(
     monkeypatch.setattr(builder.benchmark, "task_names", missing)
     with pytest.raises(ConversionError, match="pip install it"):
         convert(tmp_path / "out")
+
+
+def test_a_simulator_that_cannot_draw_ends_the_conversion(
+    tmp_path: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_opengl(self: StandIn) -> None:
+        raise ConfigError("apt-get install it")
+
+    monkeypatch.setattr(StandIn, "images", no_opengl)
+    with pytest.raises(ConfigError, match="apt-get install it"):
+        convert(tmp_path / "out")

@@ -122,6 +122,9 @@ class LiberoDemonstrations(EpisodeBuilder):
             except FailedAttempt as error:
                 yield LeftOut(f"the attempt with seed {seed} was replaced: {error}")
                 continue
+            except UsageError:
+                # No attempt would do better where there is nothing to draw with.
+                raise
             # A simulator raises errors of all kinds where its state becomes bad; the next attempt begins anew.
             except (RuntimeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
                 yield LeftOut(f"the attempt with seed {seed} was replaced: {one_line(error)}")
