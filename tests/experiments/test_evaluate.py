@@ -13,6 +13,7 @@ from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data import schema
 from como_jax.errors import ConfigError, DatasetError, OutputError, RunError
 from como_jax.evaluation.latents.probes import ProbeError
+from como_jax.ownership import MARK
 from configs import pretrain_como, pretrain_mae
 from experiments.evaluate import evaluate
 from experiments.extract_labels import extract_labels
@@ -53,7 +54,7 @@ def without_actions(dataset: Path, directory: Path, *splits: str) -> Path:
 
 def test_metrics_and_page_are_written(evaluated):
     out, metrics = evaluated
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == [MARK, "metrics.json", "report.html"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
     needed = {"lp_mse", "lp_mse_mean_action", "lp_r2", "s_pcfc", "s_pcfc_by_token", "psnr", "psnr_copy", "psnr_gain"}
     assert needed | {"ssim", "ssim_copy", "effective_rank", "lp_mse/0"} <= set(metrics)
@@ -148,7 +149,7 @@ def test_labelled_datasets_are_compared_by_instruction_or_class(run: Path, label
     text = ",".join(map(str, labelled))
     evaluate(run, None, tmp_path / "out", **SIZES, probe=False, labelled=text)
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"metrics.json", "report.html", "domains.json", "domains.png"}
+    assert {path.name for path in out.iterdir()} == {MARK, "metrics.json", "report.html", "domains.json", "domains.png"}
     found = json.loads((out / "domains.json").read_text())
     assert found["names"] == ["robot", "hand"]
     assert found["same"][0][1] == found["same"][1][0] > found["same"][0][0], "an episode meets its copy elsewhere alone"
