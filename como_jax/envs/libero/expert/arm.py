@@ -142,7 +142,7 @@ class Arm:
                     return False
         return (yield from self.go((point, rotation), grip, near=0.012, turned=0.12, until=until))
 
-    def within_reach(self, point: np.ndarray) -> float:
+    def beyond_reach(self, point: np.ndarray) -> float:
         """How much further than it can reach a point is, in metres; at most 0 within reach."""
         return float(np.linalg.norm(point + [0, 0, _WRIST] - self.scene.shoulder) - _REACH)
 

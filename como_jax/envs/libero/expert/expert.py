@@ -6,14 +6,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from como_jax.envs.libero.expert.arm import OPEN, Motion
 from como_jax.envs.libero.expert.fixtures import Handles, Setting
-from como_jax.envs.libero.expert.scene import Scene
+from como_jax.envs.libero.expert.scene import Region, Scene
 from como_jax.envs.libero.expert.skills import Skills, Target
 
 Goal = Sequence[str]
 _ROUNDS = 4
+_IDLE = np.array([0, 0, 0, 0, 0, 0, OPEN], np.float32)
+# What is so low and so wide is pushed along the ground.
+_FLAT, _BROAD = 0.035, 0.12
+# A region that slopes more is to lie on; nothing is leaned over further by the hand, it falls the rest of the way.
+_SLOPING, _MOST_LEAN = np.radians(20), np.radians(42)
 # What a goal is about, in the properties of LIBERO's fixtures, and its opposite.
 _RANGES = {
     "open": ("default_open_ranges", "default_close_ranges"),
@@ -42,19 +48,22 @@ class Expert:
 
     def act(self) -> np.ndarray:
         """The next action, float32 `[7]` in [-1, 1]; no movement once it is done or has given up."""
-        return next(self._actions, np.array([0, 0, 0, 0, 0, 0, OPEN], np.float32))
+        return next(self._actions, _IDLE).copy()
 
     def _run(self) -> Iterator[np.ndarray]:
         for _ in range(_ROUNDS):
-            pending = [goal for goal in order(self.goals) if not self.scene.is_true(goal)]
-            if not pending:
-                break
-            for goal in pending:
+            for goal in order(self.goals):
                 if not self.scene.is_true(goal):
                     yield from self._achieve(goal)
-        self.done = all(self.scene.is_true(goal) for goal in self.goals)
-        if not self.done:
-            self.reason = self.reason or "The goal was not reached."
+            self.done = self._solved()
+            # What has been reached may be undone, as by something that tips over.
+            while self._solved():
+                yield _IDLE
+            self.done = False
+        self.reason = self.reason or self.skills.trouble or "The goal was not reached."
+
+    def _solved(self) -> bool:
+        return all(self.scene.is_true(goal) for goal in self.goals)
 
     def _achieve(self, goal: Goal) -> Motion:
         predicate, name = goal[0], goal[1]
@@ -88,25 +97,39 @@ class Expert:
     def target(self, goal: Goal) -> Target:
         """Where the object of a goal has to be."""
         scene, place = self.scene, goal[2]
-        if place in scene.env.object_sites_dict:
-            region = scene.region(place)
-            centre, half = region.centre, region.half.copy()
-            if goal[0] == "on":
-                half[2] = 0.1
-                centre = centre + [0, 0, 0.05]
-            wish = self._wish(goal, centre, half)
-            return Target(centre, half, wish)
-        point = scene.position(place)
-        return Target(point, np.array([0, 0, 0.3]), point[:2])
+        if place not in scene.env.object_sites_dict:
+            point = scene.position(place)
+            return Target(point, np.array([0, 0, 0.3]), point[:2])
+        region = scene.region(place)
+        if goal[0] == "in":
+            return Target(region.centre, region.half, self._wish(goal, region))
+        normal = region.axes[:, 2] * np.sign(region.axes[2, 2])
+        slope = float(np.arccos(normal[2]))
+        if slope > _SLOPING:
+            return _lying(region, normal, slope)
+        size = np.ptp(scene.corners(scene.geoms(goal[1])), axis=0)
+        flat = not region.parent and size[2] < _FLAT and size[:2].max() > _BROAD
+        centre, half = region.centre + [0, 0, 0.05], np.array([*region.half[:2], 0.1])
+        return Target(centre, half, self._wish(goal, region), slides=flat)
 
-    def _wish(self, goal: Goal, centre: np.ndarray, half: np.ndarray) -> np.ndarray:
+    def _wish(self, goal: Goal, region: Region) -> np.ndarray:
         """The middle of a region, or a part of it if it has to hold several objects."""
         sharers = [other[1] for other in self.goals if len(other) == 3 and other[2] == goal[2]]
         if len(sharers) < 2:
-            return centre[:2]
+            return region.centre[:2]
+        half = region.half
         axis = np.eye(2)[int(half[1] >= half[0])]
         share = np.linspace(-1, 1, len(sharers))[sharers.index(goal[1])]
-        return centre[:2] + 0.55 * share * (axis * half[:2])
+        return region.centre[:2] + 0.55 * share * (axis * half[:2])
+
+
+def _lying(region: Region, normal: np.ndarray, slope: float) -> Target:
+    """For an object that stands on a sloping region, which has a wall behind it: leaned back onto that wall."""
+    axis = np.cross([0, 0, 1], normal)
+    lean = Rotation.from_rotvec(axis / np.linalg.norm(axis) * min(slope, _MOST_LEAN))
+    off_the_wall = np.array([0, 0, 1]) - normal[2] * normal
+    centre = region.centre + 0.025 * normal + 0.02 * off_the_wall / np.linalg.norm(off_the_wall)
+    return Target(centre, np.zeros(3), centre[:2], lean=lean)
 
 
 def order(goals: Sequence[Goal]) -> list[Goal]:

@@ -14,12 +14,12 @@ TIP = 0.0115
 PALM = 0.030
 _PAD = 0.008
 _DEPTH = 0.027
-_LEAST_DEPTH = 0.005
+_LEAST_DEPTH = 0.003
 _FINGER = (0.037, 0.060, 0.011)
 _HAND = (0.106, 0.036)
 _CELL = 0.006
 _YAWS = np.arange(12) * np.pi / 12
-_CLEARANCE = 0.002
+_CLEARANCE = 0.001
 # Fingers slip off what is so much wider at one side of the pads.
 _MOST_TAPER = 0.012
 
@@ -34,7 +34,7 @@ def _grid(low: float, high: float, side: float, step: float) -> np.ndarray:
 _STRIP_ALONG = np.linspace(-REACH, REACH, 29)
 _STRIP_ACROSS = np.array([-_PAD, 0.0, _PAD])
 _STRIP = np.stack(np.meshgrid(_STRIP_ALONG, _STRIP_ACROSS, indexing="ij"), axis=-1)
-_FINGERS = np.concatenate([_grid(*_FINGER, 0.005), _grid(-_FINGER[1], -_FINGER[0], _FINGER[2], 0.005)])
+_FINGERS = np.concatenate([_grid(*_FINGER, 0.0035), _grid(-_FINGER[1], -_FINGER[0], _FINGER[2], 0.0035)])
 _PALM_AREA = _grid(-_HAND[0], _HAND[0], _HAND[1], 0.012)
 
 
@@ -77,7 +77,7 @@ def clear_height(around: HeightMap, points: np.ndarray, yaw: float, margin: floa
     """Least heights of the grip point at which fingers and hand touch nothing; for points `[..., 2]`."""
     axes = hand_axes(yaw)
     fingers = around.at(points[..., None, :2] + _FINGERS @ axes).max(axis=-1) + TIP
-    palm = around.at(points[..., None, :2] + _PALM_AREA @ axes).max(axis=-1) - PALM
+    palm = around.widened.at(points[..., None, :2] + _PALM_AREA @ axes).max(axis=-1) - PALM
     return np.maximum(fingers, palm) + margin
 
 
@@ -113,8 +113,8 @@ def _at_yaw(target: HeightMap, both: HeightMap, centres: np.ndarray, yaw: float,
         return []
     heights = np.maximum(top - _DEPTH, clear_height(both, centres, yaw))
     depth = top - heights
-    # What the pads close on: columns of the strip that are higher than the middle of the pads.
-    material = strip > (heights + 0.004)[:, None, None]
+    # What the pads close on: columns of the strip that are higher than the grip point.
+    material = strip > (heights - 0.001)[:, None, None]
     along = _STRIP_ALONG[None, :, None]
     first = np.where(material, along, np.inf).min(axis=1)
     last = np.where(material, along, -np.inf).max(axis=1)

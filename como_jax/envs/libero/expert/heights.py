@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
+from scipy import ndimage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +35,8 @@ class HeightMap:
         rows, columns = np.nonzero(np.isfinite(self.heights))
         ground = self.corner + self.cell * np.stack([rows, columns], axis=-1)
         return np.column_stack([ground, self.heights[rows, columns]])
+
+    @functools.cached_property
+    def widened(self) -> HeightMap:
+        """The greatest heights within two cells: no thin wall is missed between points that are three apart."""
+        return dataclasses.replace(self, heights=ndimage.maximum_filter(self.heights, size=5))

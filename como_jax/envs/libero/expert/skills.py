@@ -19,9 +19,17 @@ _CELL = 0.004
 _GAP = 0.008
 _LOST = 0.04
 # What the best of many pairs of grasp and place is sought in.
-_CANDIDATES = 40
+_GRASPS, _SPOTS = 400, 40
+_TRIES = 5
+_NARROW = 1.5
+# What is pushed may stop so far from its place.
+_ARRIVED = 0.01
+# What it costs to grasp a bottle that is to be leaned over with the fingers along the lean.
+_LEAN_COST = 0.05
 _DROP_COST = 1.0
 _REACH_COST = 10.0
+# Nearer to its foot the arm gets stuck, its elbow bent as far as it can.
+_CLOSE, _CLOSE_COST = 0.45, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +40,33 @@ class Target:
       centre, half: `[3]`, the box that its body has to come to rest in.
       wish: point on the ground near which it should be.
       slides: whether it is pushed along the ground.
+      lean: rotation by which it is leaned over to lie on something sloping; None to leave it upright.
     """
 
     centre: np.ndarray
     half: np.ndarray
     wish: np.ndarray
     slides: bool = False
+    lean: Rotation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Handling:
-    """A grasp of an object where it is, and the spot that it is taken to."""
+    """How to take an object from where it is to where it shall be.
+
+    Attributes:
+      grasp: where its body is now.
+      spot: to put it.
+      body: position of the object's body that the grasp was planned for.
+      turn: rotation of hand and object on the way.
+      leans: whether it is leaned over.
+    """
 
     grasp: Grasp
     spot: Spot
     body: np.ndarray
+    turn: Rotation
+    leans: bool = False
 
 
 class Skills:
@@ -55,18 +75,26 @@ class Skills:
     def __init__(self, scene: Scene, rng: np.random.Generator):
         """Takes what all skills share."""
         self.scene, self.rng, self.arm = scene, rng, Arm(scene)
+        self.trouble = ""
 
     def bring(self, name: str, target: Callable[[], Target], reached: Callable[[], bool]) -> Motion:
         """Picks an object up, carries it to its target and lets go of it; again if it slipped."""
         failed: list[Grasp] = []
-        for _ in range(5):
-            handling = self.plan(name, target(), failed)
+        for attempt in range(_TRIES):
+            aim = target()
+            # What did not get there when it was pushed is carried.
+            if aim.slides and attempt < 2:
+                yield from self.push(name, aim)
+                if reached():
+                    return True
+                continue
+            handling = self.plan(name, aim, failed)
             if handling is None:
                 return False
-            if not (yield from self.pick(name, handling, slides=target().slides)):
+            if not (yield from self.pick(name, handling)):
                 failed.append(handling.grasp)
                 continue
-            if not (yield from self.carry(name, handling, slides=target().slides)):
+            if not (yield from self.carry(name, handling)):
                 continue
             yield from self.release(name)
             if reached():
@@ -76,7 +104,7 @@ class Skills:
     # Planning.
 
     def plan(self, name: str, target: Target, failed: list[Grasp]) -> Handling | None:
-        """The best pair of grasp and spot; None if there is none."""
+        """The best pair of grasp and spot; None if there is none, and `trouble` says of what."""
         scene = self.scene
         geoms, body = scene.geoms(name), scene.position(name)
         corners = scene.corners(geoms)
@@ -84,26 +112,31 @@ class Skills:
         extent = float((corners.max(0) - corners.min(0))[:2].max()) / 2
         upper, around = scene.height_maps(middle, extent + 0.14, _CELL, geoms)
         found = [grasp for grasp in grasps.search(upper, around, middle) if not _tried(grasp, failed)]
-        found = [grasp for grasp in found if self.arm.within_reach(grasp.point) < 0.03]
-        lower, _ = scene.height_maps(middle, extent + 0.02, _CELL, geoms, below=True)
+        found = [grasp for grasp in found if self.arm.beyond_reach(grasp.point) < 0.03][:_GRASPS]
         side = float(target.half[:2].max())
         _, there = scene.height_maps(target.centre, side + extent + 0.14, 0.006, geoms)
-        spots = grasps.find_spots(
-            there, lower.points() - body, target.centre, target.half, target.wish, self._turns(target)
-        )
-        return self._best(found[:400], spots[:_CANDIDATES], body, there)
-
-    def _turns(self, target: Target) -> tuple[float, ...]:
-        wide = target.half[:2].max() > 1.5 * target.half[:2].min() > 0
-        return tuple(np.arange(-4, 5) * np.pi / 8) if wide else (0.0,)
-
-    def _best(self, found: list[Grasp], spots: list[Spot], body: np.ndarray, there: HeightMap) -> Handling | None:
+        if target.lean is None:
+            lower, _ = scene.height_maps(middle, extent + 0.02, _CELL, geoms, below=True)
+            underside = lower.points() - body
+            spots = grasps.find_spots(
+                there, underside, target.centre, target.half, target.wish, _turns(target.half, underside)
+            )
+        else:
+            spots = [Spot(target.centre, 0.0, 0.0)]
+            across = target.lean.as_rotvec()
+            found = [_preferring(grasp, across / np.linalg.norm(across)) for grasp in found]
         if not found or not spots:
+            self.trouble = f"There is no {'place' if found else 'grasp'} for {name}."
             return None
-        pairs = [self._best_grasp(found, spot, body, there) for spot in spots]
-        return max(pairs, key=lambda pair: pair[0])[1]
+        pairs = [self._best_grasp(found, spot, body, there) for spot in spots[:_SPOTS]]
+        _, grasp, spot = max(pairs, key=lambda pair: pair[0])
+        turn = Rotation.from_euler("z", spot.turn)
+        turn = turn if target.lean is None else target.lean * turn
+        return Handling(grasp, spot, body, turn, target.lean is not None)
 
-    def _best_grasp(self, found: list[Grasp], spot: Spot, body: np.ndarray, there: HeightMap) -> tuple[float, Handling]:
+    def _best_grasp(
+        self, found: list[Grasp], spot: Spot, body: np.ndarray, there: HeightMap
+    ) -> tuple[float, Grasp, Spot]:
         """The best grasp for a spot, and what both together are worth."""
         points = np.array([grasp.point for grasp in found])
         yaws = np.array([grasp.yaw for grasp in found])
@@ -116,17 +149,19 @@ class Skills:
         drop = np.maximum(0, clear - hands[:, 2])
         far = np.array(
             [
-                max(0.0, self.arm.within_reach(hand)) + max(0.0, self.arm.within_reach(point + [0, 0, _ABOVE]))
+                max(0.0, self.arm.beyond_reach(hand)) + max(0.0, self.arm.beyond_reach(point + [0, 0, _ABOVE]))
                 for hand, point in zip(hands, points, strict=True)
             ]
         )
-        total = np.array([grasp.score for grasp in found]) + spot.score - _DROP_COST * drop - _REACH_COST * far
+        close = np.maximum(0, _CLOSE - np.linalg.norm((points - self.scene.shoulder)[:, :2], axis=1))
+        costs = _DROP_COST * drop + _REACH_COST * far + _CLOSE_COST * close
+        total = np.array([grasp.score for grasp in found]) + spot.score - costs
         index = int(total.argmax())
-        return float(total[index]), Handling(found[index], spot, body)
+        return float(total[index]), found[index], spot
 
     # Acting.
 
-    def pick(self, name: str, handling: Handling, *, slides: bool = False) -> Motion:
+    def pick(self, name: str, handling: Handling) -> Motion:
         """Grasps an object from above and lifts it a little.
 
         Returns:
@@ -147,9 +182,8 @@ class Skills:
             yield from arm.hold(OPEN, 4)
             yield from arm.go((here + [0, 0, 0.08], axes), OPEN, near=0.02)
             return False
-        if not slides:
-            here, _ = scene.hand
-            yield from arm.go((here + [0, 0, 0.05], rotation), SHUT, near=0.02, turned=0.3)
+        here, _ = scene.hand
+        yield from arm.go((here + [0, 0, 0.05], rotation), SHUT, near=0.02, turned=0.3)
         return any(scene.touched_by(scene.geoms(name)))
 
     def _funnel(self, point: np.ndarray) -> float:
@@ -157,7 +191,7 @@ class Skills:
         away = np.linalg.norm((self.scene.hand[0] - point)[:2])
         return float(np.clip(8 * (away - 0.005), 0, _ABOVE))
 
-    def carry(self, name: str, handling: Handling, *, slides: bool = False) -> Motion:
+    def carry(self, name: str, handling: Handling) -> Motion:
         """Takes what is held to a spot and lowers it there.
 
         Returns:
@@ -165,7 +199,7 @@ class Skills:
         """
         scene, arm = self.scene, self.arm
         here, axes = scene.hand
-        rotation = Rotation.from_euler("z", handling.spot.turn).as_matrix() @ axes
+        rotation = handling.turn.as_matrix() @ axes
         held_at = axes.T @ (scene.position(name) - here)
 
         def lost() -> bool:
@@ -179,24 +213,56 @@ class Skills:
             offset = rotation @ now.T @ (point - scene.position(name))
             return handling.spot.point + offset + [0, 0, height], rotation
 
-        if not slides:
-            yield from arm.travel(*above(0.03), SHUT, load=scene.geoms(name), until=lost)
+        height = 0.06 if handling.leans else 0.03
+        yield from arm.travel(*above(height), SHUT, load=scene.geoms(name), until=lost)
         if lost():
             return False
-        clear = self._clear_at(name, handling)
+        clear = -np.inf if handling.leans else self._clear_at(name, handling)
+        gap = 0.0 if handling.leans else _GAP
 
         def goal() -> tuple[np.ndarray, np.ndarray]:
-            point, _ = above(0.0 if slides else _GAP)
+            point, _ = above(gap)
             away = np.linalg.norm((scene.hand[0] - point)[:2])
-            lowest = max(point[2], clear) if not slides else point[2]
-            return np.array([*point[:2], lowest + (0 if slides else np.clip(3 * (away - 0.008), 0, 0.03))]), rotation
+            wait = np.clip(3 * (away - 0.008), 0, 0.03)
+            return np.array([*point[:2], max(point[2], clear) + wait]), rotation
 
-        yield from arm.go(goal, SHUT, near=0.005, turned=0.15, steps=80, until=lost)
+        yield from arm.go(goal, SHUT, near=0.005, turned=0.08, steps=80, until=lost)
         return not lost()
+
+    def push(self, name: str, target: Target) -> Motion:
+        """Pushes a plate or the like along the ground, with closed fingers against the inside of its rim."""
+        scene, arm = self.scene, self.arm
+        corners = scene.corners(scene.geoms(name))
+        radius = float(np.ptp(corners, axis=0)[:2].min()) / 2
+        upper, _ = scene.height_maps(scene.position(name), radius, _CELL, scene.geoms(name))
+        height = float(upper.at(scene.position(name))) + grasps.TIP + 0.001
+
+        def left() -> np.ndarray:
+            return (target.wish - scene.position(name)[:2])[:2]
+
+        def inside() -> np.ndarray:
+            ahead = left() / max(float(np.linalg.norm(left())), 1e-6)
+            return np.array([*(scene.position(name)[:2] + 0.35 * radius * ahead), height])
+
+        across = np.arctan2(left()[1], left()[0])
+        rotation = pointing_down(float((across + np.pi / 2) % np.pi - np.pi / 2))
+        yield from arm.travel(inside() + [0, 0, _ABOVE], rotation, SHUT)
+        yield from arm.go((inside(), rotation), SHUT, near=0.006)
+
+        def ahead() -> tuple[np.ndarray, np.ndarray]:
+            lead = 0.012 * left() / max(float(np.linalg.norm(left())), 1e-6)
+            return np.array([*(scene.hand[0][:2] + left() + lead), height]), rotation
+
+        there = yield from arm.go(
+            ahead, SHUT, steps=70, patience=30, speed=0.6, until=lambda: float(np.linalg.norm(left())) < _ARRIVED
+        )
+        here, axes = scene.hand
+        yield from arm.go((here + [0, 0, 0.10], axes), OPEN, near=0.03, steps=25)
+        return there
 
     def _clear_at(self, name: str, handling: Handling) -> float:
         here, axes = self.scene.hand
-        turn = Rotation.from_euler("z", handling.spot.turn).as_matrix()
+        turn = handling.turn.as_matrix()
         point = handling.spot.point + turn @ (here - self.scene.position(name))
         _, there = self.scene.height_maps(point, 0.13, 0.006, self.scene.geoms(name))
         fingers = turn @ axes[:, 0]
@@ -208,7 +274,7 @@ class Skills:
         yield from arm.open()
         yield from self._let_go(name)
         here, axes = scene.hand
-        yield from arm.go((here + [0, 0, 0.10], axes), OPEN, near=0.03, turned=0.5, steps=25)
+        yield from arm.go((here - 0.10 * axes[:, 2], axes), OPEN, near=0.03, turned=0.5, steps=25)
         return not any(scene.touched_by(scene.geoms(name)))
 
     def _let_go(self, name: str) -> Motion:
@@ -234,3 +300,21 @@ def _tried(grasp: Grasp, failed: list[Grasp]) -> bool:
     return any(
         np.linalg.norm(grasp.point - other.point) < 0.012 and abs(grasp.yaw - other.yaw) < 0.3 for other in failed
     )
+
+
+def _preferring(grasp: Grasp, across: np.ndarray) -> Grasp:
+    """The grasp with a score that says how well its fingers lie along a direction."""
+    along = abs(float(grasps.hand_axes(grasp.yaw)[0] @ across[:2]))
+    return dataclasses.replace(grasp, score=grasp.score - _LEAN_COST * (1 - along))
+
+
+def _turns(half: np.ndarray, underside: np.ndarray) -> tuple[float, ...]:
+    """Turns about the vertical to try: where the place is narrow, those that align the object with it."""
+    narrow = half[:2].max() > _NARROW * half[:2].min() > 0
+    if not narrow:
+        return (0.0,)
+    angles = np.arange(0, np.pi, np.pi / 60)
+    widths = [np.ptp(underside[:, :2] @ [-np.sin(angle), np.cos(angle)]) for angle in angles]
+    along = angles[int(np.argmin(widths))]
+    turn = ((0.0 if half[0] > half[1] else np.pi / 2) - along + np.pi / 2) % np.pi - np.pi / 2
+    return tuple(other for other in (turn, turn - np.pi, turn + np.pi) if abs(other) < 2.4)
