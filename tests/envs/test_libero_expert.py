@@ -73,6 +73,14 @@ def test_a_neighbour_keeps_the_fingers_away():
     assert found and all(abs(abs(grasp.yaw) - np.pi / 2) < 0.4 for grasp in found)
 
 
+def test_nothing_else_is_grasped_with_the_object():
+    around = _map(height=_TABLE)
+    # A wall beside the box, thinner than the gap between the fingers.
+    _where(around, lambda x, y: abs(y - 0.028) < 0.003, _TABLE + 0.055)
+    best = grasps.search(_box(0.08, 0.02), around, np.zeros(3))
+    assert all(abs(grasp.yaw) > 0.5 or grasp.point[2] > _TABLE + 0.055 + grasps.TIP for grasp in best)
+
+
 def test_the_hand_stays_above_what_is_under_its_palm():
     around = _map(height=_TABLE)
     _where(around, lambda x, y: y > 0.085, _TABLE + 0.2)

@@ -52,6 +52,12 @@ class Arm:
         self.scene = scene
         self._before = scene.hand
 
+    @property
+    def yaw(self) -> float:
+        """Of the hand, if it points down: see `pointing_down`."""
+        fingers = self.scene.hand[1][:, 0]
+        return float(np.arctan2(-fingers[0], fingers[1]))
+
     def toward(self, point: np.ndarray, rotation: np.ndarray, grip: float, speed: float = 1.0) -> np.ndarray:
         """One action toward a pose."""
         here, axes = self.scene.hand

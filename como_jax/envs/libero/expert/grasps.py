@@ -35,6 +35,7 @@ _STRIP_ALONG = np.linspace(-REACH, REACH, 29)
 _STRIP_ACROSS = np.array([-_PAD, 0.0, _PAD])
 _STRIP = np.stack(np.meshgrid(_STRIP_ALONG, _STRIP_ACROSS, indexing="ij"), axis=-1)
 _FINGERS = np.concatenate([_grid(*_FINGER, 0.0035), _grid(-_FINGER[1], -_FINGER[0], _FINGER[2], 0.0035)])
+_SWEEP = _grid(-_FINGER[0], _FINGER[0], _FINGER[2], 0.0035)
 _PALM_AREA = _grid(-_HAND[0], _HAND[0], _HAND[1], 0.012)
 
 
@@ -100,18 +101,22 @@ def search(target: HeightMap, around: HeightMap, middle: np.ndarray) -> list[Gra
     centres = np.stack(
         np.meshgrid(*[np.arange(a - 0.012, b + 0.0121, _CELL) for a, b in zip(low, high, strict=True)]), axis=-1
     ).reshape(-1, 2)
-    found = [grasp for yaw in _YAWS for grasp in _at_yaw(target, both, centres, float(yaw), middle)]
+    found = [grasp for yaw in _YAWS for grasp in _at_yaw(target, around, both, centres, float(yaw), middle)]
     return sorted(found, key=lambda grasp: -grasp.score)
 
 
-def _at_yaw(target: HeightMap, both: HeightMap, centres: np.ndarray, yaw: float, middle: np.ndarray) -> list[Grasp]:
+def _at_yaw(
+    target: HeightMap, around: HeightMap, both: HeightMap, centres: np.ndarray, yaw: float, middle: np.ndarray
+) -> list[Grasp]:
     strip = target.at(centres[:, None, None] + _STRIP @ hand_axes(yaw))
     top = strip.max(axis=(1, 2))
     something = np.isfinite(top)
     centres, strip, top = centres[something], strip[something], top[something]
     if not len(centres):
         return []
-    heights = np.maximum(top - _DEPTH, clear_height(both, centres, yaw))
+    # Where the fingers close, there must be nothing but the object.
+    swept = around.at(centres[:, None] + _SWEEP @ hand_axes(yaw)).max(axis=-1) + TIP + _CLEARANCE
+    heights = np.max([top - _DEPTH, clear_height(both, centres, yaw), swept], axis=0)
     depth = top - heights
     # What the pads close on: columns of the strip that are higher than the grip point.
     material = strip > (heights - 0.001)[:, None, None]

@@ -24,6 +24,10 @@ _TRIES = 5
 _NARROW = 1.5
 # What is pushed may stop so far from its place.
 _ARRIVED = 0.01
+# How deep the fingers press on what they push.
+_PRESS = 0.006
+# Further than this from its rest the last joint of the arm does not turn the hand.
+_MOST_YAW = 1.9
 # What it costs to grasp a bottle that is to be leaned over with the fingers along the lean.
 _LEAN_COST = 0.05
 _DROP_COST = 1.0
@@ -130,6 +134,7 @@ class Skills:
             return None
         pairs = [self._best_grasp(found, spot, body, there) for spot in spots[:_SPOTS]]
         _, grasp, spot = max(pairs, key=lambda pair: pair[0])
+        grasp = dataclasses.replace(grasp, yaw=_unwound(grasp.yaw, spot.turn, self.arm.yaw))
         turn = Rotation.from_euler("z", spot.turn)
         turn = turn if target.lean is None else target.lean * turn
         return Handling(grasp, spot, body, turn, target.lean is not None)
@@ -235,7 +240,7 @@ class Skills:
         corners = scene.corners(scene.geoms(name))
         radius = float(np.ptp(corners, axis=0)[:2].min()) / 2
         upper, _ = scene.height_maps(scene.position(name), radius, _CELL, scene.geoms(name))
-        height = float(upper.at(scene.position(name))) + grasps.TIP + 0.001
+        height = float(upper.at(scene.position(name))) + grasps.TIP - _PRESS
 
         def left() -> np.ndarray:
             return (target.wish - scene.position(name)[:2])[:2]
@@ -317,4 +322,13 @@ def _turns(half: np.ndarray, underside: np.ndarray) -> tuple[float, ...]:
     widths = [np.ptp(underside[:, :2] @ [-np.sin(angle), np.cos(angle)]) for angle in angles]
     along = angles[int(np.argmin(widths))]
     turn = ((0.0 if half[0] > half[1] else np.pi / 2) - along + np.pi / 2) % np.pi - np.pi / 2
-    return tuple(other for other in (turn, turn - np.pi, turn + np.pi) if abs(other) < 2.4)
+    return (float(turn),)
+
+
+def _unwound(yaw: float, turn: float, now: float) -> float:
+    """The same grasp of two fingers by the yaw that is nearest to the hand's, and within what the arm can turn."""
+
+    def cost(other: float) -> float:
+        return 10 * max(0.0, abs(other) - _MOST_YAW, abs(other + turn) - _MOST_YAW) + abs(other - now)
+
+    return min((yaw - np.pi, yaw, yaw + np.pi), key=cost)
