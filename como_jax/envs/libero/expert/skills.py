@@ -24,8 +24,8 @@ _TRIES = 5
 _NARROW = 1.5
 # What is pushed may stop so far from its place.
 _ARRIVED = 0.01
-# How deep the fingers press on what they push.
-_PRESS = 0.006
+# Of fingers that push: where they begin, how far they aim into what they push, and how high they are.
+_BEHIND, _LEAD, _OFF_THE_GROUND = 0.02, 0.012, 0.003
 # Further than this from its rest the last joint of the arm does not turn the hand.
 _MOST_YAW = 1.9
 # What it costs to grasp a bottle that is to be leaned over with the fingers along the lean.
@@ -235,31 +235,32 @@ class Skills:
         return not lost()
 
     def push(self, name: str, target: Target) -> Motion:
-        """Pushes a plate or the like along the ground, with closed fingers against the inside of its rim."""
+        """Pushes a plate or the like along the ground, with closed fingers from behind."""
         scene, arm = self.scene, self.arm
         corners = scene.corners(scene.geoms(name))
         radius = float(np.ptp(corners, axis=0)[:2].min()) / 2
-        upper, _ = scene.height_maps(scene.position(name), radius, _CELL, scene.geoms(name))
-        height = float(upper.at(scene.position(name))) + grasps.TIP - _PRESS
+        height = float(corners[:, 2].min()) + grasps.TIP + _OFF_THE_GROUND
 
         def left() -> np.ndarray:
-            return (target.wish - scene.position(name)[:2])[:2]
+            return target.wish - scene.position(name)[:2]
 
-        def inside() -> np.ndarray:
+        def behind(distance: float) -> tuple[np.ndarray, np.ndarray]:
             ahead = left() / max(float(np.linalg.norm(left())), 1e-6)
-            return np.array([*(scene.position(name)[:2] + 0.35 * radius * ahead), height])
+            point = scene.position(name)[:2] - (radius + distance) * ahead
+            # The fingers side by side, across the way.
+            yaw = float((np.arctan2(ahead[1], ahead[0]) + np.pi / 2) % np.pi - np.pi / 2)
+            return np.array([*point, height]), pointing_down(yaw)
 
-        across = np.arctan2(left()[1], left()[0])
-        rotation = pointing_down(float((across + np.pi / 2) % np.pi - np.pi / 2))
-        yield from arm.travel(inside() + [0, 0, _ABOVE], rotation, SHUT)
-        yield from arm.go((inside(), rotation), SHUT, near=0.006)
-
-        def ahead() -> tuple[np.ndarray, np.ndarray]:
-            lead = 0.012 * left() / max(float(np.linalg.norm(left())), 1e-6)
-            return np.array([*(scene.hand[0][:2] + left() + lead), height]), rotation
-
+        point, rotation = behind(_BEHIND)
+        yield from arm.travel(point + [0, 0, _ABOVE], rotation, SHUT)
+        yield from arm.go((point, rotation), SHUT, near=0.008)
         there = yield from arm.go(
-            ahead, SHUT, steps=70, patience=30, speed=0.6, until=lambda: float(np.linalg.norm(left())) < _ARRIVED
+            lambda: (behind(-_LEAD)[0], rotation),
+            SHUT,
+            steps=70,
+            patience=70,
+            speed=0.6,
+            until=lambda: float(np.linalg.norm(left())) < _ARRIVED,
         )
         here, axes = scene.hand
         yield from arm.go((here + [0, 0, 0.10], axes), OPEN, near=0.03, steps=25)
