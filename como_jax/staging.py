@@ -264,8 +264,12 @@ def _check_place(out: epath.PathLike, place: str, source: str, where: str) -> No
 
 
 def _links(folder: epath.PathLike) -> Iterator[tuple[str, str]]:
-    """All links below a folder, those below linked folders too, and the real path to which each leads."""
-    waiting, seen = [os.path.realpath(folder)], set()
+    """All links below a folder, those below linked folders too, and the real path to which each leads.
+
+    But for links to a folder that holds this one, which nobody follows: they lead in circles.
+    """
+    root = epath.Path(os.path.realpath(folder))
+    waiting, seen = [os.fspath(root)], set()
     while waiting:
         here = waiting.pop()
         if here in seen or not os.path.isdir(here):
@@ -277,8 +281,10 @@ def _links(folder: epath.PathLike) -> Iterator[tuple[str, str]]:
             continue  # It cannot be read, so nothing in it is.
         for entry in entries:
             if entry.is_symlink():
-                waiting.append(os.path.realpath(entry.path))
-                yield entry.path, waiting[-1]
+                real = os.path.realpath(entry.path)
+                if not root.is_relative_to(real):
+                    waiting.append(real)
+                    yield entry.path, real
             elif entry.is_dir():
                 waiting.append(entry.path)
 
