@@ -131,6 +131,13 @@ def test_an_episode_depends_on_its_seed_alone_and_is_solved_by_its_own_predicate
     three = begin(3)
     four = begin(FIRST_ROLLOUT_SEED + 4)
     np.testing.assert_array_equal(begin(3), three)
+    drawn = []
+    for seed in (3, 4, 3):
+        stove.simulation.reset(seed)
+        drawn.append(stove.simulation.state())
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    # Neither the objects nor the arm are where they were.
+    assert np.abs(drawn[1] - drawn[0])[1:8].max() > 0.01 and np.abs(drawn[1] - drawn[0])[10:].max() > 0.002
     # The fiftieth state is followed by the first; the rest of the scene is drawn anew.
     states = stove.simulation.task.init_states
     assert np.abs(begin(53) - three).max() < 0.02 < np.abs(states[3] - states[4]).max()

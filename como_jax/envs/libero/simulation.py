@@ -17,6 +17,8 @@ CONTROL_RATE_HZ = 20.0
 SETTLING_STEPS = 10
 _OPEN_AND_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 _PLACEMENT_TRIALS = 100
+# Standard deviation of the arm's joints in the official states, in radians; it is robosuite's default too.
+_JOINT_NOISE = 0.02
 
 
 class Simulation:
@@ -60,7 +62,7 @@ class Simulation:
         Args:
           seed: fixes all that is drawn.
           official: number of the official state to start from, counted round and round; None to draw all places by the
-            problem's own rules.
+            problem's own rules, and the arm's joints as those of the official states are drawn.
 
         Raises:
           ConfigError: the scene has no official states, or others.
@@ -69,6 +71,8 @@ class Simulation:
             self._place()
             if official is not None:
                 self._restore(official)
+            elif self.task.init_states is not None:
+                self._shift_arm()
             for _ in range(SETTLING_STEPS):
                 self.step(_OPEN_AND_STILL)
 
@@ -106,6 +110,17 @@ class Simulation:
                 gripper.current_action = np.zeros_like(gripper.current_action)
                 return
         raise RuntimeError(f"{self.task.name}: no place for all objects in {_PLACEMENT_TRIALS} trials")
+
+    def _shift_arm(self) -> None:
+        """Turns the joints of the arm a little, which LIBERO itself does not."""
+        robot, sim = self.raw.robots[0], self.raw.sim
+        joints = robot._ref_joint_pos_indexes
+        sim.data.qpos[joints] += np.random.normal(scale=_JOINT_NOISE, size=len(joints))
+        sim.forward()
+        # Otherwise the arm would turn back to where its hand was.
+        robot.controller.update(force=True)
+        robot.controller.reset_goal()
+        self.raw._update_observables(force=True)
 
     def _restore(self, official: int) -> None:
         """Puts the simulator into an official state, and what robosuite derives from it."""
