@@ -25,6 +25,7 @@ from como_jax.errors import one_line
 _VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".gif", ".npz")
 _MAX_LISTED = 20
 _MAX_FAILURES = 5
+_MAX_INDICES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,10 @@ def read_instructions(
         except READ_ERRORS as error:
             failures.append(f"{name}: not understood as language instructions: {one_line(error)}")
             continue
-        entries = _without_parts(entries, known)
-        warnings += [f"{name}: {message}" for message in _describe(entries, known)]
-        for entry in entries:
-            for recording in known.find(entry.name) if entry.texts else ():
+        matches = _without_parts([(entry, known.find(entry.name)) for entry in entries])
+        warnings += [f"{name}: {message}" for message in _describe(matches)]
+        for entry, named in matches:
+            for recording in named if entry.texts else ():
                 before_depth, before = found.get(recording, (depth, ()))
                 texts = (*before, *entry.texts) if before_depth == depth else entry.texts
                 found[recording] = depth, tuple(dict.fromkeys(texts))
@@ -91,18 +92,23 @@ def read_instructions(
     )
 
 
-def _without_parts(entries: Sequence[Entry], known: _Names) -> list[Entry]:
+_Match = tuple[Entry, Sequence[str]]
+"""An entry of a file, and the recordings that it names."""
+
+
+def _without_parts(matches: Sequence[_Match]) -> list[_Match]:
     """Takes the texts from entries that are about parts of a recording, of which it has several."""
-    parts = Counter(recording for entry in entries if entry.is_part for recording in known.find(entry.name))
+    parts = Counter(recording for entry, named in matches if entry.is_part for recording in named)
     fault = "it is about a part of the recording, which has several"
     return [
-        entry._replace(texts=(), fault=fault) if any(parts[each] > 1 for each in known.find(entry.name)) else entry
-        for entry in entries
+        (entry._replace(texts=(), fault=fault), named) if any(parts[each] > 1 for each in named) else (entry, named)
+        for entry, named in matches
     ]
 
 
-def _describe(entries: Sequence[Entry], known: _Names) -> list[str]:
+def _describe(matches: Sequence[_Match]) -> list[str]:
     """Returns what is wrong with the entries of a file, by name."""
+    entries = [entry for entry, _ in matches]
     messages = []
     kinds = (
         ("hold no instruction", [entry for entry in entries if entry.fault and not entry.texts]),
@@ -113,7 +119,7 @@ def _describe(entries: Sequence[Entry], known: _Names) -> list[str]:
         more = f" and {len(faulty) - len(named)} more" if len(faulty) > len(named) else ""
         if faulty:
             messages.append(f"{len(faulty)} of {len(entries)} entries {what}: {', '.join(named)}{more}")
-    missing = [entry for entry in entries if entry.texts and not known.find(entry.name)]
+    missing = [entry for entry, named in matches if entry.texts and not named]
     if missing:
         messages.append(f"{len(missing)} of {len(entries)} entries name no recording, such as {missing[0].name!r}")
     return messages
@@ -124,9 +130,15 @@ class RecordingIndex:
 
     def __init__(self, recordings: Sequence[str]):
         """Prepares for `recordings`, which are paths below the source folder."""
-        self._recordings = recordings
-        self._stems = {_stem(normal(recording)) for recording in recordings}
-        self._below = functools.cache(self._names_below)
+        self._by_folder: dict[str, list[str]] = {}
+        for recording in recordings:
+            folder = recording
+            while folder:
+                folder = folder.rpartition("/")[0]
+                self._by_folder.setdefault(folder, []).append(recording)
+        self._base_names = {_stem(normal(recording).rpartition("/")[2]) for recording in recordings}
+        # Files of one folder are read one after the other.
+        self._names = functools.lru_cache(maxsize=_MAX_INDICES)(self._names_below)
 
     def is_candidate(self, name: str) -> bool:
         """Whether a file holds labels, as far as its name tells."""
@@ -138,31 +150,22 @@ class RecordingIndex:
             return True
         return LABEL_NAME.search(name.rpartition("/")[2]) is not None
 
-    @functools.cached_property
-    def _base_names(self) -> set[str]:
-        return {stem.rpartition("/")[2] for stem in self._stems}
-
     def scope(self, folder: str) -> tuple[int, _Names]:
         """Returns depth and names of the recordings that a label file in a folder speaks of."""
-        while folder and not self._below(folder).is_known:
+        while folder and folder not in self._by_folder:
             folder = folder.rpartition("/")[0]
-        return folder.count("/") + bool(folder), self._below(folder)
+        return folder.count("/") + bool(folder), self._names(folder)
 
     def _names_below(self, folder: str) -> _Names:
-        prefix = f"{folder}/" if folder else ""
-        return _Names({each: each[len(prefix) :] for each in self._recordings if each.startswith(prefix)})
+        start = len(folder) + 1 if folder else 0
+        return _Names({recording: recording[start:] for recording in self._by_folder.get(folder, ())})
 
 
 class _Names:
-    """Finds recordings by what label files call them.
-
-    Attributes:
-      is_known: whether there is any recording.
-    """
+    """Finds recordings by what label files call them."""
 
     def __init__(self, recordings: dict[str, str]):
         """Prepares for recordings with their paths relative to the label file."""
-        self.is_known = bool(recordings)
         self._by_key: dict[str, list[str]] = {}
         # Some file systems do not tell capital letters from small ones.
         self._by_folded: dict[str, list[str]] = {}

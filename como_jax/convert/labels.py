@@ -42,7 +42,7 @@ _DELIMITERS = (",", ";", "\t", "|")
 _MAX_LINES = 20
 _MAX_SHOWN = 40
 _STRING = r'"(?:[^"\\\n]|\\.)*"'
-_PAIR = re.compile(rf"({_STRING})\s*:\s*({_STRING}|\[[^][]*\]|\{{[^{{}}]*\}}|[^\s,}}]+)")
+_PAIR = re.compile(rf"({_STRING})\s*:\s*({_STRING}|\[[^][]*\]|\{{[^{{}}]*\}}|[^\s,}}]*)")
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
@@ -91,7 +91,7 @@ class LabelFile(NamedTuple):
 
     def _rows(self, rows: Iterable[Any]) -> list[Entry]:
         """Returns the entries of rows with named fields; raises ValueError if none has the fields that are needed."""
-        rows = list(rows)
+        rows = [_lowered(row) for row in rows]
         if not self._is_table(rows):
             raise ValueError(self._expected())
         column = self._name_field(rows)
@@ -104,21 +104,20 @@ class LabelFile(NamedTuple):
         name, field = _name(row, column), self._text_field(row)
         if not name or field is None:
             return Entry(name or place, (), f"it has no field for {'a text' if name else 'a file name'}")
-        is_part = any(_PART.fullmatch(str(key).strip().lower()) for key in row)
-        return _entry(name, _field(row, field))._replace(is_part=is_part)
+        is_part = any(_PART.fullmatch(key) for key in row)
+        return _entry(name, row[field])._replace(is_part=is_part)
 
-    def _name_field(self, rows: Iterable[Any]) -> str:
+    def _name_field(self, rows: Sequence[Any]) -> str:
         """Returns the column of some rows that names recordings, or else the first that could."""
-        named = [{column: _name(row, column) for column in FILE_COLUMNS} for row in rows if isinstance(row, Mapping)]
-        present = [column for column in FILE_COLUMNS if any(row[column] for row in named)]
+        rows = [row for row in rows if isinstance(row, Mapping)]
+        present = [column for column in FILE_COLUMNS if any(_name(row, column) for row in rows)]
         return next(
-            (column for column in present if any(row[column] and self.is_recording(row[column]) for row in named)),
+            (each for each in present if any(self.is_recording(_name(row, each)) for row in rows)),
             present[0] if present else FILE_COLUMNS[0],
         )
 
-    def _text_field(self, row: Mapping[Any, Any]) -> str | None:
-        fields = {str(key).strip().lower() for key in row}
-        return next((column for column in self.columns if column in fields), None)
+    def _text_field(self, row: Mapping[str, Any]) -> str | None:
+        return next((column for column in self.columns if column in row), None)
 
     def _expected(self) -> str:
         return f"expected a field {' or '.join(FILE_COLUMNS)} and a field {' or '.join(self.columns)}"
@@ -137,9 +136,12 @@ class LabelFile(NamedTuple):
             return self._rows(content) + damage
         if not isinstance(content, _Pairs):
             raise ValueError("expected an object or a list")
-        if self.is_recording(stem) and self._text_field(content) is not None:
-            return [_entry(stem, _field(content, self._text_field(content) or ""))]
-        tables = [value for value in content.values() if isinstance(value, list) and self._is_table(value)]
+        fields = _lowered(content)
+        if self.is_recording(stem) and (field := self._text_field(fields)) is not None:
+            return [_entry(stem, fields[field])]
+        tables = [
+            value for value in content.values() if isinstance(value, list) and self._is_table(map(_lowered, value))
+        ]
         if tables:
             return [entry for table in tables for entry in self._rows(table)] + damage
         entries = [self._named(name, value) for name, value in content.pairs]
@@ -147,7 +149,7 @@ class LabelFile(NamedTuple):
             raise ValueError("expected an object that maps file names to instructions, or a list of objects")
         return entries + damage
 
-    def _is_table(self, rows: Sequence[Any]) -> bool:
+    def _is_table(self, rows: Iterable[Any]) -> bool:
         """Whether any row has a name and a text."""
         return any(
             isinstance(row, Mapping) and self._text_field(row) and any(_name(row, each) for each in FILE_COLUMNS)
@@ -157,7 +159,8 @@ class LabelFile(NamedTuple):
     def _named(self, name: str, value: Any) -> Entry:
         """Returns the entry of `name: value`, where the value is a text, a list of texts or an object with a text."""
         if isinstance(value, Mapping):
-            value = _field(value, self._text_field(value) or "")
+            fields = _lowered(value)
+            value = fields.get(self._text_field(fields) or "")
         return _entry(name, value)
 
     def _table(self, text: str) -> Iterator[Entry]:
@@ -276,13 +279,14 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str)[:_MAX_SHOWN]
 
 
-def _name(row: Mapping[Any, Any], column: str) -> str:
-    value = _field(row, column)
+def _lowered(row: Any) -> Any:
+    """Returns a row with the names of its fields in small letters; what is no row stays as it is."""
+    return {str(key).strip().lower(): value for key, value in row.items()} if isinstance(row, Mapping) else row
+
+
+def _name(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
     return str(value).strip() if isinstance(value, str | int) else ""
-
-
-def _field(row: Mapping[Any, Any], name: str) -> Any:
-    return next((value for key, value in row.items() if str(key).strip().lower() == name), None)
 
 
 def _lines(text: str) -> Iterator[Any]:

