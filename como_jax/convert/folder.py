@@ -61,7 +61,9 @@ def list_files(root: epath.Path) -> Listing:
     readable = {name: _as_text(name) for name in found}
     warnings = [f"a folder cannot be read: {_as_text(str(error))}" for error in errors]
     if again:
-        warnings.append(f"{len(again)} links lead to folders that are read already, such as {min(again)!r}")
+        warnings.append(
+            f"{len(again)} links lead to folders that are read already or hold this one, such as {min(again)!r}"
+        )
     return Listing(
         files=sorted(readable.values()),
         unreadable=frozenset(text for name, text in readable.items() if text != name),

@@ -141,7 +141,7 @@ def test_entries_of_a_folder_that_are_no_files(tmp_path, make_video, check_datas
     assert reasons(report) == {"dangling.mp4": expected, "loop.mp4": expected, "pipe.mp4": expected}
     text = "\n".join(messages(report))
     assert "dangling.json: not understood" in text
-    assert "2 links lead to folders that are read already, such as 'root'" in text
+    assert "2 links lead to folders that are read already or hold this one, such as 'root'" in text
 
 
 def test_names_with_spaces_quotes_and_other_letters(tmp_path, make_video, check_dataset):

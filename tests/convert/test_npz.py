@@ -160,7 +160,7 @@ def test_damage_costs_only_its_file(tmp_path, check_dataset):
     assert "CRC" in reasons.pop("flipped.npz")
     assert reasons.pop("bad_\\xff.npz") == "its name is not valid UTF-8; rename it"
     assert {reasons.pop(f"{name}.npz") for name in ("gone", "pipe")} == {"is not a file, or is a link without a target"}
-    assert messages(report)[0] == "1 links lead to folders that are read already, such as 'link'"
+    assert messages(report)[0] == "1 links lead to folders that are read already or hold this one, such as 'link'"
     assert "there is no array 'observations'; there are: actions float64 [4]" in reasons.pop("blind.npz")
     assert reasons == {
         "objects.npz": "array 'actions' holds Python objects, which are not read since they may run code",
