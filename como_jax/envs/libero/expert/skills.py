@@ -33,7 +33,7 @@ _LEAN_COST = 0.05
 _DROP_COST = 1.0
 _REACH_COST = 10.0
 # Nearer to its foot the arm gets stuck, its elbow bent as far as it can.
-_CLOSE, _CLOSE_COST = 0.45, 0.5
+_CLOSE, _CLOSE_COST = 0.47, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
