@@ -193,7 +193,16 @@ def read_table_of_shard(path: epath.PathLike) -> pa.Table:
       DatasetError: the file is damaged, or no episode table.
     """
     try:
-        return read_parquet(path).select(EPISODE_TABLE_SCHEMA.names).cast(EPISODE_TABLE_SCHEMA)
+        found = read_parquet(path)
+        # Datasets that were made before a column existed have none of it.
+        absent = {field.name: field.type for field in EPISODE_TABLE_SCHEMA if field.nullable}
+        columns = {
+            name: pa.nulls(len(found), absent[name])
+            if name in absent and name not in found.column_names
+            else found[name]
+            for name in EPISODE_TABLE_SCHEMA.names
+        }
+        return pa.table(columns).cast(EPISODE_TABLE_SCHEMA)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DatasetError(f"{path} cannot be read; convert the dataset again: {error}") from error
 
