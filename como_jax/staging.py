@@ -229,8 +229,8 @@ def real_output(out: epath.PathLike) -> epath.Path:
     path = epath.Path(out).expanduser()
     if not is_local(path):
         return path
-    # Only with a name, a folder can be made beside it.
-    return path.resolve() if path.name in ("", "..") or os.path.islink(path) else path
+    # Only with a name, a folder can be made beside it. The `resolve` of epath does not follow links.
+    return epath.Path(os.path.realpath(path)) if path.name in ("", "..") or os.path.islink(path) else path
 
 
 def check_apart(out: epath.PathLike, source: object, name: str = "`source`") -> None:
@@ -334,7 +334,7 @@ def new_folder(out: epath.PathLike, overwrite: bool | None = None) -> Iterator[e
     """
     if not is_local(out):
         raise OutputError(f"{out} must be a folder of this machine; copy it to the bucket afterwards")
-    target = epath.Path(out).expanduser().resolve()
+    target = real_output(out).resolve()
     check_output(target, overwrite)
     partial, replaced = (target.with_name(f".{target.name}.{part}-{uuid.uuid4().hex[:8]}") for part in ("new", "old"))
     try:

@@ -90,6 +90,16 @@ def test_foreign_datasets_are_kept(tmp_path, make, by_link):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_link_to_what_was_made_stays_a_link(made):
+    link = made.with_name("link")
+    Path(link).symlink_to(made)
+    assert real_output(link) == epath.Path(os.path.realpath(made))
+    with new_folder(link, overwrite=True) as folder:
+        (folder / "records").write_text("others")
+    assert os.path.islink(link) and (made / "records").read_text() == "others"
+    assert sorted(path.name for path in made.parent.iterdir()) == ["link", "made"]
+
+
 def test_a_copy_of_what_was_made_is_known(made):
     shutil.copytree(made, made.with_name("copy"))
     check_output(made.with_name("copy"), overwrite=True)
