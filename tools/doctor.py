@@ -9,7 +9,9 @@ and DATASET_doctor.html gets the same with figures and sample strips.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from etils import epath
@@ -83,7 +85,7 @@ def page_path(dataset: epath.Path, out: str | None) -> epath.Path:
 
 def check_outside(path: epath.Path, dataset: epath.Path) -> None:
     """Raises ConfigError if a file would be written into the dataset."""
-    if dataset.is_dir() and path.resolve().is_relative_to(dataset.resolve()):
+    if dataset.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(dataset)):
         raise ConfigError(f"{path} lies in the dataset, which is left as it is; choose another --out or --json.")
 
 
