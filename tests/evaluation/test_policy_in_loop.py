@@ -71,6 +71,8 @@ class FakeModel:
 class FakeRunner:
     """Stands for a policy that can act; remembers the parameters that it is given."""
 
+    environment: dict[str, str] = {}
+
     def __init__(self, spec: PolicySpec = TABLETOP_POLICY) -> None:
         self.spec, self.params = spec, []
 
