@@ -49,6 +49,9 @@ FREE_FIELDS = (
     "train.stop_after",
 )
 
+# The flags that this module defines are those of the command that calls it.
+flags.disclaim_key_flags()
+
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
