@@ -1,6 +1,7 @@
 """Statistics from episode tables, in pieces."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
@@ -32,7 +33,7 @@ def tables(tmp_path):
 
 
 def values(tables, column):
-    return [row for path in tables for row in statistics.pq.read_table(str(path))[column].to_pylist()]
+    return [row for path in tables for row in pq.read_table(str(path))[column].to_pylist()]
 
 
 @pytest.mark.parametrize("max_values", [1, 20, 1000])
