@@ -68,6 +68,7 @@ EXTRAS = {
         *LANGUAGE,
         *SERVING,
         *TRANSFORMERS,
+        "hypothesis>=6.100",
         "import-linter>=2.10",
         "mypy>=1.11",
         "pytest>=8.0",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs like quickstart.sh, then checks style, imports and types and runs the everyday tests: about a quarter of an hour on
-# two CPU cores. With --all it runs the slow tests too, and with WITH_LIBERO=1 those of LIBERO's simulator among them, which takes
-# a minute of installing, as root on Debian or Ubuntu, and two of testing. Other arguments go to pytest: tools/test.sh -n 0 FILE
+# two CPU cores. With --all it runs the slow tests too, in three quarters of an hour, and with WITH_LIBERO=1 those of LIBERO's
+# simulator among them, which takes a minute of installing, as root on Debian or Ubuntu, and two of testing. Other arguments go
+# to pytest: tools/test.sh -n 0 FILE
 # With --all, openpi's client is installed into .peers (tools/peers.sh) and tried, where the package registry is in reach.
 # COMO_PEERS=all tools/test.sh --all also installs LeRobot and TensorFlow, some 5 GB, and opens exports with them.
 set -euo pipefail

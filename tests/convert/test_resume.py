@@ -205,7 +205,7 @@ def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(tmp_path):
 def test_kill_at_random_moments_then_resume(tmp_path):
     draw = random.Random(0)
     out, staging, kept = tmp_path / "out", tmp_path / "out.partial", {}
-    for _ in range(3):
+    for _ in range(2):
         process = build(out, "--processes=2", episodes=160)
         wait_for_shards(out, len(list(staging.glob("done/*.json"))) + draw.randint(1, 4), process)
         time.sleep(draw.uniform(0, 0.1))
