@@ -11,7 +11,6 @@ from fake_builder import FakeBuilder, FakeSettings
 
 from como_jax.convert.builder import ConversionError
 from como_jax.convert.runners import _sendable, run_here, run_in_processes, run_on_beam
-from tools.datasets.build import with_notes
 
 two_processes = functools.partial(run_in_processes, count=2)
 needs_beam = pytest.mark.skipif(
@@ -107,7 +106,6 @@ def test_a_full_disk_in_a_process_is_one_line(tmp_path):
     assert isinstance(full, OSError) and str(full) == "[Errno 28] No space left on device: 'records'"
     for error in (full, _sendable(ConversionError("no such key")), _sendable(KeyboardInterrupt())):
         assert not hasattr(error, "__notes__")
-    assert "Traceback" not in with_notes("the conversion failed", full)
     assert "in a worker process" in _sendable(TypeError("a mistake")).__notes__[0]
 
 
