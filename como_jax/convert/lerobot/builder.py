@@ -31,7 +31,6 @@ from como_jax.convert.lerobot.reading import (
     task_indices,
     video_frames,
 )
-from como_jax.convert.lerobot.totals import wrong_totals
 from como_jax.convert.selection import Selection, as_identifier, missing_warnings
 from como_jax.convert.settings import RATE, Settings, setting
 from como_jax.convert.sources import Source, check_file
@@ -129,7 +128,7 @@ class LeRobot(EpisodeBuilder):
     def warnings(self) -> list[str]:
         """What is wrong with the metadata, and what is missing from the dataset."""
         selection, cameras = self.selection, self.layout.cameras
-        messages = [*self.metadata.warnings, *filter(None, [wrong_totals(self.metadata)])]
+        messages = [*self.metadata.warnings, *filter(None, [self.metadata.wrong_totals()])]
         messages += [f"camera {key!r} was left out: {fault}" for key, fault in self._camera_faults.items() if fault]
         if len(cameras) > 1 and not self.settings.camera:
             messages.append(f"the main camera is {cameras[0]!r}, the first of several; `camera` chooses another")

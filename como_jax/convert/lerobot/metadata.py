@@ -124,6 +124,24 @@ class Metadata:
         """Whether there is a video of a camera, in any episode."""
         return any(entry.videos[camera].path in self.files for entry in self.episodes if camera in entry.videos)
 
+    def wrong_totals(self) -> str:
+        """Returns which numbers of info.json are not those of the metadata and the files; empty if none is wrong."""
+        counted: dict[str, int] = {
+            "total_episodes": len(self.episodes),
+            "total_tasks": len(self.tasks),
+            "total_videos": len(self.files.below("videos", ".mp4")),
+            "total_chunks": len({path.rpartition("/")[0] for path in self.files.below("data", ".parquet")}),
+        }
+        lengths = [entry.length for entry in self.episodes]
+        if None not in lengths:
+            counted["total_frames"] = sum(length or 0 for length in lengths)
+        wrong = [
+            f"{name} is {self.info[name]}, and there are {count}"
+            for name, count in counted.items()
+            if name in self.info and self.info[name] != count
+        ]
+        return f"{INFO_PATH} counts wrongly: {'; '.join(wrong)}" if wrong else ""
+
 
 def read_metadata(folder: epath.PathLike) -> Metadata:
     """Reads the metadata of a dataset.

@@ -15,7 +15,6 @@ from como_jax.convert.lerobot.file_index import fill
 from como_jax.convert.lerobot.metadata import FOUND_BY_NAME, INFO_PATH, EpisodeEntry, Metadata
 from como_jax.convert.lerobot.order import LOST_ROWS, OTHER_VIDEO_RATE
 from como_jax.convert.lerobot.reading import read_rows
-from como_jax.convert.lerobot.totals import wrong_totals
 from como_jax.doctor.findings import Finding, Problem, name_dimensions, name_some, share_of, warning
 from como_jax.doctor.sources.base import DatasetView, SourceReader, spread
 from como_jax.doctor.sources.videos import VideoHeader, check_decoder, describe_codecs, read_header
@@ -144,7 +143,7 @@ def check_info(metadata: Metadata) -> Iterator[Finding]:
             f"{INFO_PATH} lists {'cameras' if len(missing) > 1 else 'a camera'} without files: {name_some(missing)}.",
             "Conversion leaves it out; remove it from the list, or fetch its files if they should be there.",
         )
-    if wrong := wrong_totals(metadata):
+    if wrong := metadata.wrong_totals():
         yield warning("wrong-totals", f"{wrong}.", _MEND)
     yield from _check_templates(metadata)
     numbers = [entry.index for entry in metadata.episodes]
