@@ -2,7 +2,7 @@
 # Makes an environment of its own for a tool that reads what this project writes or serves, and prints its interpreter:
 #   tools/peers.sh openpi | lerobot | tensorflow
 # The environments lie in .peers beside .venv, and are kept. Status 3: the package registry cannot be reached.
-# The tests in tests/peers call this. lerobot and tensorflow are large (about 3 GB and 2 GB, minutes), so these tests run
+# tests/peers.py calls this. lerobot and tensorflow are large (about 3 GB and 2 GB, minutes), so these tests run
 # only where COMO_PEERS=all is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
