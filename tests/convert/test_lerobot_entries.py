@@ -214,6 +214,29 @@ def test_counts_of_info_are_compared_with_what_is_there(tmp_path):
     assert read(source)[2] == ["meta/info.json counts wrongly: total_episodes is 5, and there are 3"]
 
 
+@pytest.mark.parametrize(
+    ("splits", "validation", "message"),
+    [
+        ("0:2", None, "splits must be an object, got '0:2'; it was ignored"),
+        ({"val": "the rest"}, None, "split 'val' must be START:STOP, got 'the rest'; it was ignored"),
+        ({"val": [1, 2]}, None, "split 'val' must be START:STOP, got [1, 2]; it was ignored"),
+        ({"val": None}, None, "split 'val' must be START:STOP, got None; it was ignored"),
+        ({"val": "2:1"}, None, "split 'val' must be START:STOP, got '2:1'; it was ignored"),
+        # Of two, the other one still counts.
+        ({"val": "-1", "test": "1:2"}, [1], "split 'val' must be START:STOP, got '-1'; it was ignored"),
+        ({"val": "2:9"}, [2], "split 'val' is 2:9, and there are 3 episodes"),
+    ],
+)
+def test_splits_that_say_no_range_cost_themselves(tmp_path, splits, validation, message):
+    source = write_v2(tmp_path / "data")
+    edit_info(source, splits=splits)
+    builder = LeRobot(tmp_path / "out", LeRobotSettings(source=str(source)))
+    # Without a range for validation, it is drawn from all episodes.
+    expected = [None] * 3 if validation is None else ["val" if i in validation else "train" for i in range(3)]
+    assert [each.split for each in builder.sources()] == expected
+    assert builder.warnings() == [f"meta/info.json: {message}"]
+
+
 @pytest.mark.parametrize("write", [write_v2, write_v3])
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path, write):
     source = write(tmp_path / "data")

@@ -30,6 +30,7 @@ _V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index
 _V2_TABLE_NAME = re.compile(r"episode_(\d+)\.parquet")
 _V3_TABLE = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _V3_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_SPLIT = re.compile(r"(\d{1,18}):(\d{1,18})")
 # Lengths only serve to size shards and to warn.
 _MAX_LENGTH = 2**40
 # Pandas calls the index of a frame so if it has no name of its own.
@@ -169,7 +170,7 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
         info=info,
         fps=_fps(info),
         features=features,
-        validation=_validation(root, info),
+        validation=_validation(info, len(episodes), warnings),
         episodes=tuple(sorted(episodes, key=lambda episode: episode.index)),
         tasks=tasks,
         files=files,
@@ -204,16 +205,27 @@ def _fps(info: Mapping[str, Any]) -> float | None:
     return fps if fps and fps > 0 else None
 
 
-def _validation(root: epath.Path, info: Mapping[str, Any]) -> tuple[range, ...]:
-    """Returns the ranges for validation of splits such as `{"train": "0:90", "val": "90:100"}`."""
-    splits = _mapping(root, info, "splits") if info.get("splits") else {}
+def _validation(info: Mapping[str, Any], num_episodes: int, warnings: list[str]) -> tuple[range, ...]:
+    """Returns the ranges for validation of splits such as `{"train": "0:90", "val": "90:100"}`.
+
+    What says no range costs itself alone: it is added to the warnings, and counts as if it were not there.
+    """
+    splits = info.get("splits") or {}
+    if not isinstance(splits, dict):
+        warnings.append(f"{INFO_PATH}: splits must be an object, got {splits!r}; it was ignored")
+        return ()
     ranges = []
-    for name, text in splits.items():
-        if name in VALIDATION_SPLITS:
-            bounds = re.fullmatch(r"(\d+):(\d+)", str(text))
-            if bounds is None:
-                raise ConversionError(f"{root / INFO_PATH}: split {name!r} must be START:STOP, got {text!r}")
-            ranges.append(range(int(bounds[1]), int(bounds[2])))
+    for name in VALIDATION_SPLITS:
+        if name not in splits:
+            continue
+        bounds = _SPLIT.fullmatch(str(splits[name]))
+        positions = range(int(bounds[1]), int(bounds[2])) if bounds else range(0)
+        if bounds is None or positions.start > positions.stop:
+            warnings.append(f"{INFO_PATH}: split {name!r} must be START:STOP, got {splits[name]!r}; it was ignored")
+            continue
+        if positions.stop > num_episodes:
+            warnings.append(f"{INFO_PATH}: split {name!r} is {splits[name]}, and there are {num_episodes} episodes")
+        ranges.append(positions)
     return tuple(ranges)
 
 
