@@ -9,7 +9,6 @@ import pytest
 
 from como_jax.errors import ConfigError, RunError, UsageError
 from configs import pretrain_como, pretrain_mae
-from tests.everyday import mostly_slow
 from tools.benchmarks import peer_torch_step as peer
 
 FIGURES = {"peak_bytes": 2**30, "peak_of": "process", "version": "one"}
@@ -31,7 +30,8 @@ def test_other_models_are_refused() -> None:
             peer.compare(figures, figures | {name: other})
 
 
-@pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_of_pytorch_learns(dtype: str) -> None:
     torch = pytest.importorskip("torch")
     torch_como = pytest.importorskip("tools.benchmarks.torch_como")

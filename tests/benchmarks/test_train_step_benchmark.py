@@ -36,6 +36,7 @@ def recipe(name: str, **changes: Any) -> ConfigDict:
     return benchmark.with_all_sizes(config)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_timed() -> None:
     config = recipe("pretrain_como")
     found = benchmark.measure(config, windows=2, steps=2, warm_up=1)
@@ -92,6 +93,7 @@ def test_a_first_batch_that_does_not_fit_is_refused_and_other_errors_pass() -> N
         benchmark.search_batch(fake_measure(limit=50, message="INTERNAL: broken"), first=8)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_a_unit() -> None:
     config = recipe("pretrain_mae")
     assert benchmark.describe_flops(config) == f"model GFLOP a pair: {train_flops(config) / 1e9:.4g}"

@@ -189,6 +189,7 @@ def wait_for_end_of_group(process: subprocess.Popen) -> None:
     pytest.fail("processes were left behind")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(tmp_path):
     process = build(tmp_path / "out", "--processes=2", episodes=400)
     wait_for_shards(tmp_path / "out", 1, process)
@@ -202,21 +203,19 @@ def test_ctrl_c_ends_all_processes_and_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_at_random_moments_then_resume(tmp_path):
+def test_kill_at_a_random_moment_then_resume(tmp_path):
     draw = random.Random(0)
-    out, staging, kept = tmp_path / "out", tmp_path / "out.partial", {}
-    for _ in range(2):
-        process = build(out, "--processes=2", episodes=160)
-        wait_for_shards(out, len(list(staging.glob("done/*.json"))) + draw.randint(1, 4), process)
-        time.sleep(draw.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        wait_for_end_of_group(process)
-        found = identities(staging / "dataset")
-        assert {name: found[name] for name in kept} == kept
-        parts = [path.stem for path in (staging / "done").glob("train-*.json")]
-        assert len(parts) < 36
-        kept = {name: found[name] for name in found for part in parts if part[6:] in name and "train" in name}
+    out, staging = tmp_path / "out", tmp_path / "out.partial"
+    process = build(out, "--processes=2", episodes=160)
+    wait_for_shards(out, draw.randint(2, 6), process)
+    time.sleep(draw.uniform(0, 0.1))
+    process.kill()
+    process.communicate()
+    wait_for_end_of_group(process)
+    found = identities(staging / "dataset")
+    parts = [path.stem for path in (staging / "done").glob("train-*.json")]
+    assert 0 < len(parts) < 36
+    kept = {name: found[name] for name in found for part in parts if part[6:] in name and "train" in name}
     process = build(out, "--processes=2", episodes=160)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

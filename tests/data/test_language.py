@@ -266,6 +266,7 @@ def t5_weights(tmp_path: Path) -> Path:
     return weights
 
 
+@pytest.mark.slow
 def test_the_command_embeds_all_instructions_of_all_splits(
     tmp_path: Path, make_tokenizer_file: Any, t5_weights: Path
 ) -> None:

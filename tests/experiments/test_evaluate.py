@@ -99,6 +99,7 @@ def test_too_few_episodes_for_the_probe_are_an_error_and_no_number(run: Path, ta
     assert "lp_mse" not in metrics and metrics["psnr"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_of_a_family_without_latent_motion_is_refused_by_name(tabletop_dataset: Path, tmp_path: Path):
     workdir = train(pretrain_mae, tabletop_dataset, tmp_path / "mae")
     with pytest.raises(RunError, match="run of family 'mae', which has no latent motion; take one of como, laq"):

@@ -167,8 +167,8 @@ def command(workdir: Path, dataset: Path, *more: str, recipe: str = "configs/pre
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_restarted_equals_uninterrupted(tabletop_dataset: Path, tmp_path: Path):
-    steps = 120
+def test_killed_at_a_random_moment_and_restarted_equals_uninterrupted(tabletop_dataset: Path, tmp_path: Path):
+    steps = 60
     flags = [
         f"--config.train.num_steps={steps}",
         "--config.train.checkpoint_every=7",
@@ -179,20 +179,16 @@ def test_killed_at_random_moments_and_restarted_equals_uninterrupted(tabletop_da
     uninterrupted = command(whole, tabletop_dataset, *flags, "--config.train.checkpoint_every=0")
     subprocess.run(uninterrupted, check=True, capture_output=True, cwd=REPOSITORY)
 
-    killed, moment, kills = tmp_path / "killed", random.Random(0), []
-    while len(kills) < 2:
-        process = subprocess.Popen(command(killed, tabletop_dataset, *flags), stderr=subprocess.DEVNULL, cwd=REPOSITORY)
-        begin = kills[-1] if kills else 0
-        target = begin + moment.randint(5, 40)
-        while process.poll() is None and last_step(killed) < target:
-            time.sleep(0.01)
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills.append(last_step(killed))
+    killed, target = tmp_path / "killed", random.Random(0).randint(10, 40)
+    process = subprocess.Popen(command(killed, tabletop_dataset, *flags), stderr=subprocess.DEVNULL, cwd=REPOSITORY)
+    while process.poll() is None and last_step(killed) < target:
+        time.sleep(0.01)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < last_step(killed) < steps
     subprocess.run(command(killed, tabletop_dataset, *flags), check=True, capture_output=True, cwd=REPOSITORY)
 
-    assert kills == sorted(kills) and kills[-1] < steps
     assert train_metrics(killed) == train_metrics(whole)
 
 
@@ -236,6 +232,7 @@ def test_a_mistyped_flag_is_one_line_and_status_2(tmp_path: Path, flag: str, mes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_needs_neither_tensorflow_nor_torch(tabletop_dataset: Path, tmp_path: Path):
     code = (
         # Where PyTorch is installed, tensorboardX would import it.
@@ -263,6 +260,7 @@ def test_the_package_imports_fast_and_starts_no_backend():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
+@pytest.mark.slow
 def test_the_switches_work_together(tabletop_dataset: Path, tmp_path: Path):
     changes = {
         "train.dtype": "bfloat16",
@@ -282,6 +280,7 @@ def test_the_switches_work_together(tabletop_dataset: Path, tmp_path: Path):
     assert all(np.isfinite(value) for value in train_metrics(tmp_path / "run")[2].values())
 
 
+@pytest.mark.slow
 def test_all_objectives_work_together(tabletop_dataset: Path, tmp_path: Path):
     weights = ("perceptual", "feature", "flow", "gap", "label")
     changes = {

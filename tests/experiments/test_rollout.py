@@ -112,6 +112,7 @@ def test_the_command_prints_the_table(tmp_path: Path):
     assert values["control"] == {"execute": 2, "ensemble": 0.1} and values["episodes"] == 1
 
 
+@pytest.mark.slow
 def test_the_command_fails_if_all_episodes_crash(tmp_path: Path):
     ended = run(tmp_path, "--env=tabletop:reach", "--episodes=2", crash=True)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr

@@ -33,6 +33,7 @@ from como_jax.training.train_state import create_state, evaluation_params
 from como_jax.training.train_step import build_training
 from como_jax.types import PolicyBatch
 from experiments.train_policy import train_policy
+from tests.everyday import mostly_slow
 from tests.policies.smoke_policies import (
     ACTION_HEADS,
     FAMILIES,
@@ -47,7 +48,7 @@ from tests.policies.smoke_policies import (
 EVALUATED = {"train.evaluate_every": 2}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=mostly_slow(FAMILIES, "diffusion"))
 def cotrained(
     request: pytest.FixtureRequest,
     policy_run: Callable[..., PolicyRun],
@@ -189,6 +190,7 @@ def test_a_step_is_the_same_on_one_device_and_on_eight(family: str, robot_datase
         np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_codes_are_learned_as_codes(
     policy_run: Callable[..., PolicyRun], robot_dataset: Path, coded_videos: Path
 ) -> None:
@@ -203,6 +205,7 @@ def test_codes_are_learned_as_codes(
     assert "eval_val/latent_mse" not in last
 
 
+@pytest.mark.slow
 def test_labels_first_and_robot_data_after(
     cotrained: tuple[str, PolicyRun],
     policy_run: Callable[..., PolicyRun],
@@ -233,6 +236,7 @@ def test_labels_first_and_robot_data_after(
     assert all(name in dropped for name in LATENT_HEADS[family])
 
 
+@pytest.mark.slow
 def test_instructions_embedded_beforehand_go_from_the_dataset_to_the_run(robot_dataset: Path, tmp_path: Path) -> None:
     dataset, workdir = copy_dataset(robot_dataset, tmp_path / "embedded"), tmp_path / "run"
     words = {text for split in ("train", "val") for text in EpisodeSource(dataset, split).instruction}
@@ -252,6 +256,7 @@ def test_instructions_embedded_beforehand_go_from_the_dataset_to_the_run(robot_d
         runner.sample([scene._replace(instruction="dance")], [(0,)])
 
 
+@pytest.mark.slow
 def test_a_robot_dataset_without_held_out_episodes_may_be_the_largest(robot_dataset: Path, tmp_path: Path) -> None:
     large = copy_dataset(robot_dataset, tmp_path / "large", splits=("train",))
     small = copy_dataset(robot_dataset, tmp_path / "small", size=3)

@@ -68,6 +68,7 @@ def test_finetuning_keeps_the_trunk_and_says_what_is_new(
     assert "action" in new and "observation/state_proj" in new and "latent" in dropped
 
 
+@pytest.mark.slow
 def test_a_finetuned_model_acts_within_the_range_of_its_demonstrations(robot_dataset: Path, tmp_path: Path) -> None:
     train_policy(recipe("finetune", robot_dataset), tmp_path)
     runner = load_policy(tmp_path, sharding.make_mesh())

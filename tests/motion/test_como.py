@@ -104,7 +104,6 @@ def test_the_reversed_pair_starts_from_the_future_and_negates_the_difference(
             {"bottleneck": BottleneckConfig("vq", 8)},
         ],
         {},
-        {"bottleneck": BottleneckConfig("vq", 8)},
     ),
     ids=str,
 )

@@ -130,6 +130,7 @@ def test_rarely_used_codes_are_replaced(laq: ModelDef, params: Params, batch: ty
     np.testing.assert_allclose(metrics["perplexity"], np.exp(-np.sum(used * np.log(used))), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns(laq: ModelDef, params: Params) -> None:
     batch = types.fake_frame_pairs(batch=4, offset=False)
     optimizer = optax.adam(3e-3)

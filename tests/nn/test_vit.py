@@ -16,6 +16,7 @@ from como_jax.nn.model_def import ModelDef, Params
 from como_jax.nn.stack import Stack
 from como_jax.nn.vit import Vit
 from como_jax.spec.towers import VitConfig
+from tests.everyday import mostly_slow
 
 CONFIG = VitConfig(image_size=24, patch_size=8, width=16, depth=2, num_heads=2)
 
@@ -105,7 +106,7 @@ def test_a_last_layer_for_some_outputs_equals_a_slice_of_all_outputs() -> None:
     np.testing.assert_allclose(some, everything[:, :3], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_outputs", [None, 2])
+@pytest.mark.parametrize("num_outputs", mostly_slow([None, 2], 2))
 def test_rematerialisation_changes_neither_output_nor_gradients(num_outputs: int | None) -> None:
     params = randomized(make_stack())
     x = np.random.default_rng(1).normal(size=(2, 7, 16)).astype(np.float32)

@@ -42,7 +42,7 @@ from como_jax.training import sharding
 from tests.everyday import mostly_slow
 
 
-@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "regression", "codes"))
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "codes"))
 def test_every_variant_gives_a_loss_of_actions_and_of_its_latents(variant: str) -> None:
     total, terms, gradients = loss_of(variant, make_batch())
     expected = {"action_loss", "action_share"}
@@ -64,6 +64,7 @@ def test_samples_have_the_shapes_of_targets(variant: str) -> None:
         assert latents.shape == (BATCH, QUERIES * LATENT) and latents.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_padding_of_the_instruction_changes_nothing() -> None:
     observation = make_batch().observation
     observation.text[:, -1] = 0  # The end of a text is read; what follows it is padding.
@@ -76,7 +77,7 @@ def test_padding_of_the_instruction_changes_nothing() -> None:
     assert np.abs(reworded - actions).max() > 1e-3
 
 
-@pytest.mark.parametrize("variant", WITH_LATENTS)
+@pytest.mark.parametrize("variant", mostly_slow(WITH_LATENTS, "codes"))
 def test_a_policy_without_latents_has_the_other_parameters_of_one_with_latents(variant: str) -> None:
     robot, both = init("robot"), init(variant)
     assert set(both) - set(robot) == LATENT_PARAMS
@@ -90,7 +91,7 @@ def test_a_policy_that_knows_of_no_latents_acts_like_one_without_them() -> None:
     assert np.abs(sample("codes", observation, generate_latents=True) - robot).max() > 1e-4
 
 
-@pytest.mark.parametrize("variant", mostly_slow(WITH_LATENTS, "regression", "codes"))
+@pytest.mark.parametrize("variant", mostly_slow(WITH_LATENTS, "codes"))
 def test_samples_train_the_parts_that_their_labels_concern(variant: str) -> None:
     everything = set(init(variant))
     assert trained_modules(loss_of(variant, robot_half(make_batch()))[2]) == everything - LATENT_PARAMS
@@ -194,7 +195,8 @@ def test_codes_at_a_temperature_depend_on_the_key_and_the_likeliest_do_not() -> 
         assert np.any(first != second) == differ
 
 
-@pytest.mark.parametrize("variant", mostly_slow(["regression", "codes"], "codes"))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["regression", "codes"])
 def test_it_learns_a_batch_by_heart_and_generates_it(variant: str) -> None:
     batch, steps = make_labelled_robot_batch(), 200
     # As in use, latents are known at the last instant alone.

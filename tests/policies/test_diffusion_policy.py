@@ -68,6 +68,7 @@ def test_a_sample_trains_the_trunk_and_the_head_of_its_own_kind_alone() -> None:
         assert all(any(part in name for part in allowed) for name in unmoved), unmoved
 
 
+@pytest.mark.slow
 def test_a_sample_of_both_kinds_is_trained_on_one_of_them_as_often_as_it_is_told() -> None:
     batch = fake_policy_batch(200)
     batch = dataclasses.replace(
@@ -146,6 +147,7 @@ def test_a_sample_follows_image_state_and_instruction(sampler: Callable[..., np.
         assert np.abs(other[0] - base[0]).max() > 1e-4, name
 
 
+@pytest.mark.slow
 def test_guidance_of_one_is_none_and_more_goes_further_from_what_is_not_told() -> None:
     model = make_policy(instruction_dropout=0.1, diffusion=DiffusionConfig(sample_steps=1, prediction="sample"))
     params, observation = perturbed(model), fake_policy_batch(2).observation

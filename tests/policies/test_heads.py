@@ -14,6 +14,7 @@ from como_jax.policies import heads
 from como_jax.policies.denoising import alpha_bars
 from como_jax.policies.heads import CodeHead, DiffusionHead
 from como_jax.spec.policies import DiffusionConfig
+from tests.everyday import mostly_slow
 
 MEAN, DEVIATION = np.array([1.0, -0.5]), 0.3
 
@@ -53,7 +54,7 @@ def test_the_best_denoiser_has_the_least_loss() -> None:
     np.testing.assert_allclose(loss, expected, rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+@pytest.mark.parametrize("kind", mostly_slow(["ddpm", "flow"], "flow"))
 def test_a_trained_head_draws_what_belongs_to_the_features(kind: str) -> None:
     diffusion = noise_prediction(20) if kind == "ddpm" else DiffusionConfig("flow", sample_steps=20)
     features = jnp.array([[1.0, 0.0], [0.0, 1.0]])

@@ -181,6 +181,7 @@ def test_who_reads_whom() -> None:
     np.testing.assert_array_equal(causal, left_to_right + outputs)
 
 
+@pytest.mark.slow
 def test_unknown_targets_may_be_anything() -> None:
     batch = make_batch("vectors")
     unknown = dataclasses.replace(
@@ -219,6 +220,7 @@ def test_temperature_draws_by_key_and_sample_alone() -> None:
     np.testing.assert_array_equal(np.flip(run(init("codes"), flipped, jnp.flip(KEYS)), axis=0), first)
 
 
+@pytest.mark.slow
 def test_low_rank_changes_start_at_nothing_and_alone_are_trained() -> None:
     plain, low_rank = make_model("vectors"), make_model("vectors", lora_rank=2)
     params = jax.jit(low_rank.init)(jax.random.key(0))
@@ -249,7 +251,8 @@ def drop_low_rank(tree: Params) -> Params:
     return {name: drop_low_rank(value) if isinstance(value, dict) else value for name, value in items.items()}
 
 
-@pytest.mark.parametrize("variant", mostly_slow(["codes", "vectors"], "vectors"))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["codes", "vectors"])
 def test_it_learns_a_batch_by_heart(variant: str) -> None:
     batch, params = make_batch(variant), init(variant)
     optimizer = optax.adam(3e-3)

@@ -78,6 +78,7 @@ def python(tmp_path: Path) -> Path:
     return interpreter
 
 
+@pytest.mark.slow
 def test_a_robot_without_jax_encodes_what_this_machine_encodes(python: Path, exported: Path, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (1, 2, 48, 64, 3), dtype=np.uint8)
     np.save(tmp_path / "frames.npy", frames)

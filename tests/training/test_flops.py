@@ -56,7 +56,7 @@ SHALLOW = {"encoder__depth": 2, "model__idm_depth": 2, "model__fdm_depth": 2}
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("pretrain_como", SHALLOW),
+        also("pretrain_como", SHALLOW),
         ("pretrain_mae", {"encoder__depth": 2, "model__decoder_depth": 2}),
         also("pretrain_como", {**SHALLOW, "model__perceptual_space": "encoder", **ALL_PAIRS_OF_THREE}),
         also("pretrain_continuous", {**SHALLOW, "encoder__frozen": False, "model__perceptual_weight": 0.0}),
@@ -90,6 +90,7 @@ def test_a_pair_costs_what_was_worked_out_by_hand(remat: str) -> None:
     assert counted == pytest.approx(2 * 61.55e9 * 2 + 3 * 35.1e9 + 60.6e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_more_instants_share_the_encoder() -> None:
     changes = {"model__perceptual_weight": 0.0}
     two, three, four = (

@@ -45,7 +45,7 @@ def encoder(mae: Path) -> Params:
     return open_run(mae, sharding.make_mesh(), ("mae",), build_model, "is no MAE").params["encoder"]
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("frozen", mostly_slow([True, False], True))
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, "diffusion"))
 def test_an_encoder_of_a_pretraining_run_takes_the_place_of_the_random_one_and_of_nothing_else(
     family: str, frozen: bool, mae: Path, encoder: Params, robot_dataset: Path, tmp_path: Path
@@ -63,7 +63,8 @@ def test_an_encoder_of_a_pretraining_run_takes_the_place_of_the_random_one_and_o
     assert before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "diffusion"))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_encoder_that_was_taken_over_is_trained_on(
     family: str, mae: Path, encoder: Params, robot_dataset: Path, tmp_path: Path
 ) -> None:
@@ -77,12 +78,14 @@ def test_an_encoder_that_was_taken_over_is_trained_on(
     assert max(float(np.abs(images[path] - value).max()) for path, value in flatten(encoder).items()) > 1e-5
 
 
+@pytest.mark.slow
 def test_an_encoder_of_other_sizes_is_refused(mae: Path, robot_dataset: Path, tmp_path: Path) -> None:
     config = smoke("diffusion", robot_dataset, **VIT, **{"encoder.init_from": str(mae), "encoder.width": 16})
     with pytest.raises(RunError, match=r"encoder/.* is \(.*\) there and \(.*\) here"):
         start(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_frozen_random_encoder_is_warned_of(
     mae: Path, policy_run: Callable[..., PolicyRun], robot_dataset: Path, tmp_path: Path, caplog
 ) -> None:
@@ -99,6 +102,7 @@ def test_a_frozen_random_encoder_is_warned_of(
         assert sum("frozen encoder is random" in record.getMessage() for record in caplog.records) == expected, name
 
 
+@pytest.mark.slow
 def test_of_another_policy_what_fits_is_taken_and_the_rest_is_named(
     policy_run: Callable[..., PolicyRun], robot_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
