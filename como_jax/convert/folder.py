@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 from etils import epath
@@ -14,6 +16,10 @@ from como_jax.convert.instructions import Instructions, read_instructions
 from como_jax.convert.settings import Settings, setting
 from como_jax.convert.sources import Source
 from como_jax.errors import ConversionError
+
+# With a number, as in `train_01`, but not with a word: `test_tube` may be what a clip shows.
+_SPLIT = re.compile(r"(train|training|validation|valid|dev|val|test|testing|eval|evaluation)[-._ 0-9]*")
+SPLIT_FOLDERS = "folders called train, validation, test and the like are splits: all but train became `val`"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,21 @@ def list_files(root: epath.Path) -> Listing:
         unreadable=frozenset(text for name, text in readable.items() if text != name),
         warnings=warnings,
     )
+
+
+def find_splits(files: Iterable[str]) -> dict[str, str]:
+    """Returns the split of every file, if there are folders of training data and others, as Hugging Face names them.
+
+    They are `train`, and for example `validation` or `test`, which become `val`; a file beside such folders is in
+    `train`. Without both kinds nothing is returned, and the split is drawn.
+    """
+    found: dict[str, str | None] = {}
+    for file in files:
+        names = [match[1] for match in map(_SPLIT.fullmatch, file.lower().split("/")[:-1]) if match]
+        found[file] = None if not names else "train" if names[0].startswith("train") else "val"
+    if not {"train", "val"} <= set(found.values()):
+        return {}
+    return {file: split or "train" for file, split in found.items()}
 
 
 def num_bytes(path: epath.Path) -> int:
@@ -141,11 +162,17 @@ class FolderBuilder(EpisodeBuilder):
 
     def sources(self) -> list[Source]:
         """One source a file."""
-        return [Source(name, num_bytes=num_bytes(self.root / name)) for name in self.names]
+        splits = self.splits
+        return [Source(name, splits.get(name), num_bytes=num_bytes(self.root / name)) for name in self.names]
+
+    @functools.cached_property
+    def splits(self) -> dict[str, str]:
+        """The split of every file, if the folders in the source are called so."""
+        return find_splits(self.listing.files)
 
     def warnings(self) -> list[str]:
-        """Folders that were not looked into."""
-        return self.listing.warnings
+        """Folders that were not looked into, and those that are splits."""
+        return [*self.listing.warnings, *([SPLIT_FOLDERS] if self.splits else [])]
 
     def path(self, source: Source) -> epath.Path:
         """The file of a source; raises SourceError if its name makes it unreadable."""

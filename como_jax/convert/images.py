@@ -167,8 +167,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
         # OpenCV puts blue first, and leaves out the last axis of a single channel.
         stored = stored[..., None] if stored.ndim == 2 else stored[..., [2, 1, 0, *range(3, stored.shape[2])]]
         decoded = to_rgb(stored, max_pixels)
+    return Decoded(turn_upright(decoded.image, data), decoded.note)
+
+
+def turn_upright(image: np.ndarray, data: bytes) -> np.ndarray:
+    """Turns and mirrors an image as the EXIF data in its file ask."""
     turn = _TURNS.get(_orientation(data))
-    return decoded if turn is None else Decoded(np.ascontiguousarray(turn(decoded.image)), decoded.note)
+    return image if turn is None else np.ascontiguousarray(turn(image))
 
 
 def to_rgb(image: np.ndarray, max_pixels: int = MAX_PIXELS) -> Decoded:

@@ -11,8 +11,10 @@ import numpy as np
 from av.stream import Disposition
 from etils import epath
 
+from como_jax.convert.aperture import find_aperture
 from como_jax.convert.images import GREY, TRANSPARENT, NotRgbError
 from como_jax.convert.sources import check_file
+from como_jax.convert.webp import AnimatedWebp, is_animated_webp
 
 VIDEO_ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError)
 # Twice the pixels of 8K video. A header can claim any size, and a decoder holds several images of that size at once.
@@ -33,9 +35,16 @@ _HDR = (16, 18)
 
 DEEP = "the frames have more than 8 bits a channel, of which 8 were kept"
 HDR = "the frames are of high dynamic range (HDR), and their colours look dull as RGB"
+CROPPED = "the edges of the frames were cut off as players do, since the file says that they are not to be shown"
 STRETCHED = "the frames were stretched as players do, since the file says that their pixels are not square"
 TILTED = "the file asks to turn the frames by an angle that is not a multiple of 90 degrees: the nearest one counts"
 SEVERAL_STREAMS = "the file has several video streams, of which the one that players show was read"
+
+
+def open_video(path: epath.PathLike) -> VideoReader | AnimatedWebp:
+    """Opens a file of moving images; raises like `VideoReader`."""
+    check_file(epath.Path(path))
+    return AnimatedWebp(path) if is_animated_webp(path) else VideoReader(path)
 
 
 class VideoReader:
@@ -74,6 +83,7 @@ class VideoReader:
         self.notes = [SEVERAL_STREAMS] if len(self._recordings()) > 1 else []
         decoder = self._stream.codec_context.name
         self.codec = "av1" if decoder in AV1_DECODERS else decoder
+        self._crop = find_aperture(self._file, self._stream.id, self._stream.height, self._stream.width)
         self.height, self.width = self._stream.height, self._stream.width
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.frame_rate = float(rate) if rate else None
@@ -176,7 +186,7 @@ class VideoReader:
             before = "x".join(map(str, self._size))
             raise ValueError(f"{name} has {size[0]}x{size[1]} pixels, and those before it have {before}")
         self._size = size
-        return self._upright(self._stretched(self._to_rgb(frame)), frame)
+        return self._upright(self._stretched(self._shown(self._to_rgb(frame))), frame)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -200,6 +210,13 @@ class VideoReader:
                 self._note(TRANSPARENT)
             return np.ascontiguousarray(image[..., :3])
         return frame.to_ndarray(format="rgb24")
+
+    def _shown(self, image: np.ndarray) -> np.ndarray:
+        """Cuts off the edges that the file says are not to be shown."""
+        if self._crop is None:
+            return image
+        self._note(CROPPED)
+        return np.ascontiguousarray(image[self._crop])
 
     def _stretched(self, image: np.ndarray) -> np.ndarray:
         """Makes the pixels square, by adding pixels along the side on which they are longer."""

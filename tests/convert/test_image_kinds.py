@@ -19,8 +19,9 @@ from PIL import Image, ImageOps
 
 from como_jax.convert import images
 from como_jax.convert.lerobot.builder import DEPTH_NAME, LeRobot, LeRobotSettings
-from como_jax.convert.video import DEEP, SEVERAL_STREAMS, STRETCHED, TILTED, VideoReader
+from como_jax.convert.video import CROPPED, DEEP, SEVERAL_STREAMS, STRETCHED, TILTED, VideoReader, open_video
 from como_jax.convert.video_folder.builder import VideoFolder, VideoFolderSettings
+from como_jax.data.schema import read_episode_table
 from como_jax.errors import ConversionError
 
 
@@ -121,6 +122,117 @@ def test_pixels_that_are_not_square_are_stretched_as_ffmpeg_does(tmp_path, aspec
     assert shown.shape == expected.shape
     assert np.abs(shown.astype(int) - expected).mean() < 2
     assert notes == ([] if aspect == 1 else [STRETCHED])
+
+
+def with_aperture(content: bytes, numbers: tuple[int, ...]) -> bytes:
+    """Puts a clean aperture into an MP4 whose frames lie before its header."""
+    stored = struct.pack(">I4sIIIIiIiI", 40, b"clap", *numbers)
+    at = content.rindex(b"avcC") - 4
+    grown = bytearray(content[:at] + stored + content[at:])
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"):
+        place = content.rindex(name) - 4
+        (size,) = struct.unpack_from(">I", grown, place)
+        struct.pack_into(">I", grown, place, size + len(stored))
+    return bytes(grown)
+
+
+# What FFmpeg cuts off at the top, the bottom, the left and the right: its rule for `clap`, computed by hand.
+@pytest.mark.parametrize(
+    ("numbers", "cut"),
+    [
+        ((24, 1, 16, 1, 0, 1, 0, 1), (4, 4, 4, 4)),
+        ((24, 1, 16, 1, -4, 1, 2, 1), (6, 2, 0, 8)),
+        ((48, 2, 31, 2, 1, 2, 0, 1), (4, 5, 4, 4)),
+        ((32, 1, 24, 1, 0, 1, 0, 1), None),
+        ((24, 1, 16, 1, 9, 1, 0, 1), None),  # Out of the image.
+        ((24, 0, 16, 1, 0, 1, 0, 1), None),
+        ((64, 1, 48, 1, 0, 1, 0, 1), None),
+    ],
+)
+def test_the_clean_aperture_is_cut_out_as_ffmpeg_does(tmp_path, numbers, cut):
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
+    path = write_frames(tmp_path / "clip.mp4", [noise], codec="libx264rgb")
+    whole, _ = read(path)
+    path.write_bytes(with_aperture(path.read_bytes(), numbers))
+    shown, notes = read(path)
+    top, bottom, left, right = cut or (0, 0, 0, 0)
+    np.testing.assert_array_equal(shown, whole[top : 24 - bottom, left : 32 - right])
+    assert notes == ([CROPPED] if cut else [])
+
+
+def test_an_aperture_is_cut_out_before_an_image_is_turned(tmp_path):
+    path = write_frames(
+        tmp_path / "clip.mp4", [quarters()], codec="libx264rgb", prepare=lambda stream: stream.set_display_rotation(90)
+    )
+    path.write_bytes(with_aperture(path.read_bytes(), (16, 1, 24, 1, -8, 1, 0, 1)))
+    with open_video(path) as reader:
+        assert (reader.height, reader.width) == (24, 32)
+        shown = next(reader.frames())
+    expected = filtered(path, ("crop", "16:24:0:0:exact=1"), ("transpose", "cclock"))
+    assert shown.shape == (16, 24, 3)
+    np.testing.assert_allclose(shown.astype(int), expected, atol=2)
+
+
+def write_animation(path: Path, milliseconds: list[int], mode: str = "RGB", exif: bytes = b"") -> Path:
+    """Images that get brighter, the upper left quarter of which is white."""
+    images = []
+    for index in range(len(milliseconds)):
+        image = np.full((24, 32, 3), 20 * index, np.uint8)
+        image[:12, :16] = 255
+        images.append(Image.fromarray(image).convert(mode))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"exif": exif} if exif else {}
+    images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds, lossless=True, **options)
+    return path
+
+
+def test_an_animated_webp_is_a_video(tmp_path):
+    with open_video(write_animation(tmp_path / "clip.webp", [100] * 5)) as reader:
+        assert (reader.codec, reader.height, reader.width, reader.frame_rate) == ("webp", 24, 32, 10.0)
+        times, images = zip(*reader.timed_frames(), strict=True)
+    np.testing.assert_allclose(times, np.arange(5) / 10)
+    assert [int(image[-1, -1, 0]) for image in images] == [0, 20, 40, 60, 80]
+    assert all((image[0, 0] == 255).all() for image in images)
+    assert reader.notes == []
+
+
+def test_an_animated_webp_is_turned_and_its_transparency_is_said(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with open_video(write_animation(tmp_path / "a.webp", [100] * 2, exif=exif.tobytes())) as reader:
+        image = next(reader.frames())
+    assert image.shape == (32, 24, 3) and (image[0, -1] == 255).all() and (image[0, 0] == 0).all()
+    path = tmp_path / "b.webp"
+    clear = [Image.new("RGBA", (32, 24), (90, 90, index, 40)) for index in range(2)]
+    clear[0].save(path, save_all=True, append_images=clear[1:], duration=100, lossless=True, exact=True)
+    with open_video(path) as reader:
+        assert (next(reader.frames())[0, 0] == (90, 90, 0)).all()
+        assert reader.notes == [images.TRANSPARENT]
+
+
+@pytest.mark.parametrize("share", [0.6, 0.95])
+def test_an_animated_webp_that_breaks_off_keeps_the_frames_before(tmp_path, share):
+    path = write_animation(tmp_path / "clip.webp", [100] * 6)
+    data = path.read_bytes()
+    path.write_bytes(data[: round(share * len(data))])
+    shown = []
+    with open_video(path) as reader, pytest.raises(ValueError, match="ends in the middle, after "):
+        for image in reader.frames():
+            shown.append(int(image[-1, -1, 0]))
+    assert 2 <= len(shown) < 6 and shown == [20 * index for index in range(len(shown))]
+
+
+def test_numbered_animations_are_videos_of_their_own_times(tmp_path):
+    source = tmp_path / "clips"
+    for number in (1, 2):
+        write_animation(source / f"{number}.webp", [100, 100, 5000, 100, 100])
+        write_animation(source / "png" / f"{number}.png", [100] * 4)
+    report = VideoFolder(tmp_path / "out", VideoFolderSettings(source=str(source), validation_fraction=0.0)).convert()
+    rows = read_episode_table(tmp_path / "out", "train").to_pylist()
+    lengths = {row["episode_id"]: (row["num_steps"], round(row["control_rate"], 6)) for row in rows}
+    parts = {f"{number}.webp/{part:05d}": (steps, 10.0) for number in (1, 2) for part, steps in enumerate((3, 2))}
+    assert lengths == parts | {f"png/{number}.png/00000": (4, 10.0) for number in (1, 2)}
+    assert not report["left_out"]
 
 
 def cover_first(content: bytes, cover: bytes) -> bytes:

@@ -46,14 +46,17 @@ def test_numbered_images_are_one_clip_in_the_order_of_their_numbers(tmp_path):
     assert warning["message"] == "1 series of numbered images were read as videos, such as '42326'"
 
 
-def test_a_damaged_image_costs_itself_and_a_gap_in_the_numbers_is_said(tmp_path):
-    write_images(tmp_path / "clips" / "a", [1, 2, 3, 4, 5, 6, 9])
+def test_a_damaged_image_costs_itself_and_a_gap_in_the_numbers_ends_a_clip(tmp_path):
+    write_images(tmp_path / "clips" / "a", [1, 2, 3, 4, 5, 6, 9, 10, 12])
     (tmp_path / "clips" / "a" / "00003.png").write_bytes(b"\x89PNG")
     report, rows = convert(tmp_path)
-    assert [row["num_steps"] for row in rows] == [2, 4]
-    assert brightness(tmp_path) == [1, 2, 4, 5, 6, 9]
+    assert [(row["episode_id"], row["num_steps"]) for row in rows] == [("a/00000", 2), ("a/00001", 3), ("a/00002", 2)]
+    assert brightness(tmp_path) == [1, 2, 4, 5, 6, 9, 10]
     (entry,) = report["partially_converted"]
-    assert entry["reasons"] == ["00003.png: an image cannot be decoded"]
+    assert entry["reasons"] == [
+        "00003.png: an image cannot be decoded",
+        "1 image(s) have no neighbour one step before or after, such as 00012.png",
+    ]
     assert UNEVEN_NUMBERS in [warning["message"] for warning in report["warnings"]]
 
 

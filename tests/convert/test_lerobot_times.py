@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lerobot_files import (
     FPS,
@@ -34,12 +35,13 @@ from como_jax.convert.images import decode_image
 from como_jax.convert.lerobot.builder import OTHER_INDEX, LeRobot, LeRobotSettings
 from como_jax.convert.lerobot.order import (
     FRAMES_WITHOUT_ROWS,
-    LOST_ROWS,
+    JUMPS,
+    JUMPS_AT_RATE,
     OTHER_CLOCK,
     OTHER_FPS,
     OTHER_UNIT,
     OTHER_VIDEO_RATE,
-    control_rate,
+    find_timing,
     row_times,
     sort_rows,
 )
@@ -135,18 +137,47 @@ def test_timestamps_of_arrow_are_seconds():
 )
 def test_two_clocks_outvote_one(fps, rows_at, videos_at, rate, warnings):
     times = None if rows_at is None else np.arange(6) / rows_at
-    found, said = control_rate(fps, times, [np.arange(6) / each for each in videos_at])
-    assert found == pytest.approx(rate) and said == warnings
+    found = find_timing(fps, 6, times, [np.arange(6) / each for each in videos_at])
+    assert found.rate == pytest.approx(rate) and found.warnings == warnings and not found.starts
 
 
 @pytest.mark.parametrize("videos_at", [[], [30], [10, 20]])
 def test_clocks_that_nothing_decides_between_cost_the_episode(videos_at):
     with pytest.raises(SourceError, match="says 20 Hz, and its timestamps 10 Hz; `control_rate` decides"):
-        control_rate(20, np.arange(6) / 10, [np.arange(6) / each for each in videos_at])
+        find_timing(20, 6, np.arange(6) / 10, [np.arange(6) / each for each in videos_at])
 
 
-def test_lost_rows_are_said():
-    assert control_rate(10, np.array([0.0, 0.1, 0.2, 0.4, 0.5]), []) == (10, [LOST_ROWS])
+@pytest.mark.parametrize(
+    ("steps", "starts"),
+    [
+        ([0, 1, 2, 3, 4, 5], []),
+        ([0, 1, 2, 4, 5, 6], [3]),
+        ([0, 1, 2, 50, 51, 99], [3, 5]),
+        ([0, 1.3, 1.8, 3.2, 3.9, 5], []),  # Clocks tremble.
+        ([0, 1, 2.7, 3, 4, 5], []),  # One row is late, the next ones are not.
+        ([0, 1, 1.2, 2.2, 3.2, 4.2], [2]),  # One row too many.
+        ([0, 1, 2, 2.9, 6, 6.1, 6.2, 7.2, 8.2, 9.2], [4, 5, 6]),
+    ],
+)
+def test_time_jumps_where_steps_do_not_make_up_for_each_other(steps, starts):
+    clock = np.array(steps) / 10
+    warnings = [JUMPS] if starts else []
+    assert find_timing(10, len(clock), clock, []) == (10, starts, warnings)
+    # The clocks of the video and of the frame numbers count as that of the rows does.
+    assert find_timing(10, len(clock), np.arange(len(clock)) / 10, [clock]) == (10, starts, warnings)
+    if not (np.array(steps) % 1).any():
+        assert find_timing(10, len(clock), None, [np.arange(99) / 10], np.array(steps)) == (10, starts, warnings)
+
+
+def test_a_clock_that_is_wrong_does_not_cut():
+    slow = np.array([0, 1, 2, 7, 8, 9]) / 5
+    assert find_timing(10, 6, slow, [np.arange(6) / 10]) == (10, [], [OTHER_CLOCK])
+    assert find_timing(10, 6, np.arange(6) / 10, [slow]) == (10, [], [OTHER_VIDEO_RATE])
+
+
+def test_every_second_frame_has_a_row():
+    numbers = np.array([0, 2, 4, 8, 10, 12])
+    assert find_timing(10, 6, numbers / 10, [np.arange(13) / 10], numbers) == (5, [3], [JUMPS])
 
 
 def place(times: np.ndarray, parts: list[Window], episode: int) -> tuple[int, int, list[str]]:
@@ -276,17 +307,40 @@ def test_the_rate_is_that_of_timestamps_and_videos_or_what_was_asked_for(tmp_pat
 
 def test_frames_without_rows_are_left_out_where_frame_index_says_which(tmp_path):
     source = write_v2(tmp_path / "data")
-    kept = [0, 1, 4, 6]
+    kept = [0, 1, 5, 6]
     for index, numbers in ((2, kept), (6, list(range(4)))):
         columns = rows(index, 7)
         columns = {key: [values[number] for number in kept] for key, values in columns.items()}
         write_table(v2_paths(source, index)[0], columns | {"frame_index": numbers})
     write_video(v2_paths(source, 6)[1], [brightness(6, step) for step in range(7)])
     episodes, outcomes = read(source)
-    assert [int(step.action[0]) for step in episodes["episode_000002"].steps] == kept
+    parts = [episodes[f"episode_000002/{part:05d}"] for part in range(2)]
+    assert [[int(step.action[0]) for step in part.steps] for part in parts] == [kept[:2], kept[2:]]
     check_images(episodes)
-    assert {FRAMES_WITHOUT_ROWS, LOST_ROWS} <= set(outcomes["episode_000002"].warnings)
+    assert {FRAMES_WITHOUT_ROWS, JUMPS} <= set(outcomes["episode_000002"].warnings)
     assert outcomes["episode_000006"].problems == ["the table has 4 rows, but camera 'top' has more frames"]
+
+
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_a_pause_ends_an_episode(tmp_path, write):
+    """No pair of frames and no chunk of actions lies across it, and no step is lost."""
+    source = write(tmp_path / "data")
+    table = source / "data" / "chunk-000" / ("file-000.parquet" if write is write_v3 else "episode_000002.parquet")
+    columns = pq.ParquetFile(table).read().to_pydict()
+    steps = zip(columns["episode_index"], columns["timestamp"], strict=True)
+    late = [5.0 if index == 2 and time > 0.25 else 0.0 for index, time in steps]
+    write_table(table, columns | {"timestamp": (np.array(columns["timestamp"]) + late).tolist()})
+    episodes, outcomes = read(source)
+    lengths = {name: len(episode.steps) for name, episode in episodes.items()}
+    assert lengths == {"episode_000001": 5, "episode_000002/00000": 3, "episode_000002/00001": 4, "episode_000006": 4}
+    check_images(episodes)
+    assert {episode.control_rate for episode in episodes.values()} == {FPS}
+    assert episodes["episode_000002/00001"].motion[0] == 0
+    assert len({episode.language_instruction for name, episode in episodes.items() if "2" in name[:14]}) == 1
+    assert outcomes["episode_000002"].warnings == [JUMPS]
+    episodes, outcomes = read(source, control_rate=5.0)
+    assert len(episodes["episode_000002"].steps) == 7
+    assert outcomes["episode_000002"].warnings == [JUMPS_AT_RATE]
 
 
 def test_v3_rows_that_begin_at_another_index_than_the_metadata_say(tmp_path):

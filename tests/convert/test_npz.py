@@ -15,7 +15,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from como_jax.convert.npz.archive import NpzArchive
-from como_jax.convert.npz.builder import WITHOUT_LAST, Npz, NpzSettings
+from como_jax.convert.npz.builder import CHANGES, WITHOUT_LAST, Npz, NpzSettings
+from como_jax.convert.report import SourceOutcome
 from como_jax.errors import ConversionError
 
 
@@ -101,6 +102,30 @@ def test_the_last_image_may_go_without_an_action(tmp_path, check_dataset, lead):
     report = convert(tmp_path / "data", tmp_path / "out")
     assert {row["num_steps"] for row in check_dataset(tmp_path / "out")["train"]} == {3}
     assert messages(report) == [WITHOUT_LAST]
+
+
+@pytest.mark.parametrize(
+    ("lead", "texts", "expected", "changes"),
+    [
+        ((3,), "push", [["push"]], False),
+        ((3,), ["push", "shove"], [["push", "shove"]], False),
+        ((3,), ["push"] * 3, [["push"]], False),
+        ((3,), ["", "push", "pull"], [["push"]], True),
+        ((3,), [["push", "shove"]] * 3, [["push", "shove"]], False),
+        ((2, 3), ["push", "pull"], [["push"], ["pull"]], False),
+        ((2, 3), [["push", "shove"], ["pull", ""]], [["push", "shove"], ["pull"]], False),
+        ((2, 3), [["push"] * 3, ["pull", "pull", "lift"]], [["push"], ["pull"]], True),
+        ((2, 3), [[b"push"] * 3, [b"pull"] * 3], [["push"], ["pull"]], False),
+    ],
+)
+def test_several_texts_are_kept_and_a_change_is_said(tmp_path, lead, texts, expected, changes):
+    source = write(tmp_path / "in" / "a.npz", observations=images(*lead), language=np.array(texts)).parent
+    builder = Npz(tmp_path / "out", NpzSettings(source=str(source), control_rate=5.0))
+    (part,) = builder.sources()
+    outcome = SourceOutcome(part.name)
+    episodes = list(builder.read(part, outcome))
+    assert [[each.language_instruction, *each.other_instructions] for each in episodes] == expected
+    assert outcome.warnings == ([CHANGES] if changes else [])
 
 
 def test_language_of_the_file_comes_before_that_of_a_sidecar(tmp_path, check_dataset):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from como_jax.convert.folder import SPLIT_FOLDERS
 from como_jax.convert.video import VIDEO_ERRORS, VideoReader
 from como_jax.convert.video_folder.builder import GUESSED_RATE, VideoFolder, VideoFolderSettings, split_clips
 from como_jax.errors import ConversionError
@@ -49,6 +50,42 @@ def test_frames_come_in_order_with_the_right_colours(tmp_path, make_video, colou
         assert image.shape == (48, 64, 3)
         error = np.abs(image[36, 48].astype(int) - colours[index % len(colours)])
         assert error.max() <= tolerance, (index, image[36, 48])
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "val"),
+    [
+        (
+            ["train/a", "train/x/b", "test/c", "validation/d", "e"],
+            {"train/a", "train/x/b", "e"},
+            {"test/c", "validation/d"},
+        ),
+        (["set/Training_01/a", "set/dev/b"], {"set/Training_01/a"}, {"set/dev/b"}),
+        (["train/test/a", "eval-2/b"], {"train/test/a"}, {"eval-2/b"}),
+        # Words of tasks, and one kind alone, are no splits.
+        (["train_station/a", "test_tube/b"], None, None),
+        (["test/a", "clips/b"], None, None),
+        (["train/a", "clips/b"], None, None),
+        (["train.mp4/a", "test.mp4/b"], None, None),
+    ],
+)
+def test_folders_called_as_splits_are_splits(tmp_path, files, train, val):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    builder = VideoFolder(tmp_path / "out", VideoFolderSettings(source=str(tmp_path)))
+    splits = {source.path: source.split for source in builder.sources()}
+    expected = dict.fromkeys(files) if train is None else dict.fromkeys(train, "train") | dict.fromkeys(val, "val")
+    assert splits == expected
+    assert (SPLIT_FOLDERS in builder.warnings()) == (train is not None)
+
+
+def test_a_series_of_images_is_in_the_split_of_its_folder(tmp_path):
+    for name in ("train/a/1.png", "train/a/2.png", "test/b/1.png", "test/b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    builder = VideoFolder(tmp_path / "out", VideoFolderSettings(source=str(tmp_path), control_rate=3.0))
+    assert {source.path: source.split for source in builder.sources()} == {"train/a": "train", "test/b": "val"}
 
 
 @pytest.mark.parametrize(("rotation", "corner"), [(0, (0, 0)), (90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])

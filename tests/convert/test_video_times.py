@@ -12,8 +12,8 @@ import pytest
 
 from como_jax.convert.images import decode_image
 from como_jax.convert.report import SourceOutcome
+from como_jax.convert.timing import regular_steps, uneven_rate
 from como_jax.convert.video_folder.builder import UNEVEN, UNEVEN_AT_RATE, VideoFolder, VideoFolderSettings
-from como_jax.convert.video_folder.timing import regular_steps, uneven_rate
 from como_jax.data.schema import Episode
 
 

@@ -145,7 +145,7 @@ def test_faults_of_lerobot_are_found(tmp_path, diagnose):
     assert "leads to data/chunk-001/episode_000001.parquet" in found["wrong-template"].message
     assert "videos with 10 frames" in found["other-frame-rate"].message
     assert "episode_000001, episode_000006" in found["other-clock"].message
-    assert "episode_000002" in found["lost-frames"].message
+    assert "episode_000002" in found["time-jumps"].message
 
 
 def test_missing_videos_of_lerobot_are_errors(tmp_path, diagnose):

@@ -1,5 +1,6 @@
 """A labelled dataset, and ways to change it."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -39,13 +40,18 @@ def with_changed_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pat
 
 @pytest.fixture(scope="session")
 def labelled(tabletop_dataset: Path, with_changed_rows: Callable[..., Path]) -> Path:
-    """Demonstrations with random labels of six numbers and two codes; the last steps of an episode have none."""
+    """Demonstrations with random labels of six numbers and two codes; the last steps of an episode have none.
+
+    Every third episode has one text, the others have two or three.
+    """
     rng = np.random.default_rng(0)
+    numbers = itertools.count()
 
     def label(row: Row) -> Row:
         steps = row["num_steps"]
         return {
             **row,
+            "other_instructions": ["go on", "do as you are told"][: next(numbers) % 3],
             "latent_motion": rng.normal(size=(steps, 6)).astype(np.float32).tolist(),
             "latent_valid": [step < steps - GAP for step in range(steps)],
             "latent_codes": rng.integers(0, 64, (steps, 2)).tolist(),

@@ -19,6 +19,7 @@ from como_jax.export.labels.dataset import LabelledDataset
 from como_jax.export.labels.lerobot import write_lerobot
 
 CAMERA = "observation.images.image"
+TEXTS = {"language_instruction_2", "language_instruction_3"}
 NUMBERS = {"observation.state": "state", "action": "action"} | {
     key: key for key in ("latent_motion", "latent_valid", "latent_codes")
 }
@@ -136,7 +137,7 @@ def test_statistics_leave_out_steps_without_a_label(exported, labelled, rows_of)
     for name in ("mean", "std", "min", "max"):
         expected = getattr(images, name)(axis=(0, 1, 2)).reshape(3, 1, 1)
         np.testing.assert_allclose(statistics[CAMERA][name], expected, rtol=1e-6, atol=1e-9)
-    assert set(statistics) == set(read_info(exported)["features"])
+    assert set(statistics) == set(read_info(exported)["features"]) - TEXTS
 
 
 def test_labels_of_which_none_is_valid_have_no_statistics(labelled, with_changed_rows, tmp_path):
@@ -146,7 +147,7 @@ def test_labels_of_which_none_is_valid_have_no_statistics(labelled, with_changed
 
     folder = write(with_changed_rows(labelled, invalidate), tmp_path)
     statistics = json.loads((folder / "meta/stats.json").read_text())
-    assert set(read_info(folder)["features"]) - set(statistics) == {"latent_motion", "latent_codes"}
+    assert set(read_info(folder)["features"]) - set(statistics) == {"latent_motion", "latent_codes", *TEXTS}
     table = pq.read_table(next((folder / "data").glob("*/*.parquet")))
     assert np.isnan(table["latent_motion"][0].as_py()).all()
 
@@ -158,7 +159,7 @@ def test_our_own_builder_reads_it(exported, labelled, rows_of, tmp_path):
     for split in ("train", "val"):
         assert report["episodes"][split] == len(LabelledDataset(labelled).lengths(split))
     for before, after in zip(rows_of(labelled), rows_of(tmp_path / "back"), strict=True):
-        for field in ("language_instruction", "num_steps", "control_rate", "action", "state"):
+        for field in ("language_instruction", "other_instructions", "num_steps", "control_rate", "action", "state"):
             assert after[field] == before[field], field
         np.testing.assert_allclose(after["motion"], before["motion"], atol=0.01)
 

@@ -64,7 +64,7 @@ def test_our_own_builder_reads_it(exported, labelled, rows_of, tmp_path):
     report = Rlds(tmp_path / "back", settings).convert()
     assert not report["left_out"] and not report["partially_converted"]
     for before, after in zip(rows_of(labelled), rows_of(tmp_path / "back"), strict=True):
-        for field in ("language_instruction", "num_steps", "action", "state"):
+        for field in ("language_instruction", "other_instructions", "num_steps", "action", "state"):
             assert after[field] == before[field], field
         # Measured on the images before and after they became JPEGs.
         np.testing.assert_allclose(after["motion"], before["motion"], atol=0.01)

@@ -142,9 +142,9 @@ class LeRobot(EpisodeBuilder):
         parts = {name: self._part(entry, name) for name in selection.cameras}
         chosen = {name: _chosen(part, table) for name, part in parts.items()}
         frames = {name: self._frames(entry, name, part, table.num_rows, chosen[name]) for name, part in parts.items()}
-        rate, clock_warnings = self._rate(table, [part for part in parts.values() if part is not None])
+        timing = self._timing(table, [part for part in parts.values() if part is not None])
         language, language_warnings = self._language(entry, table)
-        warnings += [*clock_warnings, *language_warnings]
+        warnings += [*timing.warnings, *language_warnings]
         warnings += [warning for part in parts.values() if part is not None for warning in part.warnings]
         if any(chosen.values()):
             warnings.append(order.FRAMES_WITHOUT_ROWS)
@@ -153,7 +153,12 @@ class LeRobot(EpisodeBuilder):
         if entry.first_row is not None and order.first_index(table) not in (None, entry.first_row):
             warnings.append(OTHER_INDEX)
         yield from map(Warned, dict.fromkeys(warnings))
-        yield images.make_episode(entry.name, entry.table, rate, frames, states, actions, language)
+        edges = [0, *timing.starts, table.num_rows]
+        for number, rows in enumerate(itertools.starmap(slice, itertools.pairwise(edges))):
+            name = f"{entry.name}/{number:05d}" if timing.starts else entry.name
+            shown = {camera: each[rows] for camera, each in frames.items()}
+            vectors = (None if each is None else each[rows] for each in (states, actions))
+            yield images.make_episode(name, entry.table, timing.rate, shown, *vectors, language)
 
     def _frames(
         self, entry: EpisodeEntry, camera: str, part: _Part | None, num_rows: int, chosen: Sequence[int] | None
@@ -244,13 +249,15 @@ class LeRobot(EpisodeBuilder):
                     windows.setdefault((key, video.path), []).append(window)
         return windows
 
-    def _rate(self, table: pa.Table, parts: Sequence[_Part]) -> tuple[float, list[str]]:
-        """Returns the control rate of an episode, and which of the dataset's clocks contradict it."""
-        if self.settings.control_rate is not None:
-            return self.settings.control_rate, []
+    def _timing(self, table: pa.Table, parts: Sequence[_Part]) -> order.Timing:
+        """Finds out how fast an episode runs, and which of its rows begin another one since time jumps before them."""
+        clock, numbers = order.row_times(table), order.row_numbers(table)
+        if rate := self.settings.control_rate:
+            uneven = order.jumps(numbers) or order.jumps(clock, numbers)
+            return order.Timing(rate, [], [order.JUMPS_AT_RATE] if uneven else [])
         assert self.metadata.fps is not None  # Checked with the metadata.
         videos = [part.episode_times for part in parts if part.episode_times is not None]
-        return order.control_rate(self.metadata.fps, order.row_times(table), videos, order.row_numbers(table))
+        return order.find_timing(self.metadata.fps, table.num_rows, clock, videos, numbers)
 
     def _rows(self, entry: EpisodeEntry, keys: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
         if fault := entry.faults.get(""):

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from como_jax.convert.builder import SourceError
+from como_jax.convert.timing import jumps, stride, usual_rate
 
 TIMESTAMP = "timestamp"
 ORDER_COLUMNS = ("frame_index", "index", TIMESTAMP)
 OTHER_RATE_TOLERANCE = 0.05
 """Rates that differ by a smaller share count as equal: clocks are not exact."""
-LOST_ROWS_STEP = 1.5
-"""A longer step, in usual steps, means that rows are missing."""
 OTHER_VIDEO_RATE = "its videos run at another frame rate than the metadata say, which counts"
 OTHER_CLOCK = "its timestamps run at another rate than info.json and its videos, which count"
 OTHER_FPS = "its timestamps and its videos run at another rate than the `fps` of info.json, and count"
 OTHER_UNIT = "its timestamps are not seconds, but parts of them"
 FRAMES_WITHOUT_ROWS = "some frames of its videos have no row, as `frame_index` says, and were left out"
-LOST_ROWS = "its timestamps jump by more than one step: gaps in seconds are not exact there"
+JUMPS = "some of its rows do not follow the row before by one step, as its clocks show: each begins another episode"
+JUMPS_AT_RATE = "some of its rows do not follow the row before by one step, but `control_rate` counts each as one"
 _PARTS_OF_SECONDS = (1e3, 1e6, 1e9)
 
 
@@ -109,46 +111,58 @@ def row_numbers(table: pa.Table) -> np.ndarray | None:
     return values if values is not None and len(values) > 1 and (np.diff(values) > 0).all() else None
 
 
-def usual_rate(times: np.ndarray | None, numbers: np.ndarray | None = None) -> float | None:
-    """Returns the usual number of steps per second, or None without two times; `numbers` are those of the steps."""
-    if times is None or len(times) < 2:
-        return None
-    step = float(np.median(np.diff(times) / (1 if numbers is None else np.diff(numbers))))
-    return 1 / step if step > 0 else None
+class Timing(NamedTuple):
+    """How fast an episode runs.
+
+    Attributes:
+      rate: steps per second.
+      starts: rows that do not follow the row before by one step, in order.
+      warnings: which clocks contradict the others.
+    """
+
+    rate: float
+    starts: list[int]
+    warnings: list[str]
 
 
-def control_rate(
-    fps: float, rows: np.ndarray | None, videos: Sequence[np.ndarray], numbers: np.ndarray | None = None
-) -> tuple[float, list[str]]:
-    """Returns the steps per second of an episode, and what contradicts them.
+def find_timing(
+    fps: float,
+    num_rows: int,
+    rows: np.ndarray | None,
+    videos: Sequence[np.ndarray],
+    numbers: np.ndarray | None = None,
+) -> Timing:
+    """Returns how fast an episode runs, by the clocks that agree.
 
     Args:
       fps: what info.json says.
+      num_rows: of the episode.
       rows: timestamps of the rows, or None if they say nothing.
       videos: times of the frames of each video.
-      numbers: of the rows, or None if they follow each other.
+      numbers: `frame_index` of the rows, or None if it is not known.
 
     Raises:
       SourceError: the timestamps contradict info.json, and no video decides.
     """
     by_rows = usual_rate(rows, numbers)
-    has_lost_rows = rows is not None and by_rows is not None and np.diff(rows).max() * by_rows > LOST_ROWS_STEP
-    by_videos = [rate for rate in map(usual_rate, videos) if rate is not None]
+    known = [(times, rate) for times in videos if (rate := usual_rate(times)) is not None]
+    by_videos = [rate for _, rate in known]
     warnings = []
     if by_rows is not None and not _near(by_rows, fps):
         if any(_near(by_rows * parts, fps) for parts in _PARTS_OF_SECONDS):
-            by_rows, warnings = fps, [OTHER_UNIT]
+            warnings = [OTHER_UNIT]
         elif by_videos and all(_near(rate, by_rows) for rate in by_videos):
             fps, warnings = by_rows, [OTHER_FPS]
         elif by_videos and all(_near(rate, fps) for rate in by_videos):
-            return fps, [OTHER_CLOCK]
+            rows, warnings = None, [OTHER_CLOCK]
         else:
             raise SourceError(f"info.json says {fps:g} Hz, and its timestamps {by_rows:g} Hz; `control_rate` decides")
     if not all(_near(rate, fps) for rate in by_videos):
         warnings.append(OTHER_VIDEO_RATE)
-    if has_lost_rows:
-        warnings.append(LOST_ROWS)
-    return fps, warnings
+    # A video with other frames than those of the rows does not tell when the rows were recorded.
+    aligned = [times for times, rate in known if _near(rate, fps) and len(times) == num_rows]
+    starts = {*jumps(numbers), *jumps(rows, numbers), *itertools.chain.from_iterable(map(jumps, aligned))}
+    return Timing(fps / stride(numbers), sorted(starts), [*warnings, *([JUMPS] if starts else [])])
 
 
 def _near(rate: float, other: float) -> bool:

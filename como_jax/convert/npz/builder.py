@@ -21,6 +21,7 @@ from como_jax.convert.sources import Source
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError
 
+CHANGES = "the language changes within a trajectory: that of its first step counts"
 WITHOUT_LAST = "there is one action less than there are images: the last image was left off"
 _ACTION_KEYS = ("action", "actions")
 _STATE_KEYS = ("state", "states")
@@ -60,7 +61,7 @@ class Npz(FolderBuilder):
         known = (*self.suffixes, *SIDECAR_SUFFIXES)
         labels = set(self.instructions.label_files)
         others = [name for name in self.listing.files if not name.lower().endswith(known) and name not in labels]
-        messages = [*self.listing.warnings, *self.instructions.warnings]
+        messages = [*super().warnings(), *self.instructions.warnings]
         if others:
             messages.append(f"{len(others)} files that are not .npz were ignored, such as {others[0]}")
         selection = self._chosen[0]
@@ -75,6 +76,8 @@ class Npz(FolderBuilder):
         for index, trajectory in enumerate(read_trajectories(self.path(source), self._chosen[0])):
             if trajectory.without_last:
                 yield Warned(WITHOUT_LAST)
+            if trajectory.language_changes:
+                yield Warned(CHANGES)
             if not trajectory.language:
                 trajectory = dataclasses.replace(trajectory, language=self.instructions.by_name.get(source.path, ""))
             name, rate = f"{source.path}/{index:06d}", self.settings.control_rate
@@ -107,13 +110,15 @@ class Trajectory:
       states: float32 `[T, state_size]`, or None.
       actions: float32 `[T, action_size]`, or None.
       language: instruction or instructions, empty if there is none.
+      language_changes: whether other steps have other instructions than the first one that has any.
       without_last: whether a last image was left off since no action belongs to it.
     """
 
     images: Mapping[str, np.ndarray]
     states: np.ndarray | None = None
     actions: np.ndarray | None = None
-    language: str | tuple[str, ...] = ""
+    language: str | tuple[str, ...] = ()
+    language_changes: bool = False
     without_last: bool = False
 
     def to_episode(self, name: str, source_file: str, control_rate: float, image_size: int) -> Episode:
@@ -142,7 +147,7 @@ def read_trajectories(path: epath.PathLike, selection: Selection) -> Iterator[Tr
                 {name: by_key[key][:length] for name, key in selection.cameras.items()},
                 _join(by_key, selection.states, length),
                 _join(by_key, selection.actions, length),
-                text,
+                *text,
                 any(len(by_key[key]) > length for key in selection.cameras.values()),
             )
 
@@ -246,16 +251,31 @@ def _join(arrays: Mapping[str, np.ndarray], keys: Sequence[str], length: int) ->
         return np.concatenate([arrays[key][:length].reshape(length, -1).astype(np.float32) for key in keys], axis=1)
 
 
-def _texts(archive: NpzArchive, key: str | None, steps: tuple[int, ...]) -> list[str]:
-    """Returns one text for each trajectory.
+def _texts(archive: NpzArchive, key: str | None, steps: tuple[int, ...]) -> list[tuple[tuple[str, ...], bool]]:
+    """Returns the texts of each trajectory, and whether they change from step to step.
 
-    The array may hold one text for all, one for each trajectory, or one for each step, of which the first is taken.
+    The array may hold one text for all, or for each trajectory one text, several, or those of each step, of which the
+    first count.
     """
     count = steps[0] if len(steps) > 1 else 1
     if key is None:
-        return [""] * count
+        return [((), False)] * count
     values = archive.read(key)
     if values.ndim and len(steps) > 1 and len(values) != count:
         raise ValueError(f"array {key!r} has {len(values)} texts for {count} trajectories")
-    first = [row.flat[0] for row in values] if values.ndim and len(steps) > 1 else [values.flat[0]] * count
-    return [(text.decode() if isinstance(text, bytes) else str(text)).strip() for text in first]
+    of_trajectories = values if values.ndim and len(steps) > 1 else [values] * count
+    return [_texts_of_trajectory(np.asarray(each), steps[-1]) for each in of_trajectories]
+
+
+def _texts_of_trajectory(values: np.ndarray, length: int) -> tuple[tuple[str, ...], bool]:
+    # A last image that was left off may have a text too.
+    of_steps = values if values.ndim and len(values) in (length, length + 1) else values[None]
+    found = [texts for texts in map(_as_texts, of_steps) if texts]
+    return found[0] if found else (), any(texts != found[0] for texts in found)
+
+
+def _as_texts(values: np.ndarray) -> tuple[str, ...]:
+    """Returns the texts that are not empty."""
+    stored = np.ravel(values).tolist()
+    texts = [(each.decode() if isinstance(each, bytes) else str(each)).strip() for each in stored]
+    return tuple(dict.fromkeys(text for text in texts if text))

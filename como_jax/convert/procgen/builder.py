@@ -44,13 +44,16 @@ class Procgen(FolderBuilder):
         return StepLayout(action_size=NUM_ACTIONS)
 
     def sources(self) -> list[Source]:
-        """One source an episode; all episodes of one level are on the same side of the split."""
+        """One source an episode; all episodes of one level are on the same side of a split that is drawn."""
         levels = {name: _level_name(self.root / name) for name in self.names}
         # A file whose level cannot be read will be left out.
         known = [Source(level) for level in sorted(set(levels.values())) if level]
         drawn = assign_splits(known, self.settings.validation_fraction, self.settings.seed)
         splits = {level.name: level.split for level in drawn} | {"": "train"}
-        return [dataclasses.replace(source, split=splits[levels[source.path]]) for source in super().sources()]
+        return [
+            dataclasses.replace(source, split=source.split or splits[levels[source.path]])
+            for source in super().sources()
+        ]
 
     def episodes(self, source: Source) -> Iterator[Item]:
         """The one episode of a file."""

@@ -15,7 +15,7 @@ from como_jax.convert.rlds.dataset import dataset_names, episode_features, locat
 from como_jax.convert.rlds.entries import OPEN_X, Entry, find_entry, read_table
 from como_jax.convert.rlds.episodes import EpisodeReader, select, vector_size
 from como_jax.convert.rlds.language import leaves, text_keys, with_numbered
-from como_jax.convert.rlds.records import read_records
+from como_jax.convert.rlds.records import count_records, read_records
 from como_jax.convert.rlds.shards import Shards, compare_shards
 from como_jax.convert.selection import Selection, missing_warnings, nearest
 from como_jax.convert.settings import RATE, Settings, setting
@@ -74,15 +74,14 @@ class Rlds(EpisodeBuilder):
         splits = self._dataset.info.splits
         has_validation = any(split in VALIDATION_SPLITS for split in splits)
         fraction = self.settings.validation_fraction
-        cut = not has_validation and fraction * len(self._num_records) < 1
+        cut = not has_validation and fraction * sum(map(len, self._files.values())) < 1
         sources = []
         for split, info in sorted(splits.items()):
             # Of the mean record, since to look at every file takes long where they lie in a bucket.
             record_bytes = info.num_bytes / max(info.num_examples, 1)
-            for path in info.filepaths:
-                length = self._num_records[path.name]
+            for name, length in self._files[split].items():
                 target = _target_split(split) if has_validation else None
-                whole = Source(path.name, target, (0, length), round(record_bytes * length))
+                whole = Source(name, target, (0, length), round(record_bytes * length))
                 sources += _cut(whole, fraction) if cut else [whole]
         return sources
 
@@ -90,6 +89,10 @@ class Rlds(EpisodeBuilder):
         """What was chosen without being asked for, and what is missing from the dataset."""
         selection = self._selection
         notes = [note for note in (self._location.note, self._entry.notes) if note] + self._shards.warnings()
+        for split in self._shards.divided:
+            count, announced = (sum(each[split].values()) for each in (self._files, self._announced))
+            if count != announced:
+                notes.append(f"split {split!r} has {count} records, and dataset_info.json says {announced}")
         return notes + missing_warnings(action=selection.actions, state=selection.states, language=selection.language)
 
     def label_files(self) -> list[str]:
@@ -102,7 +105,7 @@ class Rlds(EpisodeBuilder):
         """The episodes in some records of one file; the last part of a file goes on to its end."""
         assert source.records is not None
         start, stop = source.records
-        is_last = stop == self._num_records[source.path]
+        is_last = any(files.get(source.path) == stop for files in self._files.values())
         path = self._location.directory / self._shards.found.get(source.path, source.path)
         if not path.exists():
             raise SourceError(self._shards.missing)
@@ -122,18 +125,26 @@ class Rlds(EpisodeBuilder):
             yield episode
 
     @functools.cached_property
-    def _num_records(self) -> dict[str, int]:
-        """The number of records that the dataset announces, by file name."""
+    def _announced(self) -> dict[str, dict[str, int]]:
+        """The number of records of every file that the dataset announces, by split and file name."""
         return {
-            path.name: length
-            for info in self._dataset.info.splits.values()
-            for path, length in zip(info.filepaths, info.shard_lengths, strict=True)
+            split: {path.name: length for path, length in zip(info.filepaths, info.shard_lengths, strict=True)}
+            for split, info in self._dataset.info.splits.items()
         }
+
+    @functools.cached_property
+    def _files(self) -> dict[str, dict[str, int]]:
+        """The number of records of every file to convert, by split and file name."""
+        divided = {
+            split: {name: count_records(self._location.directory / name) for name in names}
+            for split, names in self._shards.divided.items()
+        }
+        return self._announced | divided
 
     @functools.cached_property
     def _shards(self) -> Shards:
         """The files that dataset_info.json names, and those in the folder."""
-        return compare_shards(self._num_records, (path.name for path in self._location.directory.iterdir()))
+        return compare_shards(self._announced, (path.name for path in self._location.directory.iterdir()))
 
     @functools.cached_property
     def _steps(self) -> Mapping[str, Any]:

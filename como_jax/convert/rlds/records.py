@@ -45,6 +45,33 @@ def read_records(path: epath.PathLike, start: int, stop: int, to_end: bool = Fal
     yield from read(path, start, stop, to_end)
 
 
+def count_records(path: epath.PathLike) -> int:
+    """Returns how many records a file has before damage, by their headers; at least one unless it is empty.
+
+    What is damaged is found when the records are read.
+    """
+    path = epath.Path(path)
+    if not path.stat().length:
+        return 0
+    if "array_record" in path.name:
+        with contextlib.suppress(ValueError, RuntimeError):
+            reader = ArrayRecordReader(str(path))
+            count = reader.num_records()
+            reader.close()
+            return max(count, 1)
+        return 1
+    count = 0
+    with path.open("rb") as file, contextlib.suppress(OSError, EOFError, zlib.error):
+        stream = gzip.GzipFile(fileobj=file) if _is_compressed(file) else file
+        while len(header := stream.read(_HEADER_BYTES)) == _HEADER_BYTES:
+            length, checksum = header[: _LENGTH.size], header[_LENGTH.size :]
+            if not _is_intact(length, checksum):
+                break
+            stream.seek(_LENGTH.unpack(length)[0] + _CHECKSUM.size, 1)
+            count += 1
+    return max(count, 1)
+
+
 def _read_tfrecords(path: epath.Path, start: int, stop: int, to_end: bool) -> Iterator[bytes | LeftOut]:
     with path.open("rb") as file:
         stream = gzip.GzipFile(fileobj=file) if _is_compressed(file) else file

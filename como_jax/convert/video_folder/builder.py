@@ -20,8 +20,9 @@ from como_jax.convert.images import Frame
 from como_jax.convert.labels import SIDECAR_SUFFIXES
 from como_jax.convert.settings import RATE, number, positive, setting
 from como_jax.convert.sources import Source, check_file
-from como_jax.convert.video import VIDEO_ERRORS, VideoReader
-from como_jax.convert.video_folder.timing import regular_steps, uneven_rate
+from como_jax.convert.timing import jumps, regular_steps, uneven_rate
+from como_jax.convert.video import VIDEO_ERRORS, VideoReader, open_video
+from como_jax.convert.webp import AnimatedWebp, is_animated
 from como_jax.data.schema import Episode
 from como_jax.errors import one_line
 from como_jax.names import DEFAULT_CAMERA
@@ -40,7 +41,7 @@ _NUMBERED = (
     re.compile(r"(?P<prefix>.*?)(?P<number>[0-9]{1,18})(?P<tail>)(?P<suffix>\.[A-Za-z]+)", re.DOTALL),
     re.compile(r"(?P<prefix>[^0-9]*)(?P<number>[0-9]{1,18})(?P<tail>[^0-9]*)(?P<suffix>\.[A-Za-z]+)"),
 )
-UNEVEN_NUMBERS = "the numbers of some images are not one step apart: images may be missing, and time jumps there"
+UNEVEN_NUMBERS = "the numbers of some images are not one step apart: there an episode ends, and another begins"
 UNEVEN = "its frames are not shown equally long: some were repeated or left out, and a pause ends an episode"
 UNEVEN_AT_RATE = "its frames are not shown equally long, but `control_rate` counts each of them as one step"
 GUESSED_RATE = "without `control_rate`, the frame rate of the container counts, which for robot clips is often wrong"
@@ -84,7 +85,9 @@ class VideoFolder(FolderBuilder):
     @functools.cached_property
     def series(self) -> dict[str, list[str]]:
         """The numbered images of every series, by its name."""
-        return find_series(self.listing.files, self.root.name)
+        found = find_series(self.listing.files, self.root.name)
+        # Of numbered files that are animated, each is a video.
+        return {name: members for name, members in found.items() if not _is_animated(self.root / members[0])}
 
     @property
     def language_field(self) -> str | None:
@@ -98,12 +101,13 @@ class VideoFolder(FolderBuilder):
     def sources(self) -> list[Source]:
         """One source a file, and one a series of images."""
         sizes = {name: num_bytes(self.root / members[0]) * len(members) for name, members in self.series.items()}
-        series = [Source(name, num_bytes=size) for name, size in sizes.items()]
+        splits = {name: self.splits.get(members[0]) for name, members in self.series.items()}
+        series = [Source(name, splits[name], num_bytes=size) for name, size in sizes.items()]
         return sorted([*super().sources(), *series], key=lambda source: source.path)
 
     def warnings(self) -> list[str]:
         """Folders that were not looked into, label files that were not understood, and series of images."""
-        messages = [*self.listing.warnings, *self.instructions.warnings]
+        messages = [*super().warnings(), *self.instructions.warnings]
         known, paths = self.instructions.by_name, [source.path for source in self.sources()]
         without = [path for path in paths if path not in known]
         if known and without:
@@ -127,13 +131,13 @@ class VideoFolder(FolderBuilder):
             yield Warned(GUESSED_RATE)
         if uneven is not None:
             yield Warned(UNEVEN if self.settings.control_rate is None else UNEVEN_AT_RATE)
-        with VideoReader(self.path(source)) as reader:
+        with open_video(self.path(source)) as reader:
             if uneven is None or self.settings.control_rate is not None:
                 yield from self._clips(source, self._frames(reader), self._control_rate(reader.frame_rate))
             else:
                 yield from self._uneven_clips(source, reader, uneven)
 
-    def _uneven_clips(self, source: Source, reader: VideoReader, frame_rate: float) -> Iterator[Episode]:
+    def _uneven_clips(self, source: Source, reader: VideoReader | AnimatedWebp, frame_rate: float) -> Iterator[Episode]:
         """Yields episodes of a video by the times of its frames, of which `frame_rate` is the usual number a second."""
         count = 0
         for _, steps in itertools.groupby(self._steps(reader, frame_rate), key=lambda step: step[0]):
@@ -153,12 +157,28 @@ class VideoFolder(FolderBuilder):
     def _series_episodes(self, source: Source) -> Iterator[Item]:
         """The clips of a series of images; one that cannot be used ends a clip, and the next one begins another."""
         rate = self._control_rate(None)
-        members = self.series[source.path][:: self.settings.frame_stride]
-        if len({later - earlier for earlier, later in itertools.pairwise(map(number_of, members))}) > 1:
+        members = self.series[source.path]
+        starts = jumps(np.array([*map(number_of, members)]))
+        if starts:
             yield Warned(UNEVEN_NUMBERS)
-        count, position = 0, 0
-        while position < len(members):
-            run = _Run(self.root, members[position:], self.settings.image_size)
+        count, alone = 0, []
+        for first, stop in itertools.pairwise([0, *starts, len(members)]):
+            names = members[first : stop : self.settings.frame_stride]
+            if len(names) < MIN_STEPS:
+                alone += names
+                continue
+            for item in self._run_episodes(source, names, rate, count):
+                count += isinstance(item, Episode)
+                yield item
+        if alone:
+            named = alone[0].rpartition("/")[2]
+            yield LeftOut(f"{len(alone)} image(s) have no neighbour one step before or after, such as {named}")
+
+    def _run_episodes(self, source: Source, names: Sequence[str], rate: float, first: int) -> Iterator[Item]:
+        """The clips of images whose numbers follow each other; `first` is the number of the first clip."""
+        count, position = first, 0
+        while position < len(names):
+            run = _Run(self.root, names[position:], self.settings.image_size)
             for episode in self._clips(source, run.frames(), rate, count):
                 count += 1
                 yield episode
@@ -172,7 +192,7 @@ class VideoFolder(FolderBuilder):
             raise SourceError("it gives no frame rate; set `control_rate`")
         return rate / self.settings.frame_stride
 
-    def _steps(self, reader: VideoReader, frame_rate: float) -> Iterator[tuple[int, Frame]]:
+    def _steps(self, reader: VideoReader | AnimatedWebp, frame_rate: float) -> Iterator[tuple[int, Frame]]:
         """Yields the frame of every step, and the number of the recording between two pauses that it belongs to."""
         before, frame = None, None
         for recording, step, image in regular_steps(reader.timed_frames(), frame_rate):
@@ -183,7 +203,7 @@ class VideoFolder(FolderBuilder):
                 before = image
                 yield recording, frame
 
-    def _frames(self, reader: VideoReader) -> Iterator[Frame]:
+    def _frames(self, reader: VideoReader | AnimatedWebp) -> Iterator[Frame]:
         """Yields the frames that become steps."""
         for index, image in enumerate(reader.frames()):
             if index % self.settings.frame_stride == 0:
@@ -192,11 +212,19 @@ class VideoFolder(FolderBuilder):
 
 def _times(path: epath.Path) -> np.ndarray | None:
     """Returns the times of the frames of a video, or None; damage shows when the frames are read."""
-    with VideoReader(path) as reader:
+    with open_video(path) as reader:
         try:
             return reader.times()
         except VIDEO_ERRORS:
             return None
+
+
+def _is_animated(path: epath.Path) -> bool:
+    try:
+        check_file(path)
+        return is_animated(path)
+    except VIDEO_ERRORS:
+        return False
 
 
 class _Run:

@@ -13,7 +13,7 @@ from como_jax.convert.builder import SourceError
 from como_jax.convert.lerobot.builder import NO_TASK, LeRobot, LeRobotSettings
 from como_jax.convert.lerobot.file_index import fill
 from como_jax.convert.lerobot.metadata import FOUND_BY_NAME, INFO_PATH, EpisodeEntry, Metadata
-from como_jax.convert.lerobot.order import LOST_ROWS, OTHER_VIDEO_RATE
+from como_jax.convert.lerobot.order import JUMPS, OTHER_VIDEO_RATE
 from como_jax.convert.lerobot.reading import read_rows
 from como_jax.doctor.findings import Finding, Problem, name_dimensions, name_some, share_of, warning
 from como_jax.doctor.sources.base import DatasetView, SourceReader, spread
@@ -21,10 +21,9 @@ from como_jax.doctor.sources.videos import VideoHeader, check_decoder, describe_
 from como_jax.doctor.survey import Recording, record_episode
 
 # A check of the doctor, of instructions or of clocks, says the same.
-_COVERED = re.compile("|".join(map(re.escape, (NO_TASK, LOST_ROWS, OTHER_VIDEO_RATE))))
+_COVERED = re.compile("|".join(map(re.escape, (NO_TASK, JUMPS, OTHER_VIDEO_RATE))))
 _TIMESTAMP = "timestamp"
 _RATE_TOLERANCE = 0.05
-_LOST_FRAME = 1.5
 _MAX_NUMBERS = 60
 _MEND = f"Conversion does without it; mend {INFO_PATH} before other programs read it."
 _OTHER_RATE = "Find out which one is the robot's and pass it with `control_rate`."
@@ -45,7 +44,7 @@ class LeRobotView(DatasetView):
         self._entries = {entry.name: entry for entry in self._metadata.episodes}
         self._headers: dict[str, VideoHeader] = {}
         self._other_clock: list[str] = []
-        self._lost_frames: list[str] = []
+        self._cut: list[str] = []
 
     @property
     def total(self) -> int:
@@ -61,11 +60,13 @@ class LeRobotView(DatasetView):
         for source in (self._sources[index] for index in spread(len(self._sources), limit)):
             entry = self._entries[source.path]
             resolution = self._read_headers(entry)
+            self._check_clock(entry)
             for item in self._reader.read(source):
                 if isinstance(item, Problem):
                     yield item
                     continue
-                self._check_clock(entry)
+                if item.episode_id != entry.name and entry.name not in self._cut:
+                    self._cut.append(entry.name)
                 try:
                     yield record_episode(item, item.control_rate, resolution)
                 except ValueError as error:
@@ -119,19 +120,18 @@ class LeRobotView(DatasetView):
             return
         if len(steps) and abs(np.median(steps) * fps - 1) > _RATE_TOLERANCE:
             self._other_clock.append(entry.name)
-        elif len(steps) and steps.max() * fps > _LOST_FRAME:
-            self._lost_frames.append(entry.name)
 
     def _clock_findings(self) -> Iterator[Finding]:
-        other = f"run at another rate than the {self._metadata.fps or 0:g} Hz of info.json"
-        lost = "Frames were lost while recording: gaps in seconds are not exact there."
+        other = f"The timestamps of {{}} run at another rate than the {self._metadata.fps or 0:g} Hz of info.json"
+        cut = "Rows are missing or late within {}: a conversion makes several episodes of each, between them"
+        lost = "Nothing needs to be done if these frames were lost while recording."
         for name, episodes, what, advice in (
             ("other-clock", self._other_clock, other, _OTHER_RATE),
-            ("lost-frames", self._lost_frames, "jump by more than one step", lost),
+            ("time-jumps", self._cut, cut, lost),
         ):
             if episodes:
                 share = share_of(len(episodes), self.total, "episode")
-                yield warning(name, f"The timestamps of {share} {what}, such as {name_some(episodes)}.", advice)
+                yield warning(name, f"{what.format(share)}, such as {name_some(episodes)}.", advice)
 
 
 def check_info(metadata: Metadata) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from como_jax.convert.folder import list_files
-from como_jax.convert.video import AV1_DECODERS, VIDEO_ERRORS, VideoReader
+from como_jax.convert.video import AV1_DECODERS, VIDEO_ERRORS, open_video
 from como_jax.convert.video_folder.builder import GUESSED_RATE, VideoFolder, VideoFolderSettings
 from como_jax.doctor.findings import Finding, Problem, count_of, error, info, name_some, share_of, warning
 from como_jax.doctor.sources.base import DatasetView, SourceReader, spread
@@ -44,7 +44,7 @@ def find_videos(folder: epath.Path) -> list[str]:
 def read_header(path: epath.PathLike) -> VideoHeader | None:
     """Reads the header of a video file; None if that fails, which is reported when the frames are read."""
     try:
-        with VideoReader(path) as reader:
+        with open_video(path) as reader:
             return VideoHeader(reader.codec, reader.height, reader.width, reader.frame_rate)
     except VIDEO_ERRORS:
         return None

@@ -15,6 +15,7 @@ from como_jax.data import schema
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
 
+INSTRUCTION = "language_instruction"
 _SOMETIMES_MISSING = ("state", "action", "latent_codes")
 
 
@@ -23,7 +24,8 @@ class LabelledEpisode:
     """One episode of T steps.
 
     Attributes:
-      episode_id, source_file, instruction, control_rate: see `schema.Episode`.
+      episode_id, source_file, control_rate: see `schema.Episode`.
+      instructions: a text for every key of `LabelledDataset.instruction_keys`, '' where the episode has fewer.
       images: the T JPEG images of every camera.
       state, action: float32 `[T, size]`, or None.
       latent_motion, latent_valid: float32 `[T, D]` and bool `[T]`, see `schema.EPISODE_TABLE_SCHEMA`.
@@ -32,7 +34,7 @@ class LabelledEpisode:
 
     episode_id: str
     source_file: str
-    instruction: str
+    instructions: Mapping[str, str]
     control_rate: float
     images: Mapping[str, Sequence[bytes]]
     state: np.ndarray | None
@@ -87,6 +89,12 @@ class LabelledDataset:
         """Number of steps of every episode of a split."""
         return self.splits[split].length.tolist()
 
+    @property
+    def instruction_keys(self) -> tuple[str, ...]:
+        """Names of the texts of an episode, as DROID has them: the first has no number, the second `_2`."""
+        others = max(len(texts) for source in self.splits.values() for texts in source.other_instructions)
+        return (INSTRUCTION, *(f"{INSTRUCTION}_{number}" for number in range(2, others + 2)))
+
     def steps(self, field: str) -> np.ndarray:
         """A field of `EpisodeSource` that has one row per step, over all splits."""
         return np.concatenate([getattr(source, field) for source in self.splits.values()])
@@ -94,6 +102,7 @@ class LabelledDataset:
     def episodes(self, split: str) -> Iterator[LabelledEpisode]:
         """Yields the episodes of a split in order; only one is in memory at a time."""
         source = self.splits[split]
+        keys = self.instruction_keys
         views = {camera: _view(source, camera) for camera in self.cameras}
         for row, (start, length) in enumerate(zip(source.start.tolist(), source.length.tolist(), strict=True)):
             steps = slice(start, start + length)
@@ -101,10 +110,11 @@ class LabelledDataset:
                 field: None if getattr(source, field) is None else getattr(source, field)[steps]
                 for field in ("state", "action", "latent_motion", "latent_valid", "latent_codes")
             }
+            texts = [source.instruction[row], *source.other_instructions[row]]
             yield LabelledEpisode(
                 episode_id=source.episode_id[row],
                 source_file=self._source_files[split][row],
-                instruction=source.instruction[row],
+                instructions=dict.fromkeys(keys, "") | dict(zip(keys, texts, strict=False)),
                 control_rate=float(source.control_rate[row]),
                 images={camera: view.read_jpegs(range(start, start + length)) for camera, view in views.items()},
                 **fields,

@@ -21,7 +21,7 @@ from etils import epath
 from como_jax.data.parquet import read_parquet
 from como_jax.data.schema import LABELS_NAME
 from como_jax.errors import DatasetError
-from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
+from como_jax.export.labels.dataset import INSTRUCTION, LabelledDataset, LabelledEpisode, file_numbers
 from como_jax.export.labels.video import VideoWriter
 from como_jax.files import write_text
 
@@ -173,6 +173,8 @@ class _Writer:
         """The rows of an episode."""
         columns = {_NUMBERS[field][0]: getattr(episode, field) for field in _NUMBERS}
         columns |= self._bookkeeping(place, episode)
+        # The first text is the task.
+        columns |= {key: np.full(len(episode), text, object) for key, text in episode.instructions.items()}
         arrays = [_column(columns[name], self._schema.field(name).type) for name in self._schema.names]
         return pa.Table.from_arrays(arrays, schema=self._schema)
 
@@ -183,13 +185,13 @@ class _Writer:
             "frame_index": frames,
             "episode_index": np.full(len(episode), place.episode),
             "index": place.first_step + frames,
-            "task_index": np.full(len(episode), self._tasks[episode.instruction]),
+            "task_index": np.full(len(episode), self._tasks[episode.instructions[INSTRUCTION]]),
         }
 
     def _episode_row(self, place: _Place, episode: LabelledEpisode) -> dict[str, Any]:
         row: dict[str, Any] = {
             "episode_index": place.episode,
-            "tasks": [episode.instruction],
+            "tasks": [episode.instructions[INSTRUCTION]],
             "length": len(episode),
             "dataset_from_index": place.first_step,
             "dataset_to_index": place.first_step + len(episode),
@@ -283,7 +285,7 @@ def _features(dataset: LabelledDataset, sizes: Mapping[str, tuple[int, int]], ra
     for field, (key, dtype) in _NUMBERS.items():
         if field in numbers:
             features[key] = {"dtype": dtype, "shape": [numbers[field]], "names": None}
-    for key, dtype in _BOOKKEEPING.items():
+    for key, dtype in (_BOOKKEEPING | dict.fromkeys(dataset.instruction_keys[1:], "string")).items():
         features[key] = {"dtype": dtype, "shape": [1], "names": None}
     return features
 

@@ -76,7 +76,7 @@ def episode_features(dataset: LabelledDataset) -> tfds.features.FeaturesDict:
     }
     step: dict[str, Any] = {
         "observation": observation,
-        "language_instruction": f.Text(),
+        **{key: f.Text() for key in dataset.instruction_keys},
         "is_first": np.bool_,
         "is_last": np.bool_,
         "latent_motion": f.Tensor(shape=(sizes["latent_motion"],), dtype=np.float32),
@@ -110,7 +110,7 @@ def _example(episode: LabelledEpisode) -> dict[str, Any]:
         observation: dict[str, Any] = {camera: jpegs[t] for camera, jpegs in episode.images.items()}
         step: dict[str, Any] = {
             "observation": observation,
-            "language_instruction": episode.instruction,
+            **episode.instructions,
             "is_first": t == 0,
             "is_last": t == len(episode) - 1,
             "latent_motion": episode.latent_motion[t],

@@ -1,4 +1,4 @@
-"""Steps of equal length from frames that are not shown equally long, by the frames' own times."""
+"""The usual rate of steps, where time jumps between them, and steps of equal length from frames of other lengths."""
 
 from __future__ import annotations
 
@@ -16,6 +16,47 @@ _USUAL = 0.25
 _PAUSE_SECONDS, _PAUSE_STEPS = 1.0, 3.0
 # The times of fewer frames say nothing of a usual rate.
 _MIN_FRAMES = 3
+# In usual steps. Where a step differs from them by more, time jumps.
+_JUMP = 0.5
+
+
+def usual_rate(times: np.ndarray | None, numbers: np.ndarray | None = None) -> float | None:
+    """Returns the usual number of steps per second, or None without two times; `numbers` are those of the steps."""
+    if times is None or len(times) < 2:
+        return None
+    steps = np.diff(times) / (1 if numbers is None else np.diff(numbers))
+    median = np.median(steps)
+    # The mean is more exact than the median, since times are rounded.
+    return float(1 / steps[~_jumping(steps / median - 1)].mean()) if median > 0 else None
+
+
+def jumps(clock: np.ndarray | None, numbers: np.ndarray | None = None) -> list[int]:
+    """Returns the rows that do not follow the row before by one step: none may lie between the frames of a pair.
+
+    A single row that is late or early, so that the next one is in time again, does not count.
+
+    Args:
+      clock: times of the rows or of their frames, in order, or None if they are not known.
+      numbers: `frame_index` of the rows, or None if it is not known.
+    """
+    rate = usual_rate(clock, numbers)
+    if clock is None or rate is None:
+        return []
+    return (np.flatnonzero(_jumping(np.diff(clock) * rate / stride(numbers) - 1)) + 1).tolist()
+
+
+def _jumping(extra: np.ndarray) -> np.ndarray:
+    """Whether steps, longer than usual by a share `extra`, are too long or short, and no neighbour makes up for it."""
+    alone = np.abs([extra, extra + np.append(extra[1:], 0), extra + np.append(0, extra[:-1])])
+    return alone.min(0) > _JUMP
+
+
+def stride(numbers: np.ndarray | None) -> float:
+    """Returns by how much `frame_index` usually grows from row to row: 2, say, if every second frame has a row."""
+    if numbers is None or len(numbers) < 2:
+        return 1.0
+    steps, counts = np.unique(np.diff(numbers), return_counts=True)
+    return float(steps[np.argmax(counts)])
 
 
 def uneven_rate(times: np.ndarray | None) -> float | None:
