@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import absl.logging
 from absl import app, flags
 
-from como_jax.errors import NonFiniteError, UsageError
+from como_jax.errors import ConfigError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -60,6 +60,17 @@ def no_arguments(arguments: Sequence[str]) -> None:
     """Raises UsageError if a command that takes flags alone got anything else."""
     if arguments:
         raise UsageError(f"Unexpected argument {arguments[0]!r}; options start with --.")
+
+
+def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """Values by name of NAME=VALUE texts; raises ConfigError for other texts and for names given twice."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value) or name in pairs:
+            raise ConfigError(f"--{flag} {text}: must be NAME=VALUE, each name once.")
+        pairs[name] = value
+    return pairs
 
 
 def unknown_field(config: ConfigDict, name: str) -> str:

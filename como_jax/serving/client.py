@@ -8,7 +8,7 @@ from typing import Any
 
 from websockets.sync.client import connect
 
-from como_jax.serving.protocol import RequestError, pack, unpack
+from como_jax.serving.messages import RequestError, pack, unpack
 
 
 class PolicyClient(contextlib.AbstractContextManager):

@@ -2,8 +2,9 @@
 
 Maps inside a message are flattened: `{"images": {"top": ...}}` becomes `images/top`. The image of camera NAME is then
 the first of `observation/NAME`, `images/NAME`, `observation/images/NAME` and `NAME` that the message has, the state is
-`observation/state` or `state`, and the instruction is `prompt`, as openpi's clients for LIBERO and ALOHA name them. For
-any other robot the names of the fields are given. Fields that the policy does not need are ignored.
+`observation/state`, `state` or `states`, and the instruction is `prompt` or `task_description`, as openpi's clients for
+LIBERO and ALOHA and the benchmarks of vla-eval name them. For any other robot the names of the fields are given. Fields
+that the policy does not need are ignored.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from como_jax.errors import ConfigError, InputError, closest
+from como_jax.serving.messages import RequestError
 from como_jax.serving.policy import PolicyInputs
-from como_jax.serving.protocol import RequestError
 from como_jax.spec.observations import check_image, check_instruction, check_numbers, check_state
 
 STATE, PROMPT, RESET = "state", "prompt", "reset"
 _PREFIXES = ("observation/", "images/", "observation/images/", "")
+_STATES = ("observation/state", "state", "states")
+_PROMPTS = ("prompt", "task_description")
 _MAX_DEPTH = 8
 
 
@@ -113,9 +116,10 @@ class ObservationReader:
     def _prompt(self, found: Mapping[str, Any]) -> str:
         if not self._inputs.uses_text:
             return ""
-        ((name,),) = self._ways[PROMPT]
+        names = [name for (name,) in self._ways[PROMPT]]
+        name = next((name for name in names if name in found), names[0])
         if name not in found and not self._default_prompt:
-            raise RequestError(f"{name} is missing: the policy reads an instruction, which may be empty.")
+            raise RequestError(f"{' or '.join(names)} is missing: the policy reads an instruction, which may be empty.")
         prompt = check_instruction(name, found.get(name, ""))
         return prompt if prompt.strip() else self._default_prompt or prompt
 
@@ -134,7 +138,7 @@ class ObservationReader:
 def _usual(name: str, inputs: PolicyInputs) -> list[tuple[str, ...]]:
     if name in inputs.cameras:
         return [(prefix + name,) for prefix in _PREFIXES]
-    return [("prompt",)] if name == PROMPT else [("observation/state",), ("state",)]
+    return [(field,) for field in (_PROMPTS if name == PROMPT else _STATES)]
 
 
 def _flatten(fields: Mapping[Any, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,10 @@ class PolicyOptions:
         """Whether the client carries out the chunks."""
         return self.execute is None and self.ensemble is None
 
+    def one_by_one(self) -> PolicyOptions:
+        """These, but the server carries out half of each chunk where the client would carry out whole ones."""
+        return dataclasses.replace(self, execute=0) if self.whole_chunks else self
+
 
 @dataclasses.dataclass(frozen=True)
 class PolicyInputs:

@@ -1,13 +1,11 @@
-"""A server of openpi's websocket protocol: metadata for a new client, then actions for every observation.
+"""A server that answers a robot's observations with actions, in one of `como_jax.serving.protocols`.
 
-Binary messages are those of `como_jax.serving.protocol`. An answer holds `actions`, `[n, A]`, and `server_timing`, a
-map with `infer_ms` of this request and `prev_total_ms` of the one before. If a request is wrong, a text message says
-why, and the connection stays open. Every connection has its own session. An episode begins with the first observation,
-with one that has `reset: True`, and with one that has another prompt.
+Every connection has its own session. An episode begins with the first observation, where the client says so, and with
+an observation that has another prompt. What is wrong with a request is its answer, and the connection stays open.
 
-GET /healthz answers as long as the event loop runs; /metrics answers in Prometheus' format. If the server has a token,
-everything except /healthz needs the header `Authorization: Api-Key TOKEN`. Browsers are refused, because any web page
-could otherwise connect to a server on its visitor's machine.
+GET /healthz, which is also /health, answers as long as the event loop runs; /metrics answers in Prometheus' format. If
+the server has a token, everything except /healthz needs the header `Authorization: Api-Key TOKEN`. Browsers are
+refused, because any web page could otherwise connect to a server on its visitor's machine.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -32,7 +30,7 @@ from websockets.http11 import Request, Response
 from como_jax.errors import ConfigError, UsageError
 from como_jax.serving.observations import ObservationReader, PolicyRequest
 from como_jax.serving.policy import ServedPolicy, ServedSession
-from como_jax.serving.protocol import RequestError, pack, unpack
+from como_jax.serving.protocols import OPENPI, Incoming, make_protocol
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +49,7 @@ class ServerOptions:
 
     Attributes:
       host, port: address to listen at; port 0 takes any free one.
+      protocol: that clients speak, one of `PROTOCOLS`.
       token: that clients must send; empty for none.
       max_message: size of the largest message in bytes; a client that sends more is disconnected.
       grace: seconds that requests in progress have to end when the server is stopped.
@@ -58,6 +57,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    protocol: str = OPENPI
     token: str = ""
     max_message: int = 32 * 2**20
     grace: float = 10.0
@@ -102,7 +102,8 @@ class PolicyServer:
     def __init__(self, policy: ServedPolicy, reader: ObservationReader, options: ServerOptions):
         self._policy, self._reader, self._options = policy, reader, options
         self._metrics = Metrics()
-        self._greeting = pack({**policy.metadata, "observation": reader.describe()})
+        metadata = {**policy.metadata, "observation": reader.describe()}
+        self._protocol = make_protocol(options.protocol, policy.inputs, metadata, options.token)
         self._in_progress, self._quiet = 0, asyncio.Event()
         self._quiet.set()
         self._stopping = False
@@ -125,8 +126,9 @@ class PolicyServer:
                 options.port,
                 process_request=self._screen,
                 origins=[None],
-                # Compression hardly shrinks images, and openpi's clients do not compress either.
+                # Compression hardly shrinks images, and clients do not compress either.
                 compression=None,
+                ping_timeout=self._protocol.ping_timeout,
                 max_size=options.max_message,
                 max_queue=_MAX_QUEUE,
             )
@@ -167,7 +169,7 @@ class PolicyServer:
     def _screen(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answers plain HTTP requests and refuses clients without the token; returns None to let a client in."""
         path = request.path.partition("?")[0]
-        if path == "/healthz":
+        if path in ("/healthz", "/health"):
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if not self._authorized(request):
             self._metrics.unauthorized.inc()
@@ -201,7 +203,8 @@ class PolicyServer:
                 logger.info("%s disconnected (%s)", client, error)
 
     async def _answer_all(self, connection: ServerConnection, conversation: _Conversation) -> None:
-        await connection.send(self._greeting)
+        if self._protocol.greeting is not None:
+            await connection.send(self._protocol.greeting)
         last_total: float | None = None
         while not self._stopping:
             message = await connection.recv()
@@ -210,7 +213,8 @@ class PolicyServer:
             self._quiet.clear()
             try:
                 timing = {} if last_total is None else {"prev_total_ms": 1000 * last_total}
-                await connection.send(await self._answer(message, conversation, timing))
+                if (answer := await self._answer(message, conversation, timing)) is not None:
+                    await connection.send(answer)
             finally:
                 self._in_progress -= 1
                 if not self._in_progress:
@@ -221,25 +225,30 @@ class PolicyServer:
 
     async def _answer(
         self, message: bytes | str, conversation: _Conversation, timing: Mapping[str, float]
-    ) -> bytes | str:
-        """Returns the message to send back: bytes with actions, or text that says what is wrong."""
+    ) -> bytes | str | None:
+        """Returns the message to send back, actions or what is wrong; None if none is expected."""
+        incoming = Incoming()
         try:
-            if isinstance(message, str):
-                raise RequestError("Observations are sent as binary messages of msgpack, not as text.")
-            request = self._reader.read(unpack(message))
+            incoming = self._protocol.read(message)
+            if incoming.begins_episode:
+                conversation.end_episode()
+            if incoming.observation is None:
+                return incoming.reply
+            request = self._reader.read(incoming.observation)
             loop = asyncio.get_running_loop()
-            answer, seconds = await loop.run_in_executor(self._executor, conversation.act, request)
+            actions, seconds = await loop.run_in_executor(self._executor, conversation.act, request)
             self._metrics.policy_seconds.observe(seconds)
-            reply = pack({**answer, "server_timing": {"infer_ms": 1000 * seconds, **timing}})
+            reply = self._protocol.pack_actions(incoming, actions, {"infer_ms": 1000 * seconds, **timing})
         except UsageError as error:
             self._metrics.requests.labels("refused").inc()
             logger.info("%s was refused: %s", conversation.client, error)
-            return str(error)
+            return self._protocol.pack_error(incoming, str(error))
         # An error of the policy must not end the connections of the other clients.
         except Exception as error:
             self._metrics.requests.labels("failed").inc()
             logger.exception("The policy failed for %s", conversation.client)
-            return f"The policy failed, and its episode begins anew: {type(error).__name__}: {error}"
+            text = f"The policy failed, and its episode begins anew: {type(error).__name__}: {error}"
+            return self._protocol.pack_error(incoming, text)
         self._metrics.requests.labels("answered").inc()
         return reply
 
@@ -251,8 +260,12 @@ class _Conversation:
         self.client, self._session = client, session
         self._prompt: str | None = None
 
-    def act(self, request: PolicyRequest) -> tuple[dict[str, Any], float]:
-        """Returns the answer and the seconds that it took."""
+    def end_episode(self) -> None:
+        """Lets the next observation begin an episode."""
+        self._prompt = None
+
+    def act(self, request: PolicyRequest) -> tuple[np.ndarray, float]:
+        """Returns the actions and the seconds that they took."""
         begin = time.monotonic()
         if request.reset or request.prompt != self._prompt:
             self._session.reset()
@@ -263,4 +276,4 @@ class _Conversation:
             # The session may have recorded only a part of this observation, so the next one begins an episode.
             self._prompt = None
             raise
-        return {"actions": actions}, time.monotonic() - begin
+        return actions, time.monotonic() - begin

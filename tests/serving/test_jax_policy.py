@@ -13,8 +13,8 @@ from como_jax.errors import ConfigError, RunError
 from como_jax.serving.client import PolicyClient
 from como_jax.serving.jax_policy import JaxPolicy
 from como_jax.serving.loading import load_policy
+from como_jax.serving.messages import RequestError
 from como_jax.serving.policy import PolicyOptions
-from como_jax.serving.protocol import RequestError
 from como_jax.spec.control import ControlConfig, Controller
 from como_jax.spec.interface import History, PolicySpec
 from tests.policies.smoke_policies import PolicyRun

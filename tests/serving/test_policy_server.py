@@ -23,8 +23,8 @@ from websockets.typing import Origin
 
 from como_jax.errors import ConfigError
 from como_jax.serving.client import PolicyClient
+from como_jax.serving.messages import RequestError, pack, unpack
 from como_jax.serving.observations import ObservationReader
-from como_jax.serving.protocol import RequestError, pack, unpack
 from como_jax.serving.server import PolicyServer, ServerOptions
 from tests.serving.serving_fakes import FakePolicy, Running, observation, serving
 

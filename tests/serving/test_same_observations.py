@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from como_jax.errors import InputError
+from como_jax.serving.messages import RequestError
 from como_jax.serving.observations import ObservationReader
 from como_jax.serving.policy import PolicyInputs
-from como_jax.serving.protocol import RequestError
 from como_jax.spec.control import ControlConfig
 from como_jax.spec.images import fit_frames
 from como_jax.spec.interface import PolicySpec
@@ -82,5 +82,6 @@ def test_what_is_refused_is_refused_alike(image: Any, state: Any, text: Any, rea
 def test_one_number_is_a_state_of_one_and_no_prompt_is_not_an_empty_one() -> None:
     reader = ObservationReader(PolicyInputs(("top",), 1, uses_text=True))
     assert reader.read({"top": IMAGE, "state": 2, "prompt": " "}).prompt == " "
-    with pytest.raises(RequestError, match="prompt is missing: the policy reads an instruction, which may be empty"):
+    missing = "prompt or task_description is missing: the policy reads an instruction, which may be empty"
+    with pytest.raises(RequestError, match=missing):
         reader.read({"top": IMAGE, "state": 2})

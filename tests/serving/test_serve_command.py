@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from websockets.exceptions import InvalidStatus
 
+from como_jax import cli
 from como_jax.errors import ConfigError
 from como_jax.serving.client import PolicyClient
-from como_jax.serving.protocol import RequestError
+from como_jax.serving.messages import RequestError
 from tests.serving.serving_fakes import observation
-from tools.serve.__main__ import parse_pairs, read_token
+from tools.serve.__main__ import read_token
 
 # The command with a policy that needs no run.
 SCRIPT = """
@@ -34,10 +35,10 @@ cli.run(command.main)
 
 
 def test_flags_that_say_nothing_are_refused(tmp_path: Path) -> None:
-    assert parse_pairs("field", ["a=b/c", "state=d,e=f"]) == {"a": "b/c", "state": "d,e=f"}
+    assert cli.parse_pairs("field", ["a=b/c", "state=d,e=f"]) == {"a": "b/c", "state": "d,e=f"}
     for texts in (["a"], ["a="], ["=b"], ["a=b", "a=c"]):
         with pytest.raises(ConfigError, match="--field .*must be NAME=VALUE"):
-            parse_pairs("field", texts)
+            cli.parse_pairs("field", texts)
     file = tmp_path / "token"
     file.write_text("secret\n")
     assert read_token(None, None) == "" and read_token("word", None) == "word"

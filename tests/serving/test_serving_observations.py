@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from como_jax.errors import ConfigError
+from como_jax.serving.messages import RequestError
 from como_jax.serving.observations import ObservationReader
 from como_jax.serving.policy import PolicyInputs
-from como_jax.serving.protocol import RequestError
 from tests.serving.serving_fakes import INPUTS, observation
 
 IMAGE = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)

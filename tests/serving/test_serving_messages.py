@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from como_jax.serving.protocol import RequestError, pack, unpack
+from como_jax.serving.messages import RequestError, pack, unpack
 
 # By hand, from the layout of openpi_client.msgpack_numpy: maps 0x8N, text 0xaN, bytes 0xc4 N, True 0xc3, lists 0x9N.
 ARRAY = (
