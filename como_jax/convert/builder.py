@@ -84,6 +84,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
       settings_class: the `Settings` of this builder.
       decoder_errors: what reading a damaged source may raise; it is treated like a `SourceError`.
       max_sources_per_shard, max_bytes_per_shard: a shard is closed when it reaches one of them.
+      lost: sources at which processes have died, and how, which are left out.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -109,6 +110,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """
         self.out = real_output(out)
         self.settings = settings
+        self.lost: dict[str, str] = {}
         self.name = dataset_name(self.out) if name is None else name
         if not re.fullmatch(r"[a-zA-Z]\w*", self.name, re.ASCII):
             raise ConversionError(
@@ -231,6 +233,8 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         try:
             with Progress(sum(len(shard.sources) for shard in shards), done, show_progress) as progress:
                 runner(self, pending, progress)
+            # Removes what processes that died have left half-written.
+            self.staging.finished([shard.name for shard in shards])
         except BaseException as error:
             num_finished = sum(self.staging.read_notes(shard.name) is not None for shard in shards)
             if num_finished:
@@ -306,6 +310,9 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
         Every fault of a source becomes an entry of the report here.
         """
+        if source.name in self.lost:
+            outcome.problems.append(self.lost[source.name])
+            return
         try:
             for item in self.episodes(source):
                 if isinstance(item, LeftOut):

@@ -6,6 +6,8 @@ All of them call the same code of the builder and write the same bytes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import functools
 import importlib
 import multiprocessing
@@ -36,6 +38,7 @@ class ShardBuilder(Protocol):
     """What a runner needs of an `EpisodeBuilder`."""
 
     staging: Staging
+    lost: dict[str, str]
 
     def write_shard(self, shard: Shard, on_source: Callable[[SourceOutcome], None]) -> None:
         """Writes one shard in this process."""
@@ -67,11 +70,15 @@ def run_here(builder: ShardBuilder, shards: Sequence[Shard], progress: Progress)
 def run_in_processes(builder: ShardBuilder, shards: Sequence[Shard], progress: Progress, count: int) -> None:
     """Writes shards in several processes, each of which has its own builder and gets one shard after the other.
 
+    Another process takes the place of one that dies, and writes its shard anew. The source at which two processes have
+    died is left out, with the reason in the report; memory that ran out once costs nothing.
+
     The processes end when this one ends, even if it is killed. `concurrent.futures` is not used, because its pool
     does not say which source a killed process was converting, and cannot stop shards that are being written.
 
     Raises:
-      ConversionError: a process was killed, or `count` is not positive.
+      ConversionError: processes die before they convert a source or after its shard's last one, or `count` is not
+        positive.
       Exception: whatever a process raised.
     """
     if count < 1:
@@ -79,17 +86,19 @@ def run_in_processes(builder: ShardBuilder, shards: Sequence[Shard], progress: P
     if count == 1 or len(shards) < 2:
         run_here(builder, shards, progress)
         return
-    waiting = iter(shards)
+    waiting = (_Job(shard) for shard in shards)
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_Worker(builder)) for _ in range(min(count, len(shards)))]
         busy = {worker.connection: worker for worker in workers if worker.start_next(waiting)}
         while busy:
             for connection in wait(list(busy)):
-                worker = busy[connection]
-                if (outcome := worker.receive()) is not None:
-                    progress.add(outcome)
-                elif not worker.start_next(waiting):
-                    del busy[connection]
+                worker = busy.pop(connection)
+                try:
+                    goes_on = worker.receive(progress) or worker.start_next(waiting)
+                except _Death as death:
+                    worker, goes_on = stack.enter_context(worker.successor(death)), True
+                if goes_on:
+                    busy[worker.connection] = worker
 
 
 def run_on_beam(
@@ -120,25 +129,70 @@ def run_on_beam(
             )
 
 
+@dataclasses.dataclass
+class _Job:
+    """A shard, and what became of the processes that were to write it.
+
+    Attributes:
+      shard: to write.
+      num_counted: how many of its sources the progress bar shows.
+      deaths: at which of its sources processes have died, "" for none of them.
+      lost: the sources to leave out, and why.
+    """
+
+    shard: Shard
+    num_counted: int = 0
+    deaths: list[str] = dataclasses.field(default_factory=list)
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def note_death(self, num_done: int, how: str) -> None:
+        """Notes that a process died after that many sources of the shard.
+
+        Raises:
+          ConversionError: no source can be blamed for it.
+        """
+        sources = self.shard.sources
+        name = sources[num_done].name if num_done < len(sources) else ""
+        if name in self.deaths:
+            if not name:
+                raise ConversionError(f"two processes ended {how} when they had converted shard {self.shard.name}")
+            self.lost[name] = f"two processes ended {how} while they converted it"
+        self.deaths.append(name)
+
+
+class _Death(Exception):
+    """A process has died; the text says how."""
+
+
+class _Word(enum.Enum):
+    """What a process says of itself."""
+
+    READY = enum.auto()
+    FINISHED = enum.auto()
+
+
 class _Worker:
     """One process that writes shards, at the other end of a pipe.
 
-    The process receives shards. For each it sends the outcome of every source and then None, or the error that
-    stopped it.
+    The process says that it is ready, and receives shards with the sources to leave out. For each shard it sends the
+    outcome of every source and then that it has finished, or the error that stopped it.
     """
 
-    def __init__(self, builder: ShardBuilder):
+    def __init__(self, builder: ShardBuilder, job: _Job | None = None):
+        """Prepares a process, which begins with the job, if there is one."""
         context = multiprocessing.get_context("spawn")
         self.connection, self._far_end = context.Pipe()
+        self._builder, self._job = builder, job
         self._process: BaseProcess = context.Process(target=_work, args=(builder, self._far_end), daemon=True)
-        self._shard: Shard | None = None
-        self._num_done = 0
+        self._ready = False
 
     def __enter__(self) -> _Worker:
         with _interrupts_held_back():
             self._process.start()
         # While this process holds that end open, the death of the other one would not close the pipe.
         self._far_end.close()
+        if self._job is not None:
+            self._send(self._job)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -146,42 +200,64 @@ class _Worker:
         self._process.join()
         self.connection.close()
 
-    def start_next(self, shards: Iterator[Shard]) -> bool:
+    def start_next(self, jobs: Iterator[_Job]) -> bool:
         """Sends the next shard; returns whether there was one."""
-        self._shard, self._num_done = next(shards, None), 0
-        if self._shard is not None:
-            with self._checked():
-                self.connection.send(self._shard)
-        return self._shard is not None
+        job = next(jobs, None)
+        if job is not None:
+            self._send(job)
+        return job is not None
 
-    def receive(self) -> SourceOutcome | None:
-        """Receives the outcome of the next source, or None when the shard is finished."""
-        with self._checked():
+    def receive(self, progress: Progress) -> bool:
+        """Receives what the process sends next, and counts sources; returns False when the shard is finished.
+
+        Raises:
+          _Death: the process has died.
+          Exception: what stopped it.
+        """
+        try:
             message = self.connection.recv()
+        # OSError: it died in the middle of a message.
+        except (EOFError, OSError):
+            self._process.join()
+            raise _Death(_how_ended(self._process.exitcode or 0)) from None
         if isinstance(message, BaseException):
             raise message
+        if isinstance(message, SourceOutcome):
+            self._count(message, progress)
+        self._ready = True
+        return message is not _Word.FINISHED
+
+    def successor(self, death: _Death) -> _Worker:
+        """A worker for the shard of this one, which has died.
+
+        Raises:
+          ConversionError: another one would die as well.
+        """
+        assert self._job is not None
+        if not self._ready:
+            raise ConversionError(f"a process ended {death} before it could convert anything")
+        self._job.note_death(self._num_done, str(death))
+        return _Worker(self._builder, self._job)
+
+    def _send(self, job: _Job) -> None:
+        self._job, self._num_done = job, 0
+        # Where the process has died, `receive` says so.
+        with contextlib.suppress(ConnectionError):
+            self.connection.send((job.shard, job.lost))
+
+    def _count(self, outcome: SourceOutcome, progress: Progress) -> None:
+        assert self._job is not None
         self._num_done += 1
-        return message
+        # Those that a process which died had converted are counted already.
+        if self._num_done > self._job.num_counted:
+            self._job.num_counted = self._num_done
+            progress.add(outcome)
 
-    @contextlib.contextmanager
-    def _checked(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, ConnectionError):
-            self._process.join()
-            raise ConversionError(self._why_ended()) from None
 
-    def _why_ended(self) -> str:
-        assert self._shard is not None
-        sources, status = self._shard.sources, self._process.exitcode or 0
-        source = sources[self._num_done].name if self._num_done < len(sources) else f"shard {self._shard.name}"
-        if status == -signal.SIGKILL:
-            return (
-                f"a process was killed while it converted {source}, probably because memory ran out; "
-                "try fewer `processes`"
-            )
-        how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        return f"a process ended {how} while it converted {source}"
+def _how_ended(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "by SIGKILL, probably because memory ran out (fewer processes need less)"
+    return f"by signal {-status}" if status < 0 else f"with status {status}"
 
 
 @contextlib.contextmanager
@@ -217,14 +293,16 @@ def _work(builder: ShardBuilder, connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # When the conversion has ended, nobody reads the messages.
     with contextlib.suppress(EOFError, ConnectionError):
+        connection.send(_Word.READY)
         while True:
-            shard = connection.recv()
+            shard, lost = connection.recv()
+            builder.lost = lost
             try:
                 builder.write_shard(shard, connection.send)
             except BaseException as error:
                 connection.send(_sendable(error))
                 return
-            connection.send(None)
+            connection.send(_Word.FINISHED)
 
 
 def _end_with_parent() -> None:

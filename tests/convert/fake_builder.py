@@ -45,7 +45,10 @@ class FakeBuilder(base.EpisodeBuilder):
         behaviour = source.name.partition("_")[2]
         if behaviour == "stops" and Path(self.settings.stop_file).exists():
             raise KeyboardInterrupt
-        if behaviour == "kills" and Path(self.settings.stop_file).exists():
+        if behaviour == "kills once" and Path(self.settings.stop_file).exists():
+            Path(self.settings.stop_file).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if behaviour == "kills":
             os.kill(os.getpid(), signal.SIGKILL)
         if behaviour == "broken":
             raise ValueError("damaged\nheader")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from fake_builder import FakeBuilder, FakeSettings
 
+from como_jax.convert import runners
 from como_jax.convert.builder import ConversionError
-from como_jax.convert.runners import _sendable, run_here, run_in_processes, run_on_beam
+from como_jax.convert.runners import _Job, _sendable, run_here, run_in_processes, run_on_beam
+from como_jax.convert.sources import Shard, Source
 
 two_processes = functools.partial(run_in_processes, count=2)
 needs_beam = pytest.mark.skipif(
@@ -76,21 +78,42 @@ def test_a_missing_beam_is_named_with_the_way_to_install_it(tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-def test_a_killed_process_is_named_with_its_source_and_the_others_are_kept(tmp_path):
-    stop = tmp_path / "stop"
-    stop.touch()
-    behaviours = ("good",) * 13 + ("kills",)
-    settings = FakeSettings(behaviours=behaviours, stop_file=str(stop), validation_fraction=0)
-    with pytest.raises(ConversionError) as error:
-        FakeBuilder(tmp_path / "out", settings).convert(runner=two_processes)
-    assert str(error.value) == (
-        "a process was killed while it converted 13_kills, probably because memory ran out; try fewer `processes`"
-    )
-    assert error.value.__notes__[0].endswith("; the same command goes on from there")
-    stop.unlink()
-    FakeBuilder(tmp_path / "out", settings).convert()
-    FakeBuilder(tmp_path / "expected" / "out", settings).convert()
+def test_a_source_at_which_processes_die_costs_itself_alone(tmp_path):
+    settings = FakeSettings(behaviours=(*("good",) * 5, "kills", *("good",) * 4), validation_fraction=0)
+    report = FakeBuilder(tmp_path / "out", settings).convert(runner=two_processes)
+    how = "by SIGKILL, probably because memory ran out (fewer processes need less)"
+    reason = f"two processes ended {how} while they converted it"
+    assert report["left_out"] == [{"source": "05_kills", "reasons": [reason]}]
+    assert report["sources"]["converted"] == 9 and report["episodes"]["train"] == 18
+
+
+def test_a_process_that_dies_once_costs_nothing(tmp_path):
+    once = tmp_path / "once"
+    once.touch()
+    settings = FakeSettings(behaviours=("good",) * 7 + ("kills once",), validation_fraction=0, stop_file=str(once))
+    report = FakeBuilder(tmp_path / "out", settings).convert(runner=two_processes)
+    assert not once.exists() and report["left_out"] == [] and report["episodes"]["train"] == 16
+    FakeBuilder(tmp_path / "expected" / "out", settings).convert(runner=run_here)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected" / "out")
+
+
+def test_deaths_without_a_source_to_blame_end_the_conversion():
+    job = _Job(Shard("train", 0, 1, (Source("a"), Source("b"))))
+    job.note_death(1, "by signal 11")
+    job.note_death(2, "by signal 9")
+    assert not job.lost
+    job.note_death(1, "with status 1")
+    assert job.lost == {"b": "two processes ended with status 1 while they converted it"}
+    with pytest.raises(ConversionError, match="^two processes ended by signal 9 when they had converted shard train-0"):
+        job.note_death(2, "by signal 9")
+
+
+def test_processes_that_cannot_start_end_the_conversion(tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "_work", os._exit)
+    # An exit code that is no number is 1, like that of a process that cannot import the builder.
+    with pytest.raises(ConversionError, match="^a process ended with status 1 before it could convert anything$"):
+        FakeBuilder(tmp_path / "out", FakeSettings()).convert(runner=two_processes)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_mistake_in_a_builder_comes_back_from_its_process(tmp_path):
