@@ -21,6 +21,7 @@ import numpy as np
 import tqdm
 from absl import flags
 from etils import epath
+from scipy import stats
 
 from como_jax import cli
 from como_jax.envs.libero import benchmark
@@ -71,7 +72,10 @@ def read_lines(path: epath.Path, noise: float) -> list[dict[str, str]]:
 
 
 def table(lines: Sequence[dict[str, str]]) -> Iterator[str]:
-    """Rows by task and suite: episodes, solved and held, true at any step, and the mean length of solved ones."""
+    """Rows by task and suite: episodes, solved and held, true at any step, and the mean length of solved ones.
+
+    Rows of suites have the 95 % Wilson interval.
+    """
     yield "| task | episodes | released and held | at any step | mean steps |"
     yield "|---|---|---|---|---|"
     groups = collections.defaultdict(list)
@@ -84,6 +88,9 @@ def table(lines: Sequence[dict[str, str]]) -> Iterator[str]:
         first = sum(bool(line["first_true_after"]) for line in group)
         mean = f"{np.mean(lengths):.0f}" if lengths else "-"
         share = f"{100 * len(lengths) / len(group):.0f} %"
+        if "/" not in name:
+            interval = stats.binomtest(len(lengths), len(group)).proportion_ci(method="wilson")
+            share += f", {100 * interval.low:.0f}-{100 * interval.high:.0f}"
         yield f"| {name} | {len(group)} | {len(lengths)} ({share}) | {first} | {mean} |"
 
 

@@ -26,8 +26,11 @@ _OPENING = 10
 _OPEN_WIDTH = 0.072
 _DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
 _REACH = 0.70
-_WRIST = 0.21
+# The wrist is so far above the grip point of a hand that points down, and so much nearer to the shoulder.
+_WRIST, _WRIST_BEHIND = 0.21, 0.088
 _MARGIN = 0.015
+# The hand travels up to so much higher than it has to: nobody moves twice the same way.
+_HIGHER = 0.02
 
 Motion = Generator[np.ndarray, None, bool]
 Pose = tuple[np.ndarray, np.ndarray]
@@ -47,9 +50,9 @@ def pitched(forward: np.ndarray, fingers: np.ndarray) -> np.ndarray:
 class Arm:
     """Moves the hand; each motion yields actions `float32[7]` and returns whether it got there."""
 
-    def __init__(self, scene: Scene):
-        """Takes the scene that the arm is in."""
-        self.scene = scene
+    def __init__(self, scene: Scene, rng: np.random.Generator):
+        """Takes the scene that the arm is in, and what draws the heights that it travels at."""
+        self.scene, self.rng = scene, rng
         self._before = scene.hand
 
     @property
@@ -136,16 +139,22 @@ class Arm:
         line = here + ways * (point - here)
         needed = need(line)
         if np.any(needed > line[:, 2]):
-            top = max(needed.max(), point[2])
+            top = max(needed.max() + self.rng.uniform(0, _HIGHER), point[2])
             top = min(top, max(self._highest(point), point[2] + 0.02))
             blocked = np.flatnonzero(needed > here[2])
             # It need not be all the way up before it sets out.
             free = max(0, blocked[0] - 2) / 24 if len(blocked) else 1.0
-            for corner in (here + 0.7 * free * (point - here), point):
-                goal = np.array([*corner[:2], top])
-                yield from self.go((goal, rotation), grip, near=0.025, turned=0.6, until=until)
-                if until():
-                    return False
+            climb = np.array([*(here + 0.7 * free * (point - here))[:2], top])
+
+            def risen() -> bool:
+                now = self.scene.hand[0]
+                return until() or bool(now[2] > top - 0.005 and np.linalg.norm((now - climb)[:2]) < 0.04)
+
+            # What it holds may stand in something: all the way up comes before the way across.
+            yield from self.go((climb, rotation), grip, turned=0.6, until=risen)
+            yield from self.go((np.array([*point[:2], top]), rotation), grip, near=0.025, turned=0.6, until=until)
+            if until():
+                return False
         return (yield from self.go((point, rotation), grip, near=0.012, turned=0.12, until=until))
 
     def beyond_reach(self, point: np.ndarray) -> float:
@@ -154,8 +163,8 @@ class Arm:
 
     def _highest(self, point: np.ndarray) -> float:
         """The greatest height above a point that the arm can reach."""
-        flat = np.linalg.norm(point[:2] - self.scene.shoulder[:2])
-        return float(self.scene.shoulder[2] - _WRIST + np.sqrt(max(0.0, (_REACH + 0.02) ** 2 - flat**2)))
+        flat = np.linalg.norm(point[:2] - self.scene.shoulder[:2]) - _WRIST_BEHIND
+        return float(self.scene.shoulder[2] - _WRIST + np.sqrt(max(0.0, (_REACH - 0.02) ** 2 - flat**2)))
 
     def _needed(self, here: np.ndarray, point: np.ndarray, load: set[int]) -> Callable[[np.ndarray], np.ndarray]:
         """Least heights of the grip point over points `[N, 3]`."""

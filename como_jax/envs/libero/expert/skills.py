@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from como_jax.envs.libero.expert import grasps
-from como_jax.envs.libero.expert.arm import OPEN, SHUT, Arm, Motion, pointing_down
+from como_jax.envs.libero.expert.arm import OPEN, SHUT, Arm, Motion, pitched, pointing_down
 from como_jax.envs.libero.expert.grasps import Grasp, Spot
 from como_jax.envs.libero.expert.heights import HeightMap
 from como_jax.envs.libero.expert.scene import Scene
@@ -18,19 +18,23 @@ _ABOVE = 0.06
 _CELL = 0.004
 _GAP = 0.008
 _LOST = 0.04
+# What was grasped has come up so far when the hand has come up 3 cm and more.
+_RISEN = 0.015
 # What the best of many pairs of grasp and place is sought in.
 _GRASPS, _SPOTS = 400, 40
 _TRIES = 5
 _NARROW = 1.5
 # What is pushed may stop so far from its place.
 _ARRIVED = 0.01
-# Of fingers that push: where they begin, how far they aim into what they push, and how high they are.
-_BEHIND, _LEAD, _OFF_THE_GROUND = 0.02, 0.012, 0.003
+# Of fingers that push: where they begin, how far ahead they aim, how high they are, half their width, and their lean.
+_BEHIND, _LEAD, _OFF_THE_GROUND, _FINGERTIP, _PUSH_LEAN = 0.006, 0.06, 0.003, 0.011, np.radians(30)
 # Further than this from its rest the last joint of the arm does not turn the hand.
 _MOST_YAW = 1.9
 # What it costs to grasp a bottle that is to be leaned over with the fingers along the lean.
 _LEAN_COST = 0.05
 _DROP_COST = 1.0
+# How much a metre counts toward the side of an object that an episode prefers.
+_TASTE = 0.1
 _REACH_COST = 10.0
 # Nearer to its foot the arm gets stuck, its elbow bent as far as it can.
 _CLOSE, _CLOSE_COST = 0.47, 1.5
@@ -78,7 +82,7 @@ class Skills:
 
     def __init__(self, scene: Scene, rng: np.random.Generator):
         """Takes what all skills share."""
-        self.scene, self.rng, self.arm = scene, rng, Arm(scene)
+        self.scene, self.rng, self.arm = scene, rng, Arm(scene, rng)
         self.trouble = ""
 
     def bring(self, name: str, target: Callable[[], Target], reached: Callable[[], bool]) -> Motion:
@@ -132,12 +136,19 @@ class Skills:
         if not found or not spots:
             self.trouble = f"There is no {'place' if found else 'grasp'} for {name}."
             return None
+        found = self._by_taste(found)
         pairs = [self._best_grasp(found, spot, body, there) for spot in spots[:_SPOTS]]
         _, grasp, spot = max(pairs, key=lambda pair: pair[0])
         grasp = dataclasses.replace(grasp, yaw=_unwound(grasp.yaw, spot.turn, self.arm.yaw))
         turn = Rotation.from_euler("z", spot.turn)
         turn = turn if target.lean is None else target.lean * turn
         return Handling(grasp, spot, body, turn, target.lean is not None)
+
+    def _by_taste(self, found: list[Grasp]) -> list[Grasp]:
+        """The grasps with scores that prefer a drawn side of the object, so that no two demonstrations are alike."""
+        angle = self.rng.uniform(-np.pi, np.pi)
+        side = _TASTE * np.array([np.cos(angle), np.sin(angle)])
+        return [dataclasses.replace(grasp, score=grasp.score + float(grasp.point[:2] @ side)) for grasp in found]
 
     def _best_grasp(
         self, found: list[Grasp], spot: Spot, body: np.ndarray, there: HeightMap
@@ -187,9 +198,10 @@ class Skills:
             yield from arm.hold(OPEN, 4)
             yield from arm.go((here + [0, 0, 0.08], axes), OPEN, near=0.02)
             return False
-        here, _ = scene.hand
+        here, height = scene.hand[0], scene.position(name)[2]
         yield from arm.go((here + [0, 0, 0.05], rotation), SHUT, near=0.02, turned=0.3)
-        return any(scene.touched_by(scene.geoms(name)))
+        # One finger alone holds nothing: the object leans on it, or lies on the other's outer side.
+        return scene.holds(name) and bool(scene.position(name)[2] > height + _RISEN)
 
     def _funnel(self, point: np.ndarray) -> float:
         """How far above its goal the hand has to stay while it is beside it."""
@@ -235,35 +247,46 @@ class Skills:
         return not lost()
 
     def push(self, name: str, target: Target) -> Motion:
-        """Pushes a plate or the like along the ground, with closed fingers from behind."""
+        """Pushes a plate or the like along the ground, with closed fingers from behind.
+
+        The hand leans forward over what it pushes, so that behind it only the fingertips need room. The ground between
+        has to be level and free, but for what may be pushed along too.
+        """
         scene, arm = self.scene, self.arm
         corners = scene.corners(scene.geoms(name))
-        radius = float(np.ptp(corners, axis=0)[:2].min()) / 2
+        edge = float(np.ptp(corners, axis=0)[:2].min()) / 2 + _FINGERTIP
         height = float(corners[:, 2].min()) + grasps.TIP + _OFF_THE_GROUND
 
-        def left() -> np.ndarray:
-            return target.wish - scene.position(name)[:2]
+        def ahead() -> np.ndarray:
+            left = target.wish - scene.position(name)[:2]
+            return left / max(float(np.linalg.norm(left)), 1e-6)
 
-        def behind(distance: float) -> tuple[np.ndarray, np.ndarray]:
-            ahead = left() / max(float(np.linalg.norm(left())), 1e-6)
-            point = scene.position(name)[:2] - (radius + distance) * ahead
-            # The fingers side by side, across the way.
-            yaw = float((np.arctan2(ahead[1], ahead[0]) + np.pi / 2) % np.pi - np.pi / 2)
-            return np.array([*point, height]), pointing_down(yaw)
+        def on_the_line(along: float) -> np.ndarray:
+            return np.array([*(scene.position(name)[:2] + along * ahead()), height])
 
-        point, rotation = behind(_BEHIND)
+        def pressing() -> tuple[np.ndarray, np.ndarray]:
+            """So far ahead of where the hand is that it presses, on the line from what it pushes to the target."""
+            along = float((scene.hand[0][:2] - scene.position(name)[:2]) @ ahead())
+            return on_the_line(along + _LEAD), rotation
+
+        forward = np.array([*(-np.sin(_PUSH_LEAN) * ahead()), -np.cos(_PUSH_LEAN)])
+        across = np.array([-ahead()[1], ahead()[0], 0])
+        # The fingers side by side, across the way.
+        choices = pitched(forward, across), pitched(forward, -across)
+        rotation = max(choices, key=lambda choice: float(np.trace(choice.T @ scene.hand[1])))
+        point = on_the_line(-edge - _BEHIND)
         yield from arm.travel(point + [0, 0, _ABOVE], rotation, SHUT)
         yield from arm.go((point, rotation), SHUT, near=0.008)
         there = yield from arm.go(
-            lambda: (behind(-_LEAD)[0], rotation),
+            pressing,
             SHUT,
-            steps=70,
-            patience=70,
+            steps=90,
+            patience=90,
             speed=0.6,
-            until=lambda: float(np.linalg.norm(left())) < _ARRIVED,
+            until=lambda: float(np.linalg.norm(target.wish - scene.position(name)[:2])) < _ARRIVED,
         )
         here, axes = scene.hand
-        yield from arm.go((here + [0, 0, 0.10], axes), OPEN, near=0.03, steps=25)
+        yield from arm.go((here + [0, 0, 0.10], axes), SHUT, near=0.03, steps=25)
         return there
 
     def _clear_at(self, name: str, handling: Handling) -> float:
