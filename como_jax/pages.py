@@ -12,31 +12,16 @@ from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
 
-from como_jax.errors import OutputError
-from como_jax.files import write_text
-
-# Every template has it near its beginning.
-_GENERATOR = b'<meta name="generator" content="como_jax">'
-
-
-def check_page(path: epath.PathLike) -> None:
-    """Raises OutputError if there is a file at a path that is not a page of this project."""
-    path = epath.Path(path)
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        beginning = file.read(1000)
-    if _GENERATOR not in beginning:
-        raise OutputError(f"{path} was not made by this project, and is not replaced; choose another file.")
+from como_jax.files import check_file_output, write_text
 
 
 def render_page(path: epath.PathLike, template: epath.PathLike, **values: Any) -> None:
     """Writes the page that a Jinja template makes of these values; a value that it lacks is an error.
 
     Raises:
-      OutputError: see `check_page`.
+      OutputError: see `check_file_output`.
     """
-    check_page(path)
+    check_file_output(path)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -27,6 +27,7 @@ from como_jax.training.models import make_model, resolve, unit_of
 from como_jax.training.monitors import CollapseWatch
 from como_jax.training.pretrained import check_perceptual_file, load_pretrained
 from como_jax.training.run import NOTHING_ELSE, Allowed, allowed_by_flags, define_resume_flags
+from como_jax.training.run_data import read_scales
 from como_jax.training.train_state import TrainState
 from como_jax.training.trainer import Task, train
 
@@ -51,7 +52,9 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike, allowed: Allowed = NOT
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.train.accumulation)
     check_perceptual_file(config)
-    data = open_motion_data(config, batch_parts(config))
+    with hosts.in_step():
+        scales = read_scales(workdir)
+    data = open_motion_data(config, batch_parts(config), scales)
     config = resolve(config, data.sizes())
     model = make_model(config)
     task = Task(
@@ -64,6 +67,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike, allowed: Allowed = NOT
         data_lines=data.describe(),
         watch=CollapseWatch(config.train.collapse_steps),
         identify=data.identify,
+        scales=data.scales(),
     )
     return train(task, config, workdir, mesh, allowed)
 

@@ -21,12 +21,13 @@ from como_jax.data.chunks import to_policy_batch
 from como_jax.data.instructions import EMBEDDINGS_NAME, InstructionEmbeddings, InstructionReader, write_embeddings
 from como_jax.data.mixture import mixture_text
 from como_jax.data.pipeline import training_batches
-from como_jax.data.policy_data import PolicyData, Scales, make_spec, open_policy_data
+from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
 from como_jax.evaluation.rollouts.in_loop import PolicyEvaluationConfig, PolicyEvaluator
 from como_jax.evaluation.rollouts.policy_runner import PolicyRunner
 from como_jax.files import write_json
 from como_jax.nn.model_def import ModelDef
 from como_jax.spec.interface import POLICY_FILE, NormStats
+from como_jax.spec.normalization import Scales
 from como_jax.training import sharding
 from como_jax.training.models import make_model, resolve, unit_of
 from como_jax.training.pretrained import load_policy_parts

@@ -1,5 +1,6 @@
 """Only what this project made is ever replaced."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from etils import epath
 
 from como_jax.errors import OutputError, RunError
+from como_jax.files import check_file_output, write_figures
 from como_jax.ownership import MARK, claim, strangers
 from como_jax.pages import render_page
 from como_jax.staging import Staging, check_apart, check_output, new_folder, real_output
@@ -174,6 +176,25 @@ def test_a_page_of_somebody_else_is_kept(tmp_path):
     with pytest.raises(OutputError, match=r"page\.html was not made by this project"):
         render_page(page, tmp_path / "template", text="three")
     assert "my own page" in page.read_text()
+
+
+def test_figures_replace_only_figures(tmp_path):
+    path = tmp_path / "new" / "found.json"
+    for value in (1, 2):
+        write_figures(path, {"value": value})
+    assert json.loads(path.read_text()) == {"made_by": "como_jax", "value": 2}
+    os.mkfifo(tmp_path / "pipe")
+    for content in ('{"value": 3}', "my notes", "x" * 2000 + '"made_by": "como_jax"'):
+        (tmp_path / "mine").write_text(content)
+        with pytest.raises(OutputError, match="mine was not made by this project, and is not replaced"):
+            write_figures(tmp_path / "mine", {})
+        assert (tmp_path / "mine").read_text() == content
+    for name in ("new", "pipe"):
+        with pytest.raises(OutputError, match=f"{name} is no file, and is not replaced"):
+            check_file_output(tmp_path / name)
+    (tmp_path / "empty").touch()
+    for name in ("empty", "missing", "new/found.json"):
+        check_file_output(tmp_path / name)
 
 
 def test_single_files_are_claimed(tmp_path):

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from como_jax import cli
 from como_jax.errors import UsageError
-from como_jax.files import write_json
+from como_jax.files import check_file_output, write_figures
 from como_jax.tpu.compiling import DoesNotFitError
 from como_jax.tpu.report import analyze, format_report, search
 from como_jax.tpu.topology import open_topology
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str]) -> None:
     """Prints the report."""
     cli.no_arguments(arguments)
     given = flags.FLAGS
+    for path in filter(None, (given.json, given.hlo)):
+        # Before minutes of compiling, not after.
+        check_file_output(path)
     # The slice is compiled for, not run on.
     jax.config.update("jax_platforms", "cpu")
     topology, sizes = open_topology(given.topology, given.num_slices), data_sizes(given)
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(1)
     print(format_report(report))
     if given.json:
-        write_json(given.json, report.to_json())
+        write_figures(given.json, report.to_json())
 
 
 if __name__ == "__main__":

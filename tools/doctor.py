@@ -24,8 +24,7 @@ from como_jax.doctor.report import to_json, to_text, write_page
 from como_jax.doctor.sources import open_view
 from como_jax.doctor.survey import Thresholds
 from como_jax.errors import ConfigError, UsageError
-from como_jax.files import write_text
-from como_jax.pages import check_page
+from como_jax.files import check_file_output, write_figures
 
 
 class FaultsError(UsageError):
@@ -54,9 +53,9 @@ def main(arguments: Sequence[str]) -> None:
     if values.control_rate is not None:
         check_control_rate(values.control_rate)
     page = page_path(dataset, values.out)
-    check_page(page)
-    for path in filter(None, (page, values.json)):
-        check_outside(epath.Path(path), dataset)
+    for path in map(epath.Path, filter(None, (page, values.json))):
+        check_file_output(path)
+        check_outside(path, dataset)
     view = open_view(dataset, values.control_rate)
     thresholds = Thresholds(values.gap_seconds, values.still, values.cut)
     diagnosis = examine(view, values.max_episodes, thresholds, show_progress=True)
@@ -64,8 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, diagnosis)
         if values.json:
-            epath.Path(values.json).parent.mkdir(parents=True, exist_ok=True)
-            write_text(values.json, to_json(diagnosis))
+            write_figures(values.json, to_json(diagnosis))
     except OSError as error:
         raise ConfigError(f"The report cannot be written; choose another --out or --json: {error}") from error
     print(to_text(diagnosis))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from como_jax.data.reader import Batch, BatchReader
 from como_jax.data.sampler import NO_AUGMENTATION, Augmentation, Samples
 from como_jax.data.sources import load_normalizer
 from como_jax.data.supervision import Supervision
-from como_jax.spec.normalization import Normalizer
+from como_jax.spec.normalization import Normalizer, Scales
 from como_jax.types import FLOW_STRIDE, BatchParts, FramePairs
 
 
@@ -141,17 +142,22 @@ class MotionData:
         sources = [part.source for part in self.mixture.parts]
         return {str(source.directory): identify(source.directory, [source]) for source in sources}
 
+    def scales(self) -> Scales:
+        """What standardises the true motion of every dataset, by its name."""
+        return {} if self.supervision is None else self.supervision.scales()
+
     def sizes(self) -> dict[str, int]:
         """Sizes of the config that follow from the data, by the field's full name."""
         return {} if self.supervision is None else {"model.label_size": self.supervision.size}
 
 
-def open_motion_data(config: ConfigDict, needs: BatchParts) -> MotionData:
+def open_motion_data(config: ConfigDict, needs: BatchParts, scales: Scales = types.MappingProxyType({})) -> MotionData:
     """Opens the training episodes of the datasets of a pretraining config.
 
     Args:
       config: of configs/pretrain_*.py.
       needs: the optional parts of a batch that the model's loss reads.
+      scales: of the first start of a run, which stay; others follow from the datasets.
 
     Raises:
       DatasetError: a dataset is missing, damaged, or lacks what is needed.
@@ -171,7 +177,7 @@ def open_motion_data(config: ConfigDict, needs: BatchParts) -> MotionData:
     supervision = None
     if needs.supervision:
         kinds = [kind.strip() for kind in data.labels.split(",") if kind.strip()]
-        supervision = Supervision(mixture.parts, kinds, data.labelled_fraction)
+        supervision = Supervision(mixture.parts, kinds, data.labelled_fraction, scales)
     filler = ClipFiller(mixture, flow=needs.flow, supervision=supervision)
     reader = BatchReader(filler, data.image_size, fit=data.fit, num_threads=data.num_threads)
     return MotionData(mixture, reader, supervision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -20,10 +20,7 @@ from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import DatasetError, closest
 from como_jax.spec.interface import NormStats, PolicySpec
-from como_jax.spec.normalization import FAR, Normalizer, far_dimensions, lost_dimensions
-
-Scales = Mapping[str, Mapping[str, Normalizer | None]]
-"""By the names of datasets, what normalises their `action`, `state` and `latent_motion`."""
+from como_jax.spec.normalization import FAR, Normalizer, Scales, far_dimensions, lost_dimensions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,9 +47,9 @@ def to_text(diagnosis: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def to_json(diagnosis: Diagnosis) -> str:
-    """Returns all facts and findings as JSON, for programs."""
-    content: dict[str, Any] = {
+def to_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Returns all facts and findings as JSON can hold them, for programs."""
+    return {
         "dataset": diagnosis.name,
         "facts": dict(diagnosis.facts),
         "findings": [dataclasses.asdict(finding) for finding in diagnosis.findings],
@@ -69,7 +68,6 @@ def to_json(diagnosis: Diagnosis) -> str:
             for episode in diagnosis.survey.episodes
         ],
     }
-    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_page(path: epath.PathLike, diagnosis: Diagnosis) -> None:

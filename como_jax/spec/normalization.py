@@ -45,6 +45,10 @@ class Normalizer(Protocol):
         """Lists of numbers, from which `normalizer_from_json` makes the same map again."""
 
 
+Scales = Mapping[str, Mapping[str, Normalizer | None]]
+"""By the names of datasets, what normalises their `action`, `state`, `latent_motion` or true motion."""
+
+
 class AffineNormalizer:
     """A shift and a scale. Nothing is clipped: with `quantile`, 2 % of the values lie outside [-1, 1]."""
 

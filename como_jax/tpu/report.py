@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from como_jax.files import write_text
+from como_jax.files import HLO_MARK, check_file_output, write_text
 from como_jax.tpu.compiling import CompiledStep, DoesNotFitError, compile_step, largest, with_batch_per_chip
 from como_jax.tpu.costs import Collective, collectives, hbm_bytes, matmul_flops
 from como_jax.tpu.hlo import Module
@@ -113,10 +113,12 @@ def analyze(config: ConfigDict, topology: Topology, sizes: DataSizes, hlo: str |
 
     Raises:
       DoesNotFitError: the step needs more memory than there is.
+      OutputError: the file of `hlo` is not one of this project.
     """
     step = compile_step(config, topology, sizes)
     if hlo:
-        write_text(hlo, step.compiled.as_text())
+        check_file_output(hlo)
+        write_text(hlo, HLO_MARK + step.compiled.as_text())
     return make_report(step, topology)
 
 

@@ -15,11 +15,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from como_jax.data.identity import Identity, changes, identify
-from como_jax.data.policy_data import Scales
 from como_jax.errors import RunError, UsageError
 from como_jax.files import write_json
 from como_jax.spec.interface import POLICY_FILE, PolicySpec
-from como_jax.spec.normalization import Normalizer, normalizer_from_json
+from como_jax.spec.normalization import Normalizer, Scales, normalizer_from_json
 
 DATA_FILE = "data.json"
 

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from como_jax import hosts
 from como_jax.data.identity import Identity
-from como_jax.data.policy_data import Scales
 from como_jax.nn.model_def import ModelDef, Params
+from como_jax.spec.normalization import Scales
 from como_jax.spec.sections import fields_of
 from como_jax.training import sharding
 from como_jax.training.checkpoint import Checkpointer

@@ -119,13 +119,64 @@ def test_a_damaged_value_of_a_v3_episode_costs_that_episode(v3, v3_episodes, key
     assert not any(outcome.problems for name, outcome in outcomes.items() if name != lost)
 
 
+DISPENSABLE = {"length": [None, -7, 2**50], "dataset_from_index": [None], "tasks": [None, [None], [None, "push"]]}
+
+
 @QUICK
-@given(st.sampled_from(["length", "tasks", "dataset_from_index", "stats/action/max"]), st.integers(0, 2))
-def test_a_v3_value_that_nothing_depends_on_costs_nothing(v3, v3_episodes, key, position):
+@given(st.sampled_from([(key, value) for key, values in DISPENSABLE.items() for value in values]), st.integers(0, 2))
+def test_a_v3_value_that_an_episode_can_do_without_costs_itself(v3, v3_episodes, damage, position):
+    key, value = damage
     entries = [dict(entry) for entry in v3_episodes]
-    entries[position][key] = None
+    entries[position][key] = value
     write_episode_list(v3, entries)
-    assert len(read(v3)[0]) == 3
+    metadata = read_metadata(v3)
+    assert [entry.index for entry in metadata.episodes] == NUMBERS
+    assert not any(entry.faults for entry in metadata.episodes)
+    (named,) = [warning for warning in metadata.warnings if "damaged entries were left out" in warning]
+    assert named.endswith(
+        f": row {position} ({key} must be {'texts' if key == 'tasks' else 'a whole number'}, got {value!r})"
+    )
+    # Statistics are not read at all.
+    write_episode_list(v3, [entry | {"stats/action/max": None} for entry in v3_episodes])
+    assert not any("damaged" in warning for warning in read_metadata(v3).warnings)
+
+
+@QUICK
+@given(
+    st.sampled_from([("length", value) for value in (None, -7, "x", 0.5, math.nan, [1], 10**30)])
+    | st.sampled_from([("tasks", value) for value in (None, 3, {}, [None], ["push", 7])]),
+    st.integers(0, 2),
+)
+def test_a_v2_value_that_an_episode_can_do_without_costs_itself(v2, damage, line):
+    entries: list[dict[str, Any]] = [
+        {"episode_index": index, "tasks": [], "length": LENGTHS[index]} for index in NUMBERS
+    ]
+    entries[line][damage[0]] = damage[1]
+    path = v2 / "meta" / "episodes.jsonl"
+    before = path.read_bytes()
+    write_json_lines(path, entries)
+    metadata = read_metadata(v2)
+    path.write_bytes(before)
+    assert [entry.index for entry in metadata.episodes] == NUMBERS
+    assert [entry.length for entry in metadata.episodes if entry.index != NUMBERS[line]] == [
+        LENGTHS[index] for index in NUMBERS if index != NUMBERS[line]
+    ]
+    (named,) = [warning for warning in metadata.warnings if "damaged entries were left out" in warning]
+    assert f": line {line + 1} ({damage[0]} must be " in named
+
+
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_a_task_without_a_text_is_listed(tmp_path, write):
+    source = write(tmp_path / "data")
+    tasks = [{"task_index": 0, "task": None}, {"task_index": 1, "task": "pull"}]
+    if write is write_v2:
+        write_json_lines(source / "meta" / "tasks.jsonl", tasks)
+    else:
+        write_table(source / "meta" / "tasks.parquet", {key: [each[key] for each in tasks] for key in tasks[0]})
+    metadata = read_metadata(source)
+    assert metadata.tasks == {1: "pull"}
+    (named,) = [warning for warning in metadata.warnings if "damaged" in warning]
+    assert named.endswith("(task must be a text, got None)")
 
 
 @QUICK

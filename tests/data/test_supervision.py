@@ -25,10 +25,12 @@ def make_source(action: int | None = 2, state: int | None = 3, name: str = "a") 
     )
 
 
-def make_supervision(*sources: Any, kinds: tuple[str, ...] = ("action",), fraction: float = 1.0) -> Supervision:
+def make_supervision(
+    *sources: Any, kinds: tuple[str, ...] = ("action",), fraction: float = 1.0, scales: Any = types.MappingProxyType({})
+) -> Supervision:
     index = types.SimpleNamespace(gap=np.full(len(LENGTHS), GAP))
     parts: Any = [types.SimpleNamespace(source=source, index=index) for source in sources]
-    return Supervision(parts, kinds, fraction)
+    return Supervision(parts, kinds, fraction, scales)
 
 
 def starts(source: Any, episode: int) -> np.ndarray:
@@ -47,6 +49,27 @@ def test_labels_are_standardised_mean_actions_and_changes_of_state() -> None:
     expected = (raw - np.mean(raw, axis=0)) / np.std(raw, axis=0)
     np.testing.assert_allclose(np.concatenate([target for target, _ in found]), expected, rtol=1e-3, atol=1e-4)
     assert all(np.all(known == 1.0) for _, known in found) and labels.size == 5
+
+
+def test_scales_of_the_first_start_stay() -> None:
+    source, other = make_source(), make_source(name="b")
+    scales = make_supervision(source, other).scales()
+    assert list(scales) == ["a", "b"] and scales["a"]["true_motion"].size == 2
+    changed = make_source()
+    changed.action = 100 * changed.action
+    found, fresh = (make_supervision(changed, other, scales=given) for given in (scales, {}))
+    first = starts(source, 1)
+    expected = scales["a"]["true_motion"](np.stack([changed.action[t : t + GAP].mean(0) for t in first]))
+    np.testing.assert_allclose(found(0, 1, first, GAP)[0][:, :2], expected, rtol=1e-4)
+    assert np.abs(fresh(0, 1, first, GAP)[0] - found(0, 1, first, GAP)[0]).max() > 10
+    assert found.scales()["a"]["true_motion"].to_json() == scales["a"]["true_motion"].to_json()
+    with pytest.raises(DatasetError, match="a has 4 numbers of true motion, and the run was started with 2"):
+        make_supervision(make_source(action=4), scales=scales)
+
+
+def test_datasets_of_one_name_have_scales_of_their_own() -> None:
+    sources = [make_source(name=name) for name in ("x/1.0.0", "y/1.0.0", "z/arm")]
+    assert list(make_supervision(*sources).scales()) == ["x/1.0.0", "y/1.0.0", "arm"]
 
 
 def test_a_fraction_of_the_episodes_is_labelled_whatever_their_order() -> None:

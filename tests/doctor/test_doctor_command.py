@@ -104,7 +104,9 @@ def test_a_mistake_is_one_line_and_status_2(clips, tmp_path):
         "gone is not a folder": ["gone"],
         "lies in the dataset, which is left as it is": ["clips", "--out", "clips/report.html"],
         "control_rate must be a positive number": ["clips", "--control_rate", "-1"],
+        "mine.json was not made by this project, and is not replaced": ["clips", "--json", "mine.json"],
     }
+    (tmp_path / "mine.json").write_text("[1, 2]")
     result = run("-c", RUN_ALL, json.dumps(list(cases.values())), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for message, (status, errors) in zip(cases, json.loads(result.stdout), strict=True):

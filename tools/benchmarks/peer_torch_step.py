@@ -34,7 +34,7 @@ from ml_collections import ConfigDict, config_flags
 from como_jax import cli
 from como_jax.data.clips import num_pairs, pair_spans
 from como_jax.errors import ConfigError, RunError, UsageError
-from como_jax.files import write_json
+from como_jax.files import check_file_output, write_figures
 from como_jax.motion.models import build_model
 from como_jax.training.flops import train_flops
 from como_jax.types import fake_frame_pairs
@@ -350,6 +350,8 @@ def main(arguments: Sequence[str]) -> None:
     config, holder = plain(given.config), given["config"]
     config_file, overrides = config_flags.get_config_filename(holder), config_flags.get_override_values(holder)
     options = [f"--{name}={given[name].value}" for name in ("windows", "steps", "warm_up")]
+    if given.json:
+        check_file_output(given.json)
     with tempfile.TemporaryDirectory() as folder:
         processes = Processes(config_file, overrides, Path(folder), given.device)
         print("\n".join(check_equal(config, processes.describe_torch)), flush=True)
@@ -363,7 +365,7 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join([*table(found), *ratios(found)]))
     if given.json:
         figures = {name: dataclasses.asdict(value) for name, value in found.items()}
-        write_json(given.json, {"versions": versions, "config": config.to_dict(), "rows": figures})
+        write_figures(given.json, {"versions": versions, "config": config.to_dict(), "rows": figures})
 
 
 if __name__ == "__main__":

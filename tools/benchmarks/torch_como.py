@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from como_jax import cli
-from como_jax.files import write_json
+from como_jax.files import write_figures
 from tools.benchmarks.memory import peak_resident_bytes
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -300,13 +300,13 @@ def main(arguments: Sequence[str]) -> None:
     given = flags.FLAGS
     if given.describe:
         with np.load(given.arrays) if given.arrays else contextlib.nullcontext() as arrays:
-            write_json(given.json, describe_model(given.config, arrays))
+            write_figures(given.json, describe_model(given.config, arrays))
         return
     device = torch.device(given.device)
     if device.type == "cuda":
         # TF32, as JAX takes it there.
         torch.set_float32_matmul_precision("high")
-    write_json(given.json, measure(given.config, device, given.compile, given.windows, given.steps, given.warm_up))
+    write_figures(given.json, measure(given.config, device, given.compile, given.windows, given.steps, given.warm_up))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from como_jax import cli
 from como_jax.errors import UsageError
-from como_jax.files import write_json
+from como_jax.files import check_file_output, write_figures
 from como_jax.nn.model_def import ModelDef
 from como_jax.training import sharding
 from como_jax.training.batches import DataSizes, abstract_batch, assumed_sizes, random_batch
@@ -266,7 +265,7 @@ def main(arguments: Sequence[str]) -> None:
     config, peak = with_all_sizes(given.config), given.peak_tflops
     if given.json:
         # Before hours of measuring, not after.
-        epath.Path(given.json).parent.mkdir(parents=True, exist_ok=True)
+        check_file_output(given.json)
     print(f"{describe_machine()}\n{describe_shapes(config)}", flush=True)
     found = measure_all(config, given)
     print(describe_flops(config))
@@ -284,7 +283,7 @@ def main(arguments: Sequence[str]) -> None:
             "measurements": [measurement.to_json(peak) for measurement in found],
             "best_batch_size": best.batch_size,
         }
-        write_json(given.json, content)
+        write_figures(given.json, content)
 
 
 if __name__ == "__main__":

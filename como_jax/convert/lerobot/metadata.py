@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -245,7 +245,7 @@ def _read_v2(
 ) -> list[EpisodeEntry]:
     """Reads the episodes of v2.0 and v2.1: all that are listed, and all that have a table."""
     path = "meta/episodes.jsonl"
-    listed: dict[int, Mapping[str, Any]] = {}
+    listed: dict[int, _Details] = {}
     if path in files:
         entries = EntryList(root, path)
         repeated = 0
@@ -256,7 +256,7 @@ def _read_v2(
                 entries.note(entry.place, error)
                 continue
             repeated += index in listed
-            listed[index] = entry.values
+            listed[index] = _details(entries, entry)
         warnings += entries.warnings()
         if repeated:
             warnings.append(f"{path} lists some episodes twice; the last entry counts")
@@ -266,13 +266,13 @@ def _read_v2(
         warnings.append(f"{len(unlisted)} episodes have a table but are not listed in {path}")
     episodes = []
     for index in sorted(stored | listed.keys()):
-        row = listed.get(index, {})
+        details = listed.get(index, _Details())
         videos = {
             key: VideoPart(files.find(info.get("video_path"), _V2_VIDEO, key, files.fields(index, key)))
             for key in cameras
         }
         table = files.find(info.get("data_path"), _V2_TABLE, "data", files.fields(index))
-        episodes.append(EpisodeEntry(index, table, False, videos, _texts(row.get("tasks")), _length(row)))
+        episodes.append(EpisodeEntry(index, table, False, videos, details.tasks, details.length))
     if files.found_by_name:
         warnings.append(
             f"{files.found_by_name} files do not lie where the path templates of info.json say; {FOUND_BY_NAME}"
@@ -294,7 +294,7 @@ def _read_v3(
         try:
             for entry in entries:
                 try:
-                    episode = _v3_episode(info, cameras, entry, path)
+                    episode = _v3_episode(info, cameras, entry, entries)
                 except EntryError as error:
                     entries.note(entry.place, error)
                     continue
@@ -312,8 +312,8 @@ def _read_v3(
     return list(episodes.values())
 
 
-def _v3_episode(info: Mapping[str, Any], cameras: Sequence[str], entry: Entry, path: str) -> EpisodeEntry:
-    """Reads an episode; an index of a file that is no number costs what the file holds.
+def _v3_episode(info: Mapping[str, Any], cameras: Sequence[str], entry: Entry, entries: EntryList) -> EpisodeEntry:
+    """Reads an episode of a list; an index of a file that is no number costs what the file holds.
 
     Raises:
       EntryError: the entry does not say which episode it is.
@@ -324,17 +324,17 @@ def _v3_episode(info: Mapping[str, Any], cameras: Sequence[str], entry: Entry, p
         place = {name: entry.number(f"data/{name}") for name in ("chunk_index", "file_index")}
         table = fill(info.get("data_path"), _V3_TABLE, place)
     except EntryError as error:
-        faults[""] = f"{path}, {entry.place}: {error}"
+        faults[""] = f"{entries.path}, {entry.place}: {error}"
     for key in cameras:
         try:
             video = _v3_video(info, key, entry)
         except EntryError as error:
-            faults[key] = f"{path}, {entry.place}: {error}"
+            faults[key] = f"{entries.path}, {entry.place}: {error}"
             continue
         if video is not None:
             videos[key] = video
-    tasks, first_row = _texts(entry.values.get("tasks")), whole(entry.values.get("dataset_from_index"))
-    return EpisodeEntry(index, table, True, videos, tasks, _length(entry.values), first_row, faults)
+    details = _details(entries, entry)
+    return EpisodeEntry(index, table, True, videos, details.tasks, details.length, details.first_row, faults)
 
 
 def _newer(before: EpisodeEntry, last: EpisodeEntry) -> EpisodeEntry:
@@ -355,7 +355,8 @@ def _read_tasks(root: epath.Path, path: str, files: FileIndex, warnings: list[st
     changed = False
     try:
         for entry in entries:
-            text = next((entry.values[column] for column in _TASK_COLUMNS if entry.values.get(column)), "")
+            stored = [entry.values[column] for column in _TASK_COLUMNS if column in entry.values]
+            text = next(filter(None, stored), stored[0] if stored else "")
             try:
                 index = entry.number("task_index")
                 if not isinstance(text, str):
@@ -394,10 +395,28 @@ def _v3_video(info: Mapping[str, Any], camera: str, entry: Entry) -> VideoPart |
     return VideoPart(fill(info.get("video_path"), _V3_VIDEO, {**place, "video_key": camera}), seconds)
 
 
-def _length(row: Mapping[str, Any]) -> int | None:
-    length = whole(row.get("length"))
-    return None if length is None or not 0 <= length <= _MAX_LENGTH else length
+class _Details(NamedTuple):
+    """See `EpisodeEntry`."""
+
+    tasks: tuple[str, ...] = ()
+    length: int | None = None
+    first_row: int | None = None
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
+def _details(entries: EntryList, entry: Entry) -> _Details:
+    """Reads what an episode can do without; what of it is damaged is noted, and costs itself."""
+    stored = {key: entry.values[key] for key in ("tasks", "length", "dataset_from_index") if key in entry.values}
+    tasks = stored.get("tasks", [])
+    listed = [tasks] if isinstance(tasks, str) else tasks if isinstance(tasks, list) else [None]
+    texts = tuple(text for text in listed if isinstance(text, str))
+    length, first_row = (whole(stored.get(key)) for key in ("length", "dataset_from_index"))
+    length = None if length is None or not 0 <= length <= _MAX_LENGTH else length
+    damaged = {
+        "tasks must be texts": len(texts) < len(listed) and "tasks",
+        "length must be a whole number": length is None and "length",
+        "dataset_from_index must be a whole number": first_row is None and "dataset_from_index",
+    }
+    for message, key in damaged.items():
+        if key and key in stored:
+            entries.note(entry.place, f"{message}, got {stored[key]!r}")
+    return _Details(texts, length, first_row)
