@@ -11,9 +11,8 @@ import pytest
 from jax.sharding import Mesh
 
 from como_jax import types
-from como_jax.motion.laq import Laq
 from como_jax.nn.model_def import ModelDef
-from como_jax.spec.motion import BottleneckConfig, LaqConfig
+from como_jax.spec.motion import BottleneckConfig
 from como_jax.training import sharding
 from como_jax.training.train_state import TrainState, abstract_state, create_state
 from como_jax.training.train_step import make_train_step
@@ -48,12 +47,10 @@ def mesh_of() -> Callable[..., Mesh]:
 def train(make_como: Callable[..., ModelDef], mesh_of: Callable[..., Mesh]) -> Callable[..., Run]:
     """Trains three steps on a mesh of the given sizes, CoMo or another model; every run is done once."""
 
-    laq = LaqConfig(4, 16, 2, 8, spatial_depth=1, temporal_depth=1, decoder_depth=1, latent_dim=6, codebook_size=5)
     codebook = BottleneckConfig("vq_ema", 8, replace_below=0.1)
     models: dict[str, Callable[[], ModelDef]] = {
         "como": lambda: make_como(freeze_encoder=False, tcl_weight=0.1),
         "discrete": lambda: make_como(motion_input="future", bottleneck=codebook, tcl_weight=0.0),
-        "laq": lambda: ModelDef.create(lambda rngs: Laq(16, laq, rngs=rngs)),
     }
 
     @functools.cache

@@ -23,7 +23,7 @@ from como_jax.training import sharding
 from como_jax.training.checkpoint import Checkpointer
 from como_jax.training.train_state import TrainState
 from como_jax.training.train_step import build_training
-from tests.training.two_hosts import CASES, MESHES, NUM_STEPS, Job, Problem, run_config
+from tests.training.two_hosts import CASES, NUM_STEPS, Job, Problem, run_config
 
 pytestmark = pytest.mark.slow
 
@@ -97,13 +97,6 @@ def test_loss_and_gradients_of_two_hosts_are_those_of_one_device(
     done: Done, on_one_device, recipe: str, mesh: str
 ) -> None:
     assert_close(dict(np.load(done.folder / "gradients" / f"{recipe}_{mesh}.npz")), on_one_device(recipe))
-
-
-@pytest.mark.parametrize(("recipe", "mesh"), [("pretrain_como", "tensor_across"), ("policy_diffusion", "tensor")])
-def test_loss_and_gradients_of_eight_devices_are_those_of_one(problem, on_one_device, recipe: str, mesh: str) -> None:
-    assert_close(
-        problem(recipe).gradient(sharding.make_mesh(*MESHES[mesh], devices=jax.devices())), on_one_device(recipe)
-    )
 
 
 def test_sigterm_to_one_host_stops_both_at_one_saved_step(done: Done) -> None:

@@ -40,9 +40,9 @@ from experiments.train_policy import train_policy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Of 8 devices; the last has both hosts in one group of tensor parallelism.
-MESHES = {"fsdp": (1, 8, 1), "tensor": (2, 2, 2), "tensor_across": (1, 1, 8)}
+MESHES = {"tensor": (2, 2, 2), "tensor_across": (1, 1, 8)}
 # A run of its own covers the mesh of data and fsdp.
-CASES = {"pretrain_como": ("fsdp", "tensor_across"), "policy_diffusion": ("tensor",)}
+CASES = {"pretrain_como": ("tensor_across",), "policy_diffusion": ("tensor",)}
 NUM_STEPS = 24
 
 
