@@ -4,6 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from como_jax.envs.libero import benchmark
 from como_jax.envs.libero.expert import grasps
@@ -117,6 +118,38 @@ def test_a_narrow_place_is_entered_turned():
         around, long, np.array([0, 0, _TABLE + 0.05]), np.array([0.02, 0.07, 0.06]), turns=(0.0, np.pi / 2)
     )[0]
     assert spot.turn == pytest.approx(np.pi / 2) and spot.point[2] == pytest.approx(_TABLE + 0.05)
+
+
+def test_what_would_stand_too_low_leans_on_the_wall():
+    around = _map(height=_TABLE + 0.085)
+    _where(around, lambda x, y: (abs(x) < 0.03) & (abs(y) < 0.07), _TABLE)
+    # A book of 28 mm, in a compartment of 60 mm whose goal holds from 1 mm above the floor.
+    book = np.array(
+        [
+            (x, y, z)
+            for x in np.linspace(-0.014, 0.014, 8)
+            for y in np.linspace(-0.055, 0.055, 27)
+            for z in (0, 0.04, 0.08, 0.13)
+        ]
+    )
+    centre, half = np.array([0, 0, _TABLE + 0.061]), np.array([0.03, 0.07, 0.06])
+    upright = grasps.find_spots(around, book[::4], centre, half)
+    assert all(spot.point[2] > _TABLE + 0.08 for spot in upright)
+    best = grasps.find_leaning_spots(around, book, centre, half)[0]
+    lean = best.lean.as_rotvec()
+    assert abs(lean[1]) > 0.2 and abs(lean[0]) < 1e-6
+    assert best.point[2] > _TABLE + 0.001
+    # Its top is on the side of the wall that it leans on, its foot at the other wall.
+    assert best.point[0] * lean[1] < 0
+
+
+def test_a_leaning_hand_is_clear_of_a_wall_beside_it():
+    around = _map(height=_TABLE)
+    _where(around, lambda x, y: (y > 0.045) & (y < 0.05), _TABLE + 0.1)
+    upright = grasps.clear_height(around, np.zeros((1, 2)), 0.0)[0]
+    away = grasps.clear_height(around, np.zeros((1, 2)), 0.0, lean=Rotation.from_rotvec([0.4, 0, 0]))[0]
+    toward = grasps.clear_height(around, np.zeros((1, 2)), 0.0, lean=Rotation.from_rotvec([-0.4, 0, 0]))[0]
+    assert away < upright < toward
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ class Expert:
             return Target(point, np.array([0, 0, 0.3]), point[:2])
         region = scene.region(place)
         if goal[0] == "in":
-            return Target(region.centre, region.half, self._wish(goal, region))
+            # LIBERO lowers the floor of a region by 10 mm.
+            return Target(region.centre - [0, 0, 0.0048], region.half + [0, 0, 0.0048], self._wish(goal, region))
         normal = region.axes[:, 2] * np.sign(region.axes[2, 2])
         slope = float(np.arccos(normal[2]))
         if slope > _SLOPING:

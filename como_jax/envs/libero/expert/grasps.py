@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from como_jax.envs.libero.expert.heights import HeightMap
 
@@ -22,6 +24,8 @@ _YAWS = np.arange(12) * np.pi / 12
 _CLEARANCE = 0.001
 # Fingers slip off what is so much wider at one side of the pads.
 _MOST_TAPER = 0.012
+# How far over things lean on the wall of a compartment.
+_LEANS = np.radians(np.arange(9.0, 28.0, 1.5))
 
 
 def _grid(low: float, high: float, side: float, step: float) -> np.ndarray:
@@ -37,6 +41,13 @@ _STRIP = np.stack(np.meshgrid(_STRIP_ALONG, _STRIP_ACROSS, indexing="ij"), axis=
 _FINGERS = np.concatenate([_grid(*_FINGER, 0.0035), _grid(-_FINGER[1], -_FINGER[0], _FINGER[2], 0.0035)])
 _SWEEP = _grid(-_FINGER[0], _FINGER[0], _FINGER[2], 0.0035)
 _PALM_AREA = _grid(-_HAND[0], _HAND[0], _HAND[1], 0.012)
+# Fingers and hand as points around the grip point: along the fingers' axis, across it, and up.
+_BODY = np.concatenate(
+    [np.column_stack([_FINGERS, np.full(len(_FINGERS), up)]) for up in np.linspace(-TIP, PALM, 4)]
+    + [np.column_stack([_PALM_AREA, np.full(len(_PALM_AREA), PALM)])]
+)
+# So inexactly the hand moves; the first is none.
+_SHIFTS = 0.01 * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +73,21 @@ class Spot:
       point: of the object's body when it rests there.
       turn: about the vertical that it is turned by on the way.
       score: higher is better.
+      over: height of its body at which it is above all that is beside the place.
+      lean: how it is leaned over after that; None if it stays upright.
     """
 
     point: np.ndarray
     turn: float
     score: float
+    over: float = -np.inf
+    lean: Rotation | None = None
+
+    @property
+    def rotation(self) -> Rotation:
+        """From where it is now to how it rests there."""
+        turn = Rotation.from_euler("z", self.turn)
+        return turn if self.lean is None else self.lean * turn
 
 
 def hand_axes(yaw: float) -> np.ndarray:
@@ -74,9 +95,17 @@ def hand_axes(yaw: float) -> np.ndarray:
     return np.array([[-np.sin(yaw), np.cos(yaw)], [np.cos(yaw), np.sin(yaw)]])
 
 
-def clear_height(around: HeightMap, points: np.ndarray, yaw: float, margin: float = _CLEARANCE) -> np.ndarray:
-    """Least heights of the grip point at which fingers and hand touch nothing; for points `[..., 2]`."""
+def clear_height(
+    around: HeightMap, points: np.ndarray, yaw: float, margin: float = _CLEARANCE, lean: Rotation | None = None
+) -> np.ndarray:
+    """Least heights of the grip point at which fingers and hand touch nothing; for points `[..., 2]`.
+
+    With `lean` the hand, after it was turned to its yaw, is leaned over like what it holds.
+    """
     axes = hand_axes(yaw)
+    if lean is not None:
+        body = lean.apply(np.column_stack([_BODY[:, :2] @ axes, _BODY[:, 2]]))
+        return (around.at(points[..., None, :2] + body[:, :2]) - body[:, 2]).max(axis=-1) + margin
     fingers = around.at(points[..., None, :2] + _FINGERS @ axes).max(axis=-1) + TIP
     palm = around.widened.at(points[..., None, :2] + _PALM_AREA @ axes).max(axis=-1) - PALM
     return np.maximum(fingers, palm) + margin
@@ -183,11 +212,10 @@ def find_spots(
     inner = np.maximum(0.0, np.minimum(0.8 * half[:2], half[:2] - 0.008))
     steps = [np.linspace(-side, side, 2 * int(np.ceil(side / 0.012)) + 1) for side in inner]
     points = centre[:2] + np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2)
-    shifts = 0.01 * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
     rests = {}
     for turn in turns:
         feet = np.column_stack([underside[:, :2] @ hand_turn(turn).T, underside[:, 2]])
-        rests[turn] = np.array([rest_heights(around, feet, points + shift) for shift in shifts])
+        rests[turn] = np.array([rest_heights(around, feet, points + shift) for shift in _SHIFTS])
     lowest = min(rest[0].min() for rest in rests.values())
     spots = []
     for turn, rest in rests.items():
@@ -198,7 +226,56 @@ def find_spots(
             - 0.02 * abs(turn)
         )
         inside = np.abs(rest[0] - centre[2]) < half[2]
-        spots += [Spot(np.array([*points[i], rest[0][i]]), turn, float(scores[i])) for i in np.flatnonzero(inside)]
+        over = rest.max(axis=0)
+        spots += [
+            Spot(np.array([*points[i], rest[0][i]]), turn, float(scores[i]), over[i]) for i in np.flatnonzero(inside)
+        ]
+    return sorted(spots, key=lambda spot: -spot.score)
+
+
+def floor_height(around: HeightMap, centre: np.ndarray, half: np.ndarray) -> float:
+    """The least height over a box."""
+    sides = [np.linspace(-side, side, 2 * int(np.ceil(side / 0.006)) + 1) for side in half[:2]]
+    return float(around.at(centre[:2] + np.stack(np.meshgrid(*sides), axis=-1)).min())
+
+
+def find_leaning_spots(
+    around: HeightMap,
+    body: np.ndarray,
+    centre: np.ndarray,
+    half: np.ndarray,
+    turns: tuple[float, ...] = (0.0,),
+) -> list[Spot]:
+    """Places in a compartment for what would stand too low in it, so that it has to lean on a wall; the best first.
+
+    Args:
+      around: heights of all but the object and the robot.
+      body: points `[K, 3]` all over the object, seen from its body.
+      centre, half: `[3]`, the box that the object's body has to come to rest in.
+      turns: about the vertical that may be tried.
+    """
+    inner = np.maximum(0.0, half[:2] - 0.004)
+    steps = [np.linspace(-side, side, 2 * int(np.ceil(side / 0.005)) + 1) for side in inner]
+    points = centre[:2] + np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2)
+    floor = floor_height(around, centre, half)
+    spots = []
+    for turn, angle, axis in itertools.product(
+        turns, _LEANS, np.array([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    ):
+        lean = Rotation.from_rotvec(angle * axis)
+        leaning = (lean * Rotation.from_euler("z", turn)).apply(body)
+        foot = leaning[leaning[:, 2].argmin()]
+        # What leans less falls back, and does not stay on the wall.
+        if (leaning.mean(axis=0) - foot) @ np.cross(axis, [0, 0, 1]) <= 0:
+            continue
+        rest = rest_heights(around, leaning, points)
+        # What does not stand on the floor slides down, and leans less.
+        most = floor - foot[2] + 0.002
+        for point in points[(rest < most) & (np.abs(rest - centre[2]) < half[2])]:
+            near = rest_heights(around, leaning, point + 0.4 * _SHIFTS)
+            over = rest_heights(around, leaning, point + _SHIFTS).max()
+            score = float(angle) - 0.1 * np.count_nonzero(near > most)
+            spots.append(Spot(np.array([*point, near[0]]), turn, score, over, lean))
     return sorted(spots, key=lambda spot: -spot.score)
 
 

@@ -15,8 +15,10 @@ from como_jax.envs.libero.expert.heights import HeightMap
 from como_jax.envs.libero.expert.scene import Scene
 
 _ABOVE = 0.06
-_CELL = 0.004
+_CELL, _FINE = 0.004, 0.002
 _GAP = 0.008
+# The way of an open hand until the finger behind what it has put down has pushed that over.
+_TOPPLE = 0.05
 _LOST = 0.04
 # What was grasped has come up so far when the hand has come up 3 cm and more.
 _RISEN = 0.015
@@ -24,6 +26,8 @@ _RISEN = 0.015
 _GRASPS, _SPOTS = 400, 40
 _TRIES = 5
 _NARROW = 1.5
+# What is higher above the floor of a container lies on its walls, or on what it holds.
+_ON_THE_FLOOR = 0.02
 # What is pushed may stop so far from its place.
 _ARRIVED = 0.01
 # Of fingers that push: where they begin, how far ahead they aim, how high they are, half their width, and their lean.
@@ -104,7 +108,7 @@ class Skills:
                 continue
             if not (yield from self.carry(name, handling)):
                 continue
-            yield from self.release(name)
+            yield from self.release(name, handling.spot.lean if not handling.leans else None)
             if reached():
                 return True
         return False
@@ -125,12 +129,9 @@ class Skills:
         _, there = scene.height_maps(target.centre, side + extent + 0.14, 0.006, geoms)
         if target.lean is None:
             lower, _ = scene.height_maps(middle, extent + 0.02, _CELL, geoms, below=True)
-            underside = lower.points() - body
-            spots = grasps.find_spots(
-                there, underside, target.centre, target.half, target.wish, _turns(target.half, underside)
-            )
+            spots = self._spots(name, there, lower.points(), upper, target)
         else:
-            spots = [Spot(target.centre, 0.0, 0.0)]
+            spots = [Spot(target.centre, 0.0, 0.0, lean=target.lean)]
             across = target.lean.as_rotvec()
             found = [_preferring(grasp, across / np.linalg.norm(across)) for grasp in found]
         if not found or not spots:
@@ -140,9 +141,23 @@ class Skills:
         pairs = [self._best_grasp(found, spot, body, there) for spot in spots[:_SPOTS]]
         _, grasp, spot = max(pairs, key=lambda pair: pair[0])
         grasp = dataclasses.replace(grasp, yaw=_unwound(grasp.yaw, spot.turn, self.arm.yaw))
-        turn = Rotation.from_euler("z", spot.turn)
-        turn = turn if target.lean is None else target.lean * turn
-        return Handling(grasp, spot, body, turn, target.lean is not None)
+        return Handling(grasp, spot, body, spot.rotation, target.lean is not None)
+
+    def _spots(self, name: str, there: HeightMap, lower: np.ndarray, upper: HeightMap, target: Target) -> list[Spot]:
+        """Places for an object that stands; leaning on a wall where it would stand too low for the goal."""
+        underside = lower - self.scene.position(name)
+        turns = _turns(target.half, underside)
+        found = grasps.find_spots(there, underside, target.centre, target.half, target.wish, turns)
+        floor = grasps.floor_height(there, target.centre, target.half)
+        if found and found[0].point[2] + underside[:, 2].min() < floor + _ON_THE_FLOOR:
+            return found
+        # Millimetres decide whether it fits.
+        side = float(target.half[:2].max()) + 0.02
+        _, fine = self.scene.height_maps(target.centre, side, _FINE, self.scene.geoms(name))
+        heights = np.linspace(lower[:, 2], np.maximum(lower[:, 2], upper.at(lower)), 9)
+        whole = np.concatenate([np.column_stack([lower[:, :2], height]) for height in heights])
+        whole -= self.scene.position(name)
+        return grasps.find_leaning_spots(fine, whole, target.centre, target.half, turns) or found
 
     def _by_taste(self, found: list[Grasp]) -> list[Grasp]:
         """The grasps with scores that prefer a drawn side of the object, so that no two demonstrations are alike."""
@@ -157,11 +172,10 @@ class Skills:
         points = np.array([grasp.point for grasp in found])
         yaws = np.array([grasp.yaw for grasp in found])
         offsets = points - body
-        flat = offsets[:, :2] @ grasps.hand_turn(spot.turn).T
-        hands = spot.point + np.column_stack([flat, offsets[:, 2]])
+        hands = spot.point + spot.rotation.apply(offsets)
         clear = np.empty(len(found))
         for yaw in np.unique(yaws):
-            clear[yaws == yaw] = grasps.clear_height(there, hands[yaws == yaw], yaw + spot.turn)
+            clear[yaws == yaw] = grasps.clear_height(there, hands[yaws == yaw], yaw + spot.turn, lean=spot.lean)
         drop = np.maximum(0, clear - hands[:, 2])
         far = np.array(
             [
@@ -230,7 +244,7 @@ class Skills:
             offset = rotation @ now.T @ (point - scene.position(name))
             return handling.spot.point + offset + [0, 0, height], rotation
 
-        height = 0.06 if handling.leans else 0.03
+        height = 0.06 if handling.leans else max(0.03, 0.01 + handling.spot.over - handling.spot.point[2])
         yield from arm.travel(*above(height), SHUT, load=scene.geoms(name), until=lost)
         if lost():
             return False
@@ -240,7 +254,7 @@ class Skills:
         def goal() -> tuple[np.ndarray, np.ndarray]:
             point, _ = above(gap)
             away = np.linalg.norm((scene.hand[0] - point)[:2])
-            wait = np.clip(3 * (away - 0.008), 0, 0.03)
+            wait = np.clip((away - 0.005) / 0.008, 0, 1) * height
             return np.array([*point[:2], max(point[2], clear) + wait]), rotation
 
         yield from arm.go(goal, SHUT, near=0.005, turned=0.08, steps=80, until=lost)
@@ -291,17 +305,22 @@ class Skills:
 
     def _clear_at(self, name: str, handling: Handling) -> float:
         here, axes = self.scene.hand
-        turn = handling.turn.as_matrix()
-        point = handling.spot.point + turn @ (here - self.scene.position(name))
+        point = handling.spot.point + handling.turn.apply(here - self.scene.position(name))
         _, there = self.scene.height_maps(point, 0.13, 0.006, self.scene.geoms(name))
-        fingers = turn @ axes[:, 0]
-        return float(grasps.clear_height(there, point, float(np.arctan2(-fingers[0], fingers[1]))))
+        fingers = Rotation.from_euler("z", handling.spot.turn).apply(axes[:, 0])
+        yaw = float(np.arctan2(-fingers[0], fingers[1]))
+        return float(grasps.clear_height(there, point, yaw, lean=handling.spot.lean))
 
-    def release(self, name: str) -> Motion:
-        """Opens the fingers and rises."""
+    def release(self, name: str, lean: Rotation | None = None) -> Motion:
+        """Opens the fingers and rises; what is to lean on a wall is first pushed over toward it."""
         scene, arm = self.scene, self.arm
         yield from arm.open()
-        yield from self._let_go(name)
+        if lean is None:
+            yield from self._let_go(name)
+        else:
+            here, axes = scene.hand
+            ahead = np.cross(lean.as_rotvec() / lean.magnitude(), [0, 0, 1])
+            yield from arm.go((here + _TOPPLE * ahead, axes), OPEN, near=0.01, turned=0.3, steps=12)
         here, axes = scene.hand
         yield from arm.go((here - 0.10 * axes[:, 2], axes), OPEN, near=0.03, turned=0.5, steps=25)
         return not any(scene.touched_by(scene.geoms(name)))
