@@ -151,8 +151,10 @@ def test_an_episode_depends_on_its_seed_alone_and_is_solved_by_its_own_predicate
 
 @needs_libero
 @pytest.mark.slow
+# All that LIBERO has, and one of each change of LIBERO-PRO.
 @pytest.mark.parametrize(
-    "suite", ["libero_spatial", "libero_10", "libero_90", "libero_object_swap", "libero_goal_task"]
+    "suite",
+    [*benchmark.ORIGINAL, "libero_object_swap", "libero_goal_task", "libero_spatial_object", "libero_goal_lan"],
 )
 def test_a_task_of_a_suite_can_be_reset_stepped_and_seen_in_both_looks(suite: str) -> None:
     settings = {"look": "full", "init": "drawn", "orientation": "stored"}

