@@ -4,7 +4,8 @@
 # simulator among them, which takes a minute of installing, as root on Debian or Ubuntu, and two of testing. Other arguments go
 # to pytest: tools/test.sh -n 0 FILE
 # With --all, openpi's client is installed into .peers (tools/peers.sh) and tried, where the package registry is in reach.
-# COMO_PEERS=all tools/test.sh --all also installs LeRobot and TensorFlow, some 5 GB, and opens exports with them.
+# COMO_PEERS=all tools/test.sh --all also installs LeRobot (8 GB) and TensorFlow (1.5 GB), in minutes, and opens exports with
+# them, see como_jax/export/labels/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 which=(-m "not slow")

@@ -1,4 +1,4 @@
-"""Reads raw records of TFRecord and ArrayRecord files, and names the damaged ones."""
+"""Reads raw records of TFRecord and ArrayRecord files, and names the damaged ones; writes TFRecord."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gzip
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 import google_crc32c
@@ -72,6 +72,14 @@ def count_records(path: epath.PathLike) -> int:
     return max(count, 1)
 
 
+def write_tfrecords(path: epath.Path, records: Iterable[bytes]) -> None:
+    """Writes a TFRecord file."""
+    with path.open("wb") as file:
+        for record in records:
+            length = _LENGTH.pack(len(record))
+            file.writelines((length, _checksum(length), record, _checksum(record)))
+
+
 def _read_tfrecords(path: epath.Path, start: int, stop: int, to_end: bool) -> Iterator[bytes | LeftOut]:
     with path.open("rb") as file:
         stream = gzip.GzipFile(fileobj=file) if _is_compressed(file) else file
@@ -112,8 +120,12 @@ def _read_tfrecord(stream: IO[bytes], index: int, checked: bool) -> bytes | Left
 
 
 def _is_intact(data: bytes, checksum: bytes) -> bool:
+    return _checksum(data) == checksum
+
+
+def _checksum(data: bytes) -> bytes:
     crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + _MASK) & 0xFFFFFFFF == _CHECKSUM.unpack(checksum)[0]
+    return _CHECKSUM.pack(((crc >> 15 | crc << 17) + _MASK) & 0xFFFFFFFF)
 
 
 def _is_compressed(file: IO[bytes]) -> bool:

@@ -1,28 +1,30 @@
-"""Writes a labelled dataset as RLDS: one record per episode, in ArrayRecord files that TFDS reads.
+"""Writes a labelled dataset as RLDS: one record per episode, in TFRecord files.
 
-The layout is defined by https://github.com/google-research/rlds. Rewards, discounts and terminal states, which a
-recording does not contain, are left out.
+TFDS gives a `tf.data.Dataset`, by which other programs read RLDS, for TFRecord and not for ArrayRecord. The layout is
+defined by https://github.com/google-research/rlds. Rewards, discounts and terminal states, which a recording does not
+contain, are left out.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import dataset_info, file_adapters, writer
+from tensorflow_datasets.core import dataset_info, file_adapters
 
-from como_jax.convert.shards import StableSerializer, disk_errors
+from como_jax.convert.rlds.records import write_tfrecords
+from como_jax.convert.shards import StableSerializer
 from como_jax.data.schema import LABELS_NAME
 from como_jax.export.labels.dataset import LabelledDataset, LabelledEpisode, file_numbers
 
 # About half a gigabyte of images at the default size.
 _MAX_STEPS_PER_FILE = 16384
 _VERSION = "1.0.0"
-_FORMAT = file_adapters.FileFormat.ARRAY_RECORD
+_FORMAT = file_adapters.FileFormat.TFRECORD
 
 
 def write_rlds(
@@ -43,9 +45,7 @@ def write_rlds(
       OSError: the folder cannot be written to.
     """
     features = episode_features(dataset)
-    shards = writer.ShardWriter(
-        features, StableSerializer(features.get_serialized_info()), writer.ExampleWriter(_FORMAT)
-    )
+    serializer = StableSerializer(features.get_serialized_info())
     splits = []
     for split in dataset.splits:
         template = tfds.core.ShardedFileTemplate(
@@ -54,12 +54,9 @@ def write_rlds(
         numbers = file_numbers(dataset.lengths(split), max_steps_per_file)
         lengths = np.bincount(numbers).tolist()
         paths = [template.sharded_filepath(shard_index=i, num_shards=len(lengths)) for i in range(len(lengths))]
-        examples = _examples(dataset, split, on_episode)
+        episodes = dataset.episodes(split)
         for path, length in zip(paths, lengths, strict=True):
-            with disk_errors(path):
-                shards.write(itertools.islice(examples, length), path)
-        # Lets the generator finish the last example.
-        next(examples, None)
+            write_tfrecords(path, _records(itertools.islice(episodes, length), features, serializer, on_episode))
         num_bytes = sum(path.stat().length for path in paths)
         splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=template))
     _write_info(dataset, features, splits, folder)
@@ -92,14 +89,14 @@ def episode_features(dataset: LabelledDataset) -> tfds.features.FeaturesDict:
     return f.FeaturesDict({"steps": f.Dataset(step), "episode_metadata": metadata})
 
 
-def _examples(
-    dataset: LabelledDataset, split: str, on_episode: Callable[[], object]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for episode in dataset.episodes(split):
-        example = _example(episode)
-        yield episode.episode_id, example
-        # TFDS keeps the examples of a file until it has counted them, so their content is freed here.
-        example.clear()
+def _records(
+    episodes: Iterable[LabelledEpisode],
+    features: tfds.features.FeaturesDict,
+    serializer: StableSerializer,
+    on_episode: Callable[[], object],
+) -> Iterator[bytes]:
+    for episode in episodes:
+        yield serializer.serialize_example(features.encode_example(_example(episode)))
         on_episode()
 
 
