@@ -42,6 +42,12 @@ def write_figures(path: epath.PathLike, content: Mapping[str, Any]) -> None:
     write_json(path, {"made_by": "como_jax", **content})
 
 
+def names_in(folder: epath.PathLike) -> set[str]:
+    """Names of what lies in a folder, which may be very much."""
+    path = os.fspath(folder)
+    return {entry.name for entry in epath.Path(path).iterdir()} if "://" in path else set(os.listdir(path))
+
+
 def write_atomic(path: epath.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, and then renames it to `path`."""
     path = epath.Path(path)

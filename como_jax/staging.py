@@ -4,6 +4,7 @@ OUT.partial/plan.json     what is being made: only a command with the same plan 
 OUT.partial/lock          held by the running process; the system frees it when the process ends or is killed
 OUT.partial/done/         one file for each finished part, written after all files of the part
 OUT.partial/dataset/      what becomes OUT
+OUT.partial/parts/        what is joined to files of OUT in the end, such as the episode table of each shard
 OUT.partial/replaced/     the older OUT, while the new one takes its place
 
 What may be overwritten is decided here alone: by `check_apart`, `check_output`, and `Staging.publish`. It is what this
@@ -46,6 +47,7 @@ class Staging:
         self.out, self._activity = out, activity
         self.folder = staging_folder(out)
         self.dataset = self.folder / "dataset"
+        self.parts = self.folder / "parts"
         self._replaced = self.folder / "replaced"
         self._done = self.folder / "done"
         self._plan = self.folder / "plan.json"
@@ -85,7 +87,7 @@ class Staging:
             )
 
     def _own(self) -> list[epath.Path]:
-        return [self._plan, self.dataset, self._replaced, self._done, self._lock_file]
+        return [self._plan, self.dataset, self.parts, self._replaced, self._done, self._lock_file]
 
     def _remove(self) -> None:
         """Removes the folder, unless something was put there that is not its own."""
@@ -130,9 +132,11 @@ class Staging:
                     f"{self.folder} holds an unfinished {self._activity} with other settings or sources ({changes}); "
                     "`restart` discards it"
                 )
+            self.parts.mkdir(exist_ok=True)
             return
-        _delete(self._plan, self.dataset, self._replaced, self._done)
+        _delete(self._plan, self.dataset, self.parts, self._replaced, self._done)
         self.dataset.mkdir()
+        self.parts.mkdir()
         self._done.mkdir()
         write_json(self._plan, plan)
 
@@ -140,15 +144,15 @@ class Staging:
         return json.loads(self._plan.read_text()) if self._plan.exists() else None
 
     def finished(self, parts: Sequence[str]) -> dict[str, Any]:
-        """Returns the notes of the parts that are complete, and removes everything else from the dataset folder."""
+        """Returns the notes of the parts that are complete, and removes everything else that was written."""
         finished, kept = {}, set()
         for part in parts:
             entry = self._entry(part)
             if entry is not None and all(self._has_size(name, size) for name, size in entry["files"].items()):
                 finished[part] = entry["notes"]
                 kept.update(entry["files"])
-        for path in self.dataset.iterdir():
-            if path.name not in kept:
+        for path in [*self.dataset.iterdir(), *self.parts.iterdir()]:
+            if self._name(path) not in kept:
                 path.unlink()
         for path in self._done.iterdir():
             if path.name.removesuffix(".json") not in finished:
@@ -160,9 +164,12 @@ class Staging:
         entry = self._entry(part)
         return None if entry is None else entry["notes"]
 
-    def write_notes(self, part: str, files: Sequence[str], notes: Any) -> None:
-        """Marks a part as finished, after all its files are in place; notes are any JSON value but None."""
-        sizes = {name: (self.dataset / name).stat().length for name in files}
+    def write_notes(self, part: str, files: Sequence[epath.Path], notes: Any) -> None:
+        """Marks a part as finished, after all its files are in `dataset` or `parts`.
+
+        Notes are any JSON value but None.
+        """
+        sizes = {self._name(path): path.stat().length for path in files}
         write_json(self._done / f"{part}.json", {"files": sizes, "notes": notes})
 
     def _entry(self, part: str) -> dict[str, Any] | None:
@@ -170,8 +177,11 @@ class Staging:
         return json.loads(path.read_text()) if path.exists() else None
 
     def _has_size(self, name: str, size: int) -> bool:
-        path = self.dataset / name
+        path = self.folder / name
         return path.exists() and path.stat().length == size
+
+    def _name(self, path: epath.Path) -> str:
+        return f"{path.parent.name}/{path.name}"
 
     def publish(self, overwrite: bool) -> None:
         """Makes the dataset the output; if this is killed at any point, the same command can go on.
@@ -189,7 +199,7 @@ class Staging:
 
     def tidy(self) -> None:
         """Removes what is left beside a published dataset; the plan goes last, so that a killed run can be resumed."""
-        _delete(self._replaced, self._done, self._plan)
+        _delete(self._replaced, self.parts, self._done, self._plan)
 
     def discard(self) -> None:
         """Gives up the unfinished work: without a plan, the folder is removed when the lock is released."""

@@ -2,8 +2,8 @@
 
     python -m experiments.extract_labels --workdir RUN --data DATASET --out LABELLED
 
-LABELLED is the same dataset with three more columns in its episode tables, `latent_motion`, `latent_valid` and, for
-discrete models, `latent_codes`. Beside them lie latents.parquet, one row a step for data frames; labels.json, which
+LABELLED is the same dataset with three more columns in its episode table, `latent_motion`, `latent_valid` and, for
+discrete models, `latent_codes`. Beside it lie latents.parquet, one row a step for data frames; labels.json, which
 says where the labels come from; labelling_report.json with counts, unreadable images and the drift; drift.png. The same
 command resumes after a kill. On several hosts, start it on each, by a launcher or with the flags of `como_jax.hosts`;
 the hosts divide the shards among themselves and write to the same place.

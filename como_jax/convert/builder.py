@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -23,9 +23,10 @@ from como_jax.convert import report
 from como_jax.convert.report import Progress, SourceOutcome
 from como_jax.convert.runners import Runner, run_here
 from como_jax.convert.settings import Settings
-from como_jax.convert.shards import OnSource, ShardExamples, ShardNotes, ShardWriter, table_name
+from como_jax.convert.shards import OnSource, ShardExamples, ShardNotes, ShardWriter, table_of_shard
 from como_jax.convert.sources import Shard, Source, assign_splits, make_shards
 from como_jax.data import schema
+from como_jax.data.episode_table import ShardSizes, read_part, share_groups, table_name, write_episode_table
 from como_jax.data.schema import Episode
 from como_jax.errors import ConversionError, one_line
 from como_jax.names import DEFAULT_CAMERA
@@ -35,7 +36,7 @@ MIN_STEPS = 2
 _DESCRIPTION = "Episodes in the schema of como_jax.data.schema, one record a step."
 _MAX_NAMED_FAILURES = 3
 # Increase it when the same plan would give other files, so that no conversion goes on with those of an older version.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class SourceError(Exception):
@@ -83,14 +84,13 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     Attributes:
       settings_class: the `Settings` of this builder.
       decoder_errors: what reading a damaged source may raise; it is treated like a `SourceError`.
-      max_sources_per_shard, max_bytes_per_shard: a shard is closed when it reaches one of them.
+      max_bytes_per_shard: of sources; a shard is closed before it would exceed them.
       lost: sources at which processes have died, and how, which are left out.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     settings_class: ClassVar[type[Settings]] = Settings
     decoder_errors: ClassVar[tuple[type[Exception], ...]] = (OSError, ValueError)
-    max_sources_per_shard: ClassVar[int] = 256
     max_bytes_per_shard: ClassVar[int] = 2**30
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -172,7 +172,7 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """
         check_apart(self.out, getattr(self.settings, "source", None))
         sources = assign_splits(self.sources(), self.settings.validation_fraction, self.settings.seed)
-        shards = make_shards(sources, schema.SPLITS, self.max_sources_per_shard, self.max_bytes_per_shard)
+        shards = make_shards(sources, schema.SPLITS, self.max_bytes_per_shard)
         plan = self._plan(shards)
         make_parent(self.out)
         with self.staging.locked():
@@ -259,11 +259,11 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             members = {shard: each for shard, each in notes.items() if shard.split == split}
             if any(each.num_records for each in members.values()):
                 splits.append(self._split_info(split, list(members.values())))
+                self._write_table(split, members)
             else:
                 # TFDS refuses to read a split without records.
                 for shard in members:
                     self.records_path(shard).unlink(missing_ok=True)
-                    (self.staging.dataset / table_name(shard)).unlink(missing_ok=True)
                 warnings.append(f"there is no split {split!r}: all of its sources were left out")
         self.info.set_splits(tfds.core.SplitDict(splits))
         self.info.write_to_directory(self.data_path)
@@ -273,6 +273,16 @@ class EpisodeBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             "settings": dataclasses.asdict(self.settings),
         }
         return report.write_summary(self.data_path, description, outcomes, warnings, self.label_files())
+
+    def _write_table(self, split: str, notes: Mapping[Shard, ShardNotes]) -> None:
+        """Joins the episodes of all shards of a split to its episode table."""
+        records, sizes = [each.num_records for each in notes.values()], [each.num_bytes for each in notes.values()]
+        write_episode_table(
+            self.staging.dataset / table_name(split),
+            (read_part(table_of_shard(self.staging, shard)) for shard in notes),
+            ShardSizes(np.array(records), np.array(sizes)),
+            share_groups(len(notes)),
+        )
 
     def _notes(self, shard: Shard) -> ShardNotes:
         notes = ShardNotes.read(self.staging, shard)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from como_jax.convert.statistics import dataset_statistics
 from como_jax.data import schema
-from como_jax.data.parquet import read_parquet
+from como_jax.data.episode_table import EpisodeTable, has_split
 from como_jax.files import write_json
 from como_jax.spec.normalization import AffineNormalizer, lost_dimensions
 
@@ -76,13 +76,13 @@ def write_summary(
     The report begins with `description`; `warnings` are those that belong to no single source, and `label_files` what
     looks as if it held instructions.
     """
-    tables = {split: sorted(directory.glob(f"episodes-{split}-*.parquet")) for split in schema.SPLITS}
-    statistics = dataset_statistics({split: paths for split, paths in tables.items() if paths})
+    tables = {split: EpisodeTable(directory, split) for split in schema.SPLITS if has_split(directory, split)}
+    statistics = dataset_statistics(tables)
     summary = {
         **description,
         "episodes": {split: counts["num_episodes"] for split, counts in statistics["splits"].items()},
         "steps": {split: counts["num_steps"] for split, counts in statistics["splits"].items()},
-        "instructions": {split: _num_instructed(paths) for split, paths in tables.items() if paths},
+        "instructions": {split: _num_instructed(table) for split, table in tables.items()},
         "label_files": list(label_files[:_MAX_EXAMPLES]),
         **summarize_outcomes(outcomes, [*warnings, *rare_motion(statistics)]),
     }
@@ -133,13 +133,10 @@ def summarize(summary: Mapping[str, Any], out: str) -> list[str]:
     return lines
 
 
-def _num_instructed(paths: Iterable[epath.Path]) -> int:
-    """Returns how many episodes of some tables have an instruction."""
-    count = 0
-    for path in paths:
-        texts = read_parquet(path, ["language_instruction"]).column(0)
-        count += sum(bool(text) for text in texts.to_pylist())
-    return count
+def _num_instructed(table: EpisodeTable) -> int:
+    """Returns how many episodes of a table have an instruction."""
+    groups = table.read(["language_instruction"])
+    return sum(bool(text) for group in groups for text in group["language_instruction"].to_pylist())
 
 
 def _group_warnings(outcomes: Sequence[SourceOutcome]) -> list[dict[str, Any]]:

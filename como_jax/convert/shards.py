@@ -1,4 +1,4 @@
-"""Writes one shard: its records with TFDS, its episode table, and the notes that mark it as finished."""
+"""Writes one shard: its records with TFDS, its part of the episode table, and the notes that mark it as finished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tensorflow_datasets.core import example_serializer, file_adapters, writer
 
 from como_jax.convert.report import SourceOutcome
 from como_jax.convert.sources import Shard, Source
-from como_jax.data import schema
+from como_jax.data import episode_table, schema
 from como_jax.data.schema import Episode
 from como_jax.files import write_atomic
 from como_jax.staging import Staging, is_local
@@ -45,9 +45,9 @@ class ShardNotes:
         return cls(**{**notes, "outcomes": [SourceOutcome(**outcome) for outcome in notes["outcomes"]]})
 
 
-def table_name(shard: Shard) -> str:
-    """Returns the file name of a shard's episode table."""
-    return schema.episode_table_name(shard.split, shard.index, shard.count)
+def table_of_shard(staging: Staging, shard: Shard) -> epath.Path:
+    """Returns the file of a shard's part of the episode table."""
+    return staging.parts / f"episodes-{shard.name}.parquet"
 
 
 EpisodesOf = Callable[[Source, SourceOutcome], Iterator[Episode]]
@@ -109,7 +109,7 @@ class ShardExamples:
 
 
 class ShardWriter(writer.ShardWriter):
-    """TFDS's writer of shards, which also writes episode table and notes; on Beam too, where TFDS calls `write`."""
+    """TFDS's writer of shards, which also writes episodes and notes; on Beam too, where TFDS calls `write`."""
 
     def __init__(self, features: tfds.features.FeaturesDict, staging: Staging):
         """Prepares writing records with these features into a staging folder."""
@@ -118,12 +118,12 @@ class ShardWriter(writer.ShardWriter):
         self._staging = staging
 
     def write(self, examples: ShardExamples, path: epath.Path) -> int:
-        """Writes records, episode table and notes, the notes last; returns the number of records."""
+        """Writes records, episodes and notes, the notes last; returns the number of records."""
         num_records = super().write(examples, path)
-        schema.write_episode_table(self._staging.dataset / table_name(examples.shard), examples.rows)
+        table = table_of_shard(self._staging, examples.shard)
+        episode_table.write_episodes(table, examples.rows)
         notes = ShardNotes(num_records, path.stat().length, examples.outcomes)
-        files = [path.name, table_name(examples.shard)]
-        self._staging.write_notes(examples.shard.name, files, dataclasses.asdict(notes))
+        self._staging.write_notes(examples.shard.name, [path, table], dataclasses.asdict(notes))
         return num_records
 
 

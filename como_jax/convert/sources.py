@@ -95,10 +95,11 @@ class Shard:
         return f"{self.split}-{self.index:05d}-of-{self.count:05d}"
 
 
-def make_shards(sources: Sequence[Source], splits: Sequence[str], max_sources: int, max_bytes: int) -> list[Shard]:
-    """Distributes sources that have a split to shards; the result depends only on the sources and the limits.
+def make_shards(sources: Sequence[Source], splits: Sequence[str], max_bytes: int) -> list[Shard]:
+    """Distributes sources that have a split to shards; the result depends only on the sources and the limit.
 
-    Shards are the units of parallel work and of resuming, so they are kept small while there are few.
+    Shards are the units of parallel work and of resuming, so they are kept small while there are few. However many
+    sources there are, about 512 shards are made, or as many as `max_bytes` each ask for.
     """
     num_bytes = sum(source.num_bytes for source in sources)
     few_sources = max(_FEW_SOURCES, math.ceil(len(sources) / _MANY_SHARDS))
@@ -106,7 +107,7 @@ def make_shards(sources: Sequence[Source], splits: Sequence[str], max_sources: i
     shards = []
     for split in splits:
         members = [source for source in sources if source.split == split]
-        groups = group_sources(members, min(max_sources, few_sources), min(max_bytes, few_bytes))
+        groups = group_sources(members, few_sources, min(max_bytes, few_bytes))
         shards += [Shard(split, index, len(groups), tuple(group)) for index, group in enumerate(groups)]
     return shards
 

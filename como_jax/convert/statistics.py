@@ -3,45 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from etils import epath
 
-from como_jax.data.parquet import read_parquet
+from como_jax.data.episode_table import EpisodeTable
+from como_jax.data.sources import flatten_steps
 
 QUANTILES = {"q01": 0.01, "q99": 0.99}
 MOTION_QUANTILES = {"q01": 0.01, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 _MAX_VALUES = 2**26
 
 
-def dataset_statistics(tables: Mapping[str, Sequence[epath.Path]]) -> dict[str, Any]:
+def dataset_statistics(tables: Mapping[str, EpisodeTable]) -> dict[str, Any]:
     """Computes counts and control rates of all splits, and the distributions of the steps of `train`.
 
     Quantiles are exact. For them, all values of some dimensions are held in memory: as many dimensions as have
     2**26 values together (0.25 GB), at least one, and two copies of one dimension in float64. For the next
-    dimensions the tables are read again, one file at a time.
+    dimensions the tables are read again, one group of episodes at a time.
 
     Args:
-      tables: files of the episode table of every split, in order.
+      tables: the episode table of every split.
 
     Returns:
       The content of `statistics.json`. `motion` is over all steps that follow another step.
     """
     rates: Counter[float] = Counter()
     splits = {}
-    for split, paths in tables.items():
+    for split, episodes in tables.items():
         counts = {"num_episodes": 0, "num_steps": 0, "seconds": 0.0}
-        for table in _read(paths, ["num_steps", "control_rate"]):
+        for table in episodes.read(["num_steps", "control_rate"]):
             num_steps, control_rate = table["num_steps"].to_numpy(), table["control_rate"].to_numpy()
             rates.update(control_rate.tolist())
             counts["num_episodes"] += table.num_rows
             counts["num_steps"] += int(num_steps.sum())
             counts["seconds"] += float((num_steps / control_rate).sum())
         splits[split] = counts
-    train = tables.get("train", ())
+    train = tables.get("train")
     return {
         "splits": splits,
         "control_rates": [{"control_rate": rate, "episodes": rates[rate]} for rate in sorted(rates)],
@@ -51,43 +50,37 @@ def dataset_statistics(tables: Mapping[str, Sequence[epath.Path]]) -> dict[str, 
     }
 
 
-def _read(paths: Iterable[epath.Path], columns: list[str]) -> Iterator[pa.Table]:
-    for path in paths:
-        yield read_parquet(path, columns)
-
-
-def _distribution(paths: Sequence[epath.Path], column: str) -> dict[str, Any] | None:
+def _distribution(table: EpisodeTable | None, column: str) -> dict[str, Any] | None:
     """Statistics of every dimension of a list<list<float>> column over all steps; None if it is empty."""
     count, size = 0, 0
-    for values in _steps(paths, column):
+    for values in _steps(table, column):
         count, size = count + len(values), values.shape[1]
     if count == 0:
         return None
     width = max(1, _MAX_VALUES // count)
     dimensions = []
     for first in range(0, size, width):
-        group = np.concatenate([values[:, first : first + width] for values in _steps(paths, column)])
+        group = np.concatenate([values[:, first : first + width] for values in _steps(table, column)])
         dimensions += [_describe(values, QUANTILES) for values in group.T]
     return {"count": count} | {name: [each[name] for each in dimensions] for name in dimensions[0]}
 
 
-def _steps(paths: Sequence[epath.Path], column: str) -> Iterator[np.ndarray]:
-    """Yields the values of a column, float32 `[steps, size]` for each file that has any."""
-    for table in _read(paths, [column]):
-        steps = table[column].combine_chunks().flatten()
-        if len(steps):
-            yield steps.flatten().to_numpy().reshape(len(steps), -1)
+def _steps(table: EpisodeTable | None, column: str) -> Iterator[np.ndarray]:
+    """Yields the values of a column, float32 `[steps, size]` for each group of episodes that has any."""
+    for group in () if table is None else table.read([column]):
+        values = flatten_steps(group[column])
+        if len(values):
+            yield values
 
 
-def _motion(paths: Sequence[epath.Path]) -> dict[str, Any] | None:
+def _motion(table: EpisodeTable | None) -> dict[str, Any] | None:
     """Statistics of the motion from one step to the next, without the 0 of the first step of each episode."""
     parts = []
-    for table in _read(paths, ["motion"]):
-        lists = table["motion"].combine_chunks()
-        keep = np.ones(len(lists.flatten()), bool)
-        lengths = lists.value_lengths().to_numpy()
+    for group in () if table is None else table.read(["motion", "num_steps"]):
+        values, lengths = flatten_steps(group["motion"]), group["num_steps"].to_numpy()
+        keep = np.ones(len(values), bool)
         keep[np.cumsum(lengths) - lengths] = False
-        parts.append(lists.flatten().to_numpy()[keep])
+        parts.append(values[keep])
     values = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     return {"count": len(values)} | _describe(values, MOTION_QUANTILES) if len(values) else None
 

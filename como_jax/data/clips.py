@@ -47,28 +47,68 @@ class ClipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipIndex:
-    """All clips of one source.
+    """All clips of one source, without an entry for each: there are as many as steps.
 
-    Axes: C clips, E episodes.
+    Axes: C clips, E episodes. A candidate is a clip that fits into an episode, whatever its motion.
 
     Attributes:
-      first: int64 `[C]`, record of the first instant.
-      episode: int64 `[C]`, row of the episode.
+      start: int64 `[E]`, first record of every episode.
+      ends: int64 `[E]`, candidates of this episode and those before it.
       gap: int64 `[E]`, steps between neighbouring instants.
       last: int64 `[E]`, last record of every episode.
-      short_episodes: number of episodes that are too short for a clip.
-      filtered_clips: number of clips that the motion thresholds dropped.
+      kept: int64 `[C]`, the candidates that are clips; None for all.
     """
 
-    first: np.ndarray
-    episode: np.ndarray
+    start: np.ndarray
+    ends: np.ndarray
     gap: np.ndarray
     last: np.ndarray
-    short_episodes: int
-    filtered_clips: int
+    kept: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls) -> ClipIndex:
+        """Of no clip."""
+        return cls(*(np.empty(0, np.int64),) * 4)
 
     def __len__(self) -> int:
-        return len(self.first)
+        return self.num_candidates if self.kept is None else len(self.kept)
+
+    @property
+    def num_candidates(self) -> int:
+        """Clips that fit into an episode."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Those that are clips, int64 `[C]`."""
+        return np.arange(self.num_candidates) if self.kept is None else self.kept
+
+    @property
+    def first(self) -> np.ndarray:
+        """Record of the first instant of every clip, int64 `[C]`."""
+        return self.look_up(np.arange(len(self)))[0]
+
+    @property
+    def episode(self) -> np.ndarray:
+        """Row of the episode of every clip, int64 `[C]`."""
+        return self.look_up(np.arange(len(self)))[1]
+
+    @property
+    def short_episodes(self) -> int:
+        """Number of episodes that are too short for a clip."""
+        return int((np.diff(self.ends, prepend=0) == 0).sum())
+
+    @property
+    def filtered_clips(self) -> int:
+        """Number of clips that the motion thresholds dropped."""
+        return self.num_candidates - len(self)
+
+    def look_up(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First records and rows of the episodes of clips `[B]`, int64 `[B]` both."""
+        candidates = clips if self.kept is None else self.kept[clips]
+        episode = np.searchsorted(self.ends, candidates, side="right")
+        before = np.where(episode > 0, self.ends[episode - 1], 0)
+        return self.start[episode] + candidates - before, episode
 
 
 def pair_spans(pair_span: int, min_gap_fraction: float) -> range:
@@ -109,22 +149,17 @@ def index_clips(source: EpisodeSource, config: ClipConfig) -> ClipIndex:
             f"{source.length.max()} steps, {reach.min() + 1} or more are needed). Lower data.gap_seconds, or check the "
             "control rate."
         )
-    episode = np.repeat(np.arange(len(counts)), counts)
-    first = source.start[episode] + _ranges(counts)
-    keep = _within_motion(source.motion, first, span[episode], config)
-    if not keep.any():
+    index = ClipIndex(source.start, np.cumsum(counts), gap, source.start + source.length - 1)
+    if config.min_motion <= 0 and config.max_motion >= 1:
+        return index
+    first, episode = index.look_up(np.arange(len(index)))
+    kept = np.flatnonzero(_within_motion(source.motion, first, span[episode], config))
+    if not len(kept):
         raise NoClipsError(
             f"{source.directory} ({source.split}): no clip has a motion between data.min_motion "
             f"{config.min_motion} and data.max_motion {config.max_motion}."
         )
-    return ClipIndex(
-        first=first[keep],
-        episode=episode[keep],
-        gap=gap,
-        last=source.start + source.length - 1,
-        short_episodes=int((counts == 0).sum()),
-        filtered_clips=int((~keep).sum()),
-    )
+    return dataclasses.replace(index, kept=kept)
 
 
 def draw_gaps(gaps: np.ndarray, min_fraction: float, uniform: np.ndarray) -> np.ndarray:
@@ -157,12 +192,6 @@ def draw_offsets(futures: np.ndarray, gaps: np.ndarray, last: np.ndarray, unifor
     # There are high - low candidates, since 0 is left out.
     offset = low + (uniform * (high - low)).astype(np.int64)
     return futures + offset + (offset >= 0)
-
-
-def _ranges(counts: np.ndarray) -> np.ndarray:
-    """`[0 .. counts[0]-1, 0 .. counts[1]-1, ...]`."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
 
 
 def _within_motion(motion: np.ndarray, first: np.ndarray, span: np.ndarray, config: ClipConfig) -> np.ndarray:

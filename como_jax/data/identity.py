@@ -7,14 +7,17 @@ the same result, is the same one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from etils import epath
 
 from como_jax.data import schema
+from como_jax.data.episode_table import has_split
 from como_jax.data.sources import READ_ERRORS, EpisodeSource
 
 Identity = dict[str, Any]
@@ -38,7 +41,7 @@ def identify(directory: epath.PathLike, opened: Iterable[EpisodeSource] = ()) ->
     """
     folder = epath.Path(directory)
     known = {source.split: source for source in opened}
-    there = [split for split in schema.SPLITS if any(folder.glob(f"episodes-{split}-*.parquet"))]
+    there = [split for split in schema.SPLITS if has_split(folder, split)]
     # Opening a split that is missing says what is wrong.
     sources = [known.get(split) or EpisodeSource(folder, split) for split in there or schema.SPLITS[:1]]
     labels, report = _read_json(folder / schema.LABELS_NAME), _read_json(folder / "conversion_report.json")
@@ -46,15 +49,15 @@ def identify(directory: epath.PathLike, opened: Iterable[EpisodeSource] = ()) ->
     return {
         **{f"episodes of {source.split}": len(source.length) for source in sources},
         **{f"steps of {source.split}": len(source) for source in sources},
-        "instructions": _digest(part for source in sources for part in (source.instruction, source.other_instructions)),
-        "episodes": _digest(part for source in sources for part in (source.episode_id, source.length)),
-        "control rates": _digest(source.control_rate for source in sources),
-        "images": _digest(part for source in sources for part in (source.motion, *_some_images(source))),
-        "actions": _digest(source.action for source in sources),
-        "states": _digest(source.state for source in sources),
-        "labels": _digest(part for source in sources for part in _labels_of(source)),
+        "instructions": _digest_columns(sources, "language_instruction", "other_instructions"),
+        "episodes": _digest_columns(sources, "episode_id", "num_steps"),
+        "control rates": _digest_columns(sources, "control_rate"),
+        "images": _digest(_some_images(sources), _digest_columns(sources, "motion")),
+        "actions": _digest_columns(sources, "action"),
+        "states": _digest_columns(sources, "state"),
+        "labels": _digest_columns(sources, "latent_motion", "latent_valid", "latent_codes"),
         "model of the labels": labels.get("parameters"),
-        "statistics": _digest([[json.dumps(_read_json(folder / "statistics.json"), sort_keys=True)]]),
+        "statistics": _digest([_read_json(folder / "statistics.json")]),
         "builder": report.get("builder"),
         "conversion": settings,
     }
@@ -62,7 +65,7 @@ def identify(directory: epath.PathLike, opened: Iterable[EpisodeSource] = ()) ->
 
 def digest_vectors(vectors: Mapping[str, np.ndarray]) -> str | None:
     """A digest of vectors by their names, in any order."""
-    return _digest(part for name in sorted(vectors) for part in ([name], vectors[name]))
+    return _digest(part for name in sorted(vectors) for part in (name, vectors[name]))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -83,33 +86,68 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _some_images(source: EpisodeSource) -> Iterator[np.ndarray]:
+def _some_images(sources: Iterable[EpisodeSource]) -> Iterator[np.ndarray]:
     """The bytes of a few images, evenly spread: reading all would take as long as training on them."""
-    for record in np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(np.int64)).tolist():
-        try:
-            [images] = source.read_cameras([record], source.cameras)
-        except READ_ERRORS:
-            continue
-        yield from (np.frombuffer(image, np.uint8) for image in images)
+    for source in sources:
+        for record in np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(np.int64)).tolist():
+            try:
+                [images] = source.read_cameras([record], source.cameras)
+            except READ_ERRORS:
+                continue
+            yield from (np.frombuffer(image, np.uint8) for image in images)
 
 
-def _labels_of(source: EpisodeSource) -> list[np.ndarray | None]:
-    return [source.latent_motion, source.latent_valid, source.latent_codes]
-
-
-def _digest(parts: Iterable[np.ndarray | list[Any] | None]) -> str | None:
-    """A digest of arrays and texts; None where there are none."""
+def _digest_columns(sources: Iterable[EpisodeSource], *names: str) -> str | None:
+    """A digest of columns of the episode tables, whatever their groups; None where all values are missing."""
     digest, is_empty = hashlib.blake2b(digest_size=12), True
-    for part in parts:
-        if part is None:
-            digest.update(b"none")
-            continue
-        is_empty = False
-        if isinstance(part, list):
-            digest.update(json.dumps(part).encode())
+    for source in sources:
+        columns = {name: _ColumnDigest() for name in names}
+        for table in source.columns(names):
+            for name, column in columns.items():
+                for chunk in table[name].chunks:
+                    column.add(chunk)
+        for name, column in columns.items():
+            digest.update(f"{name} {column.hexdigest()}".encode())
+            is_empty &= column.is_empty
+    return None if is_empty else f"digest {digest.hexdigest()}"
+
+
+class _ColumnDigest:
+    """A digest of a column that comes in pieces: of the lengths of its lists, and of the values in them."""
+
+    def __init__(self) -> None:
+        self.is_empty = True
+        self._levels: list[hashlib.blake2b] = []
+
+    def add(self, values: pa.Array) -> None:
+        """Adds the next rows."""
+        self.is_empty &= values.null_count == len(values)
+        for level in itertools.count():
+            if level == len(self._levels):
+                self._levels.append(hashlib.blake2b(digest_size=12))
+            if not pa.types.is_list(values.type):
+                break
+            self._levels[level].update(values.value_lengths().fill_null(-1).to_numpy().data)
+            values = values.flatten()
+        if pa.types.is_string(values.type):
+            self._levels[level].update("".join(f"{json.dumps(text)}," for text in values.to_pylist()).encode())
         else:
+            self._levels[level].update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).data)
+
+    def hexdigest(self) -> str:
+        return " ".join(level.hexdigest() for level in self._levels)
+
+
+def _digest(parts: Iterable[np.ndarray | Any], more: str | None = None) -> str | None:
+    """A digest of arrays and what JSON can hold; None where there are none."""
+    digest, is_empty = hashlib.blake2b(f"{more}".encode(), digest_size=12), more is None
+    for part in parts:
+        is_empty = False
+        if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype}{part.shape}".encode())
             digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
     return None if is_empty else f"digest {digest.hexdigest()}"
 
 

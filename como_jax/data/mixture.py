@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from como_jax.data.clips import ClipConfig, ClipIndex, index_clips
+from como_jax.data.episode_table import has_split
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, closest
@@ -50,7 +51,7 @@ class MixtureEntry:
 
     def has_split(self, split: str) -> bool:
         """Whether the dataset has episodes in the split."""
-        return any(epath.Path(self.directory).glob(f"episodes-{split}-*.parquet"))
+        return has_split(self.directory, split)
 
     @property
     def uses(self) -> list[str]:

@@ -97,8 +97,8 @@ class ClipFiller:
         found = [np.empty(len(datasets), np.int64) for _ in range(4)]
         for dataset in np.unique(datasets):
             index, rows = self.parts[dataset].index, datasets == dataset
-            episode = index.episode[clips[rows]]
-            values = index.first[clips[rows]], episode, index.gap[episode], index.last[episode]
+            first, episode = index.look_up(clips[rows])
+            values = first, episode, index.gap[episode], index.last[episode]
             for column, value in zip(found, values, strict=True):
                 column[rows] = value
         return found

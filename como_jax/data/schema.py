@@ -1,14 +1,14 @@
 """The on-disk contract between the dataset builders, the labeller and the input pipeline.
 
 A dataset is a TFDS builder directory in which one record is one *step*, in episode order, so that any frame can be
-read at random without touching its neighbours. Beside the records of every shard lies its episode table, a Parquet
-file with one row an episode, which holds everything that is small: identity, control rate, language, actions, states
-and the motion of every step. The input pipeline plans its samples from the tables alone and reads records only for the
-frames that it uses.
+read at random without touching its neighbours. Beside the records of a split lies its episode table, a Parquet file
+with one row an episode, which holds everything that is small: identity, control rate, language, actions, states and the
+motion of every step. The input pipeline plans its samples from the tables alone and reads records only for the frames
+that it uses.
 
     DIR/dataset_info.json, features.json, metadata.json     TFDS metadata
     DIR/NAME-train.array_record-00000-of-00002              steps (see `step_features`)
-    DIR/episodes-train-00000-of-00002.parquet               episodes (see `EPISODE_TABLE_SCHEMA`)
+    DIR/episodes-train.parquet                              episodes (see `EPISODE_TABLE_SCHEMA`, `episode_table`)
     DIR/statistics.json, conversion_report.json
     DIR/labels.json                                         only of labelled datasets (see `LabelInfo`)
 """
@@ -22,13 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from etils import epath
 
-from como_jax.data.parquet import read_parquet
 from como_jax.errors import DatasetError
-from como_jax.files import write_atomic
 
 SPLITS = ("train", "val")
 
@@ -160,51 +157,6 @@ def episode_row(episode: Episode) -> dict[str, Any]:
         "action": column([step.action for step in episode.steps]),
         "state": column([step.state for step in episode.steps]),
     }
-
-
-def episode_table_name(split: str, shard: int, num_shards: int) -> str:
-    """File name of the episode table that belongs to one shard of records."""
-    return f"episodes-{split}-{shard:05d}-of-{num_shards:05d}.parquet"
-
-
-def write_episode_table(path: epath.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes episode rows to one Parquet file, atomically."""
-    table = pa.Table.from_pylist(list(rows), schema=EPISODE_TABLE_SCHEMA)
-    write_atomic(path, lambda file: pq.write_table(table, file))
-
-
-def read_episode_table(directory: epath.PathLike, split: str) -> pa.Table:
-    """Reads the episode tables of all shards of a split, in shard order, as one table.
-
-    Raises:
-      FileNotFoundError: the directory holds no table for the split.
-    """
-    directory = epath.Path(directory)
-    paths = sorted(directory.glob(f"episodes-{split}-*.parquet"))
-    if not paths:
-        raise FileNotFoundError(f"{directory} has no episode table for split {split!r}.")
-    return pa.concat_tables(map(read_table_of_shard, paths))
-
-
-def read_table_of_shard(path: epath.PathLike) -> pa.Table:
-    """Reads the episode table of one shard.
-
-    Raises:
-      DatasetError: the file is damaged, or no episode table.
-    """
-    try:
-        found = read_parquet(path)
-        # Datasets that were made before a column existed have none of it.
-        absent = {field.name: field.type for field in EPISODE_TABLE_SCHEMA if field.nullable}
-        columns = {
-            name: pa.nulls(len(found), absent[name])
-            if name in absent and name not in found.column_names
-            else found[name]
-            for name in EPISODE_TABLE_SCHEMA.names
-        }
-        return pa.table(columns).cast(EPISODE_TABLE_SCHEMA)
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} cannot be read; convert the dataset again: {error}") from error
 
 
 class LabelInfo(NamedTuple):

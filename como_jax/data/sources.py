@@ -1,11 +1,11 @@
-"""Opens a dataset directory: everything small in memory, frames read at random, and normalisation of its numbers."""
+"""Opens a dataset directory: what is small is read when it is used, frames are read at random; normalises numbers."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,11 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
+from como_jax.data.episode_table import EpisodeTable, Group, ShardSizes
 from como_jax.data.records import RecordFiles
+from como_jax.data.values import ShardPaths, Values
 from como_jax.errors import DatasetError
+from como_jax.files import names_in
 from como_jax.spec.normalization import AffineNormalizer, Normalizer, UniformNormalizer, check_kind, describe_values
 
 READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, RuntimeError)
@@ -40,12 +43,12 @@ class EpisodeSource:
       action, state: float32 `[S, size]`, or None when the dataset has none.
       latent_motion, latent_valid, latent_codes: float32 `[S, Q * L]`, bool `[S]` and int32 `[S, Q]`, see
         `schema.EPISODE_TABLE_SCHEMA`; None when the dataset is not labelled, or the labels have no codes.
-      episode_id, instruction: one string an episode.
+      episode_id, instruction: one text an episode, kept as bytes until it is asked for.
       other_instructions: further texts of every episode, which mean the same.
     """
 
     def __init__(self, directory: epath.PathLike, split: str, camera: str = ""):
-        """Reads the episode tables.
+        """Reads the lengths of the episodes; everything else is read when it is used.
 
         Args:
           directory: the dataset directory.
@@ -78,16 +81,35 @@ class EpisodeSource:
             raise DatasetError(
                 f"{self.directory} has no split {split!r}; it has: {', '.join(info.splits)}.{remedy if other else ''}"
             )
-        self._read_tables()
+        self._table = EpisodeTable(self.directory, split)
+        numbers = self._read_together(["num_steps", "control_rate"])
+        self.length = numbers["num_steps"].to_numpy()
+        self.start = np.concatenate([[0], np.cumsum(self.length)[:-1]]).astype(np.int64)
+        self.control_rate = numbers["control_rate"].to_numpy()
+        self._check_shards()
 
     def __len__(self) -> int:
         """Number of steps."""
         return int(self.length.sum())
 
-    @property
-    def record_files(self) -> list[str]:
+    @functools.cached_property
+    def record_files(self) -> Sequence[str]:
         """Files of the split's records, in order."""
-        return [os.fspath(path) for path in self._builder.info.splits[self.split].filepaths]
+        return ShardPaths(self._builder.info.splits[self.split])
+
+    @property
+    def groups(self) -> list[Group]:
+        """Groups of consecutive episodes, which `episode_table.read_group` reads one by one."""
+        return self._table.groups
+
+    @property
+    def shards(self) -> ShardSizes | None:
+        """What the files of records held when the episode table was made, where it tells."""
+        return self._table.shards
+
+    def columns(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Yields columns of the episode table, group by group."""
+        return self._table.read(names)
 
     def read_jpegs(self, records: Sequence[int]) -> list[bytes]:
         """The JPEG bytes of some steps' images; may be called from several threads."""
@@ -97,45 +119,108 @@ class EpisodeSource:
         """The JPEG bytes of several cameras for every step; may be called from several threads."""
         return [_images(self._records[record], cameras) for record in records]
 
-    def _read_tables(self) -> None:
-        table = schema.read_episode_table(self.directory, self.split)
-        self.length = table["num_steps"].to_numpy()
-        self.start = np.concatenate([[0], np.cumsum(self.length)[:-1]]).astype(np.int64)
-        self.control_rate = table["control_rate"].to_numpy()
-        self.episode_id: list[str] = table["episode_id"].to_pylist()
-        self.instruction: list[str] = table["language_instruction"].to_pylist()
-        self.other_instructions: list[list[str]] = [each or [] for each in table["other_instructions"].to_pylist()]
-        self.motion = _flatten(table["motion"])
-        self.action = _flatten_vectors(table["action"])
-        self.state = _flatten_vectors(table["state"])
-        self.latent_motion = _flatten_vectors(table["latent_motion"])
-        self.latent_codes = _flatten_vectors(table["latent_codes"], np.int32)
-        labelled = self.latent_motion is not None
-        self.latent_valid = _flatten(table["latent_valid"], np.bool_) if labelled else None
-        records = self._builder.info.splits[self.split].num_examples
-        if records != len(self):
+    @functools.cached_property
+    def episode_id(self) -> Sequence[str]:
+        return Values(self._read_together(["episode_id"])["episode_id"])
+
+    @functools.cached_property
+    def instruction(self) -> Sequence[str]:
+        return Values(self._read_together(["language_instruction"])["language_instruction"])
+
+    @functools.cached_property
+    def other_instructions(self) -> Sequence[list[str]]:
+        return Values(self._read_together(["other_instructions"])["other_instructions"], missing=())
+
+    @functools.cached_property
+    def motion(self) -> np.ndarray:
+        return self._read_numbers("motion", np.float32)
+
+    @functools.cached_property
+    def action(self) -> np.ndarray | None:
+        return self._read_numbers("action", np.float32)
+
+    @functools.cached_property
+    def state(self) -> np.ndarray | None:
+        return self._read_numbers("state", np.float32)
+
+    @functools.cached_property
+    def latent_motion(self) -> np.ndarray | None:
+        return self._read_numbers("latent_motion", np.float32)
+
+    @functools.cached_property
+    def latent_valid(self) -> np.ndarray | None:
+        return self._read_numbers("latent_valid", np.bool_)
+
+    @functools.cached_property
+    def latent_codes(self) -> np.ndarray | None:
+        return self._read_numbers("latent_codes", np.int32)
+
+    def _read_together(self, names: Sequence[str]) -> pa.Table:
+        return pa.concat_tables(self._table.read(names))
+
+    def _read_numbers(self, name: str, dtype: type) -> Any:
+        """A column of a number or a vector a step, `[S]` or `[S, size]`; None where an episode has none."""
+        parts: list[np.ndarray] = []
+        for table in self._table.read([name]):
+            if table[name].null_count:
+                return None
+            parts.append(flatten_steps(table[name]).astype(dtype, copy=False))
+        try:
+            return np.concatenate(parts)
+        except ValueError as error:
+            raise DatasetError(f"{self.directory} ({self.split}): {name} has no single size: {error}") from error
+
+    def _check_shards(self) -> None:
+        """Raises DatasetError unless the episode table was made for the records that the dataset has."""
+        info, known = self._builder.info.splits[self.split], self.shards
+        lengths, remedy = np.asarray(info.shard_lengths, np.int64), "the dataset is damaged, convert it again."
+        if known is not None and not np.array_equal(known.records, lengths):
+            if len(known.records) != len(lengths):
+                what = f"{len(known.records)} files of records, and there are {len(lengths)}"
+            else:
+                number = int(np.flatnonzero(known.records != lengths)[0])
+                path = self.record_files[number]
+                what = f"{known.records[number]} records in {path}, where dataset_info.json says {lengths[number]}"
+            raise DatasetError(f"{self.directory}: the episode table of {self.split!r} was made for {what}; {remedy}")
+        if info.num_examples != len(self):
             raise DatasetError(
-                f"{self.directory}: the episode tables of split {self.split!r} list {len(self)} steps but "
-                f"there are {records} records; the dataset is damaged, convert it again."
+                f"{self.directory}: the episode table of split {self.split!r} lists {len(self)} steps but "
+                f"there are {info.num_examples} records; {remedy}"
             )
 
     @functools.cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:
         return tfds.builder_from_directory(self.directory)
 
+    def check_files(self) -> list[str]:
+        """What is wrong with the files of records by their names and sizes: missing, of another size, or not known."""
+        here, sizes = names_in(self.directory), {}
+        if self.shards is not None:
+            sizes = dict(zip(self.record_files, self.shards.num_bytes.tolist(), strict=True))
+        problems, expected = [], set()
+        for path in self.record_files:
+            expected.add(name := os.path.basename(path))
+            if name not in here:
+                problems.append(f"{path} is missing")
+            elif path in sizes and (size := epath.Path(path).stat().length) != sizes[path]:
+                problems.append(f"{path} has {size} bytes where the episode table was made for {sizes[path]}")
+        mine = f"-{self.split}.array_record-"
+        others = sorted(name for name in here - expected if mine in name and not name.startswith("."))
+        return problems + [f"{self.directory / name} is not one of the files of dataset_info.json" for name in others]
+
     @functools.cached_property
     def _records(self) -> RecordFiles:
-        files = self.record_files
-        here = {path.name for path in self.directory.iterdir()}
-        missing = [path for path in files if os.path.basename(path) not in here]
+        here = names_in(self.directory)
+        missing = [path for path in self.record_files if os.path.basename(path) not in here]
         if missing:
             others = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise DatasetError(f"{missing[0]}{others} is missing; the dataset is damaged, convert it again.")
-        return RecordFiles(files, self._builder.info.splits[self.split].shard_lengths)
+        lengths = self._builder.info.splits[self.split].shard_lengths
+        return RecordFiles(self.record_files, lengths, None if self.shards is None else self.shards.num_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to worker processes, each of which opens its own.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_records")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_records", "record_files")}
 
 
 def load_normalizer(directory: epath.PathLike, field: str, kind: str, split: str = "train") -> Normalizer:
@@ -174,17 +259,15 @@ def _first_camera(directory: epath.Path, info: tfds.core.DatasetInfo) -> str:
     return cameras[0]
 
 
-def _flatten(column: pa.ChunkedArray, dtype: type = np.float32) -> np.ndarray:
-    """A column that holds a list of numbers an episode, as one array `[S]`."""
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
-
-
-def _flatten_vectors(column: pa.ChunkedArray, dtype: type = np.float32) -> np.ndarray | None:
-    """A column that holds a list of vectors an episode, as one array `[S, size]`; None when an episode has none."""
-    if column.null_count:
-        return None
-    steps = column.combine_chunks().flatten()
-    return steps.flatten().to_numpy(zero_copy_only=False).astype(dtype).reshape(len(steps), -1)
+def flatten_steps(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of a list of numbers or of vectors an episode, as one array `[S]` or `[S, size]`."""
+    blocks = []
+    for chunk in column.chunks:
+        steps = chunk.flatten()
+        is_vector = pa.types.is_list(steps.type)
+        numbers = (steps.flatten() if is_vector else steps).to_numpy(zero_copy_only=False)
+        blocks.append(numbers.reshape(len(steps), -1) if is_vector and len(steps) else numbers)
+    return np.concatenate([block for block in blocks if len(block)] or blocks)
 
 
 def _values(directory: epath.PathLike, field: str, split: str) -> np.ndarray:

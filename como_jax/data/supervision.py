@@ -62,7 +62,7 @@ class SourceSupervision:
         if not self._measures:
             return
         long_enough = np.flatnonzero(source.length > gap)
-        order = sorted(long_enough, key=lambda row: hashlib.blake2b(source.episode_id[row].encode()).digest())
+        order = sorted(long_enough, key=lambda row: hashlib.blake2b(source.episode_id[int(row)].encode()).digest())
         self.episodes[order[: max(1, round(fraction * len(order)))]] = True
         first = np.concatenate(
             [source.start[row] + np.arange(source.length[row] - gap[row]) for row in np.flatnonzero(self.episodes)]

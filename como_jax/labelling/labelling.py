@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, gap_steps
+from como_jax.data.episode_table import read_group, read_part, table_name, write_episode_table
 from como_jax.data.identity import Identity, identify
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
 from como_jax.data.motion_data import ClipFiller
@@ -33,7 +34,7 @@ from como_jax.labelling.shards import (
     latent_statistics,
     list_shards,
     write_flat_table,
-    write_labelled_table,
+    write_labelled_part,
 )
 from como_jax.labelling.streaming import StepLabels, StreamLabeller, steps_back
 from como_jax.motion.models import codebook_size
@@ -174,10 +175,15 @@ class DatasetLabeller:
         readers = {split: self._reader(source) for split, source in self._sources.items()}
         for shard in pending:
             labels = self._label_shard(labeller, readers[shard.split], shard)
-            write_labelled_table(self._directory / shard.table, self.staging.dataset / shard.table, labels)
+            episodes = read_group(self._sources[shard.split].groups[shard.number])
+            write_labelled_part(episodes, self._part(shard), labels)
             notes = self._notes(shard, labels)
-            self.staging.write_notes(shard.name, [shard.table], notes)
+            self.staging.write_notes(shard.name, [self._part(shard)], notes)
             progress(shard, notes)
+
+    def _part(self, shard: LabelShard) -> epath.Path:
+        """The file of a shard's part of the labelled episode table."""
+        return self.staging.parts / f"episodes-{shard.name}.parquet"
 
     def _label_shard(self, labeller: StreamLabeller, reader: BatchReader, shard: LabelShard) -> StepLabels:
         source = self._sources[shard.split]
@@ -197,9 +203,7 @@ class DatasetLabeller:
         entry = MixtureEntry(str(self._directory), fit=self._settings.fit)
         clips = ClipConfig(self._settings.gap_seconds, offset_frames=False)
         # Frames are read by the numbers of their records, so the reader needs no clips.
-        nothing = np.empty(0, np.int64)
-        part = MixturePart(entry, source, clips, ClipIndex(nothing, nothing, nothing, nothing, 0, 0))
-        filler = ClipFiller(Mixture((part,)))
+        filler = ClipFiller(Mixture((MixturePart(entry, source, clips, ClipIndex.empty()),)))
         return BatchReader(filler, self._run.config.data.image_size, num_threads=self._threads)
 
     def _notes(self, shard: LabelShard, labels: StepLabels) -> dict[str, Any]:
@@ -212,11 +216,13 @@ class DatasetLabeller:
         return {"steps": shard.num_records, "labelled": int(labels.valid.sum()), "unreadable": unreadable}
 
     def _finish(self, plan: dict[str, Any], summarize: Summarize) -> dict[str, Any]:
-        """Completes the labelled tables to a dataset, and returns the report."""
+        """Completes the labelled parts to a dataset, and returns the report."""
         target = self.staging.dataset
-        for source in self._sources.values():
+        for split, source in self._sources.items():
             for path in source.record_files:
                 _link(epath.Path(path), target / epath.Path(path).name)
+            parts = (read_part(self._part(shard)) for shard in self.shards if shard.split == split)
+            write_episode_table(target / table_name(split), parts, source.shards)
         for name in _COPIED:
             if (self._directory / name).exists():
                 (target / name).write_bytes((self._directory / name).read_bytes())

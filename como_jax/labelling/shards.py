@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from como_jax.data import schema
-from como_jax.data.parquet import read_parquet
+from como_jax.data.episode_table import EpisodeTable, has_split, write_part
+from como_jax.data.sources import flatten_steps
 from como_jax.errors import DatasetError
 from como_jax.evaluation.latents.statistics import LatentSums
 from como_jax.files import write_atomic
@@ -21,17 +22,18 @@ from como_jax.labelling.streaming import StepLabels
 
 @dataclasses.dataclass(frozen=True)
 class LabelShard:
-    """One episode table of a dataset, and the records that it describes.
+    """Consecutive episodes of a dataset, a group of its episode table, that are labelled together.
 
     Attributes:
       split: "train" or "val".
-      table: name of its file.
+      number, count: of the group in the split, from 0, and of all groups.
       first_episode, num_episodes: rows of the split.
       first_record, num_records: steps of the split.
     """
 
     split: str
-    table: str
+    number: int
+    count: int
     first_episode: int
     num_episodes: int
     first_record: int
@@ -40,7 +42,7 @@ class LabelShard:
     @property
     def name(self) -> str:
         """Unique within the dataset."""
-        return epath.Path(self.table).stem.removeprefix("episodes-")
+        return f"{self.split}-{self.number:05d}-of-{self.count:05d}"
 
 
 def list_shards(directory: epath.Path) -> list[LabelShard]:
@@ -51,20 +53,21 @@ def list_shards(directory: epath.Path) -> list[LabelShard]:
     """
     shards = []
     for split in schema.SPLITS:
+        if not has_split(directory, split):
+            continue
         episode = record = 0
-        for path in sorted(directory.glob(f"episodes-{split}-*.parquet")):
-            lengths = read_parquet(path, ["num_steps"])["num_steps"].to_numpy()
-            steps = int(lengths.sum())
-            shards.append(LabelShard(split, path.name, episode, len(lengths), record, steps))
-            episode, record = episode + len(lengths), record + steps
+        lengths = [table["num_steps"].to_numpy() for table in EpisodeTable(directory, split).read(["num_steps"])]
+        for number, group in enumerate(lengths):
+            steps = int(group.sum())
+            shards.append(LabelShard(split, number, len(lengths), episode, len(group), record, steps))
+            episode, record = episode + len(group), record + steps
     if not shards:
         raise DatasetError(f"{directory} holds no dataset: it has no episode tables.")
     return shards
 
 
-def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLabels) -> None:
-    """Copies an episode table, with these labels of all its steps in place of any that it has."""
-    table = schema.read_table_of_shard(source)
+def write_labelled_part(table: pa.Table, target: epath.Path, labels: StepLabels) -> None:
+    """Writes a part of an episode table, with these labels of all its steps in place of any that it has."""
     lengths = table["num_steps"].to_numpy()
     columns = {
         "latent_motion": labels.latent.reshape(len(labels.latent), -1),
@@ -75,15 +78,12 @@ def write_labelled_table(source: epath.Path, target: epath.Path, labels: StepLab
         position, field = schema.EPISODE_TABLE_SCHEMA.get_field_index(name), schema.EPISODE_TABLE_SCHEMA.field(name)
         column = pa.nulls(len(lengths), field.type) if values is None else _by_episode(values, lengths)
         table = table.set_column(position, field, column)
-    write_atomic(target, lambda file: pq.write_table(table, file))
+    write_part(target, table)
 
 
-def read_labels(directory: epath.Path, shard: LabelShard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _labels(table: pa.Table, shard: LabelShard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Valid latents float32 `[N, D]` of a labelled shard, and their records and episodes within the split."""
-    table = read_parquet(directory / shard.table, ["num_steps", "latent_motion", "latent_valid"])
-    valid = table["latent_valid"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    steps = table["latent_motion"].combine_chunks().flatten()
-    latent = steps.flatten().to_numpy(zero_copy_only=False).reshape(len(steps), -1)
+    valid, latent = flatten_steps(table["latent_valid"]), flatten_steps(table["latent_motion"])
     episode = np.repeat(np.arange(shard.num_episodes), table["num_steps"].to_numpy())
     return latent[valid], shard.first_record + np.flatnonzero(valid), shard.first_episode + episode[valid]
 
@@ -91,8 +91,8 @@ def read_labels(directory: epath.Path, shard: LabelShard) -> tuple[np.ndarray, n
 def label_sums(directory: epath.Path, shards: list[LabelShard]) -> LatentSums | None:
     """Sums of all valid latents of labelled shards; None where there are none."""
     parts = []
-    for shard in shards:
-        latents, records, episodes = read_labels(directory, shard)
+    for shard, table in _tables(directory, shards, ["num_steps", "latent_motion", "latent_valid"]):
+        latents, records, episodes = _labels(table, shard)
         # Both splits count records and episodes from 0.
         offset = schema.SPLITS.index(shard.split) * 2**40
         if len(latents):
@@ -134,8 +134,7 @@ def write_flat_table(directory: epath.Path, shards: list[LabelShard], target: ep
 
 
 def _flat_tables(directory: epath.Path, shards: list[LabelShard]) -> Iterator[pa.Table]:
-    for shard in shards:
-        table = schema.read_table_of_shard(directory / shard.table)
+    for shard, table in _tables(directory, shards):
         lengths = table["num_steps"].to_numpy()
         columns = {
             "split": pa.array([shard.split] * int(lengths.sum())),
@@ -147,6 +146,17 @@ def _flat_tables(directory: epath.Path, shards: list[LabelShard]) -> Iterator[pa
         if not table["latent_codes"].null_count:
             columns["latent_codes"] = table["latent_codes"].combine_chunks().flatten()
         yield pa.table(columns)
+
+
+def _tables(
+    directory: epath.Path, shards: list[LabelShard], columns: Sequence[str] | None = None
+) -> Iterator[tuple[LabelShard, pa.Table]]:
+    """Shards of a labelled dataset with their episodes, in the order of their records."""
+    for split in schema.SPLITS:
+        chosen = {shard.number: shard for shard in shards if shard.split == split}
+        for number, table in enumerate(EpisodeTable(directory, split).read(columns) if chosen else ()):
+            if number in chosen:
+                yield chosen[number], table
 
 
 def _by_episode(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:

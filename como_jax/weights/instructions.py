@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 
 from como_jax.data import schema
+from como_jax.data.episode_table import has_split, read_episode_table
 from como_jax.data.instructions import EMBEDDINGS_NAME, write_embeddings
 from como_jax.errors import ConfigError, DatasetError
 from como_jax.nn.text_towers import make_text_tower
@@ -79,8 +80,8 @@ def read_instructions(dataset: epath.PathLike) -> list[str]:
     episodes: list[str] = []
     others: set[str] = set()
     for split in schema.SPLITS:
-        if any(epath.Path(dataset).glob(f"episodes-{split}-*.parquet")):
-            table = schema.read_episode_table(dataset, split)
+        if has_split(dataset, split):
+            table = read_episode_table(dataset, split, ["language_instruction", "other_instructions"])
             episodes += table["language_instruction"].to_pylist()
             others.update(text for texts in table["other_instructions"].to_pylist() for text in texts or ())
     if not episodes:

@@ -19,7 +19,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from como_jax.data import schema
+from como_jax.data.episode_table import read_episode_table
 
 COLOURS = ((200, 30, 40), (30, 180, 60), (20, 40, 220), (120, 60, 30))
 
@@ -213,7 +213,7 @@ def check_dataset(read_json: Callable) -> Callable[[Path], dict[str, Any]]:
         builder = tfds.builder_from_directory(directory)
         tables = {}
         for split in builder.info.splits:
-            rows = schema.read_episode_table(directory, split).to_pylist()
+            rows = read_episode_table(directory, split).to_pylist()
             _check_records(builder.as_data_source(split), rows)
             assert report["episodes"][split] == len(rows)
             assert report["steps"][split] == sum(row["num_steps"] for row in rows)

@@ -29,7 +29,6 @@ class FakeBuilder(base.EpisodeBuilder):
     """Two episodes a source, unless the source is to behave otherwise."""
 
     settings_class = FakeSettings
-    max_sources_per_shard = 4
 
     @property
     def layout(self) -> base.StepLayout:

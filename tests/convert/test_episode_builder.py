@@ -10,6 +10,7 @@ from fake_builder import FakeBuilder, FakeSettings
 from como_jax.convert import builder as base
 from como_jax.convert.sources import Source, assign_splits, group_sources, make_shards
 from como_jax.convert.video_folder.builder import VideoFolder, VideoFolderSettings
+from como_jax.data.episode_table import EpisodeTable
 from como_jax.errors import OutputError
 from como_jax.ownership import MARK
 
@@ -23,7 +24,7 @@ def test_records_tables_and_shards_agree(tmp_path, check_dataset):
     tables = check_dataset(tmp_path / "out")
     assert len(tables["train"]) == 18
     assert len(tables["val"]) == 2
-    assert len(list((tmp_path / "out").glob("episodes-train-*.parquet"))) == 3
+    assert len(EpisodeTable(tmp_path / "out", "train").groups) == 3
     np.testing.assert_allclose(tables["train"][0]["motion"], [0, 0.1, 0.1, 0.1, 0.1], atol=0.003)
 
 
@@ -193,11 +194,13 @@ def test_shards_are_limited_in_sources_and_bytes():
 def test_few_sources_make_several_shards_and_many_make_full_ones():
     def shards(count: int, num_bytes: int = 0) -> list[int]:
         sources = [Source(f"{index}", "train", num_bytes=num_bytes) for index in range(count)]
-        return [len(shard.sources) for shard in make_shards(sources, ("train", "val"), 256, 2**30)]
+        return [len(shard.sources) for shard in make_shards(sources, ("train", "val"), 2**30)]
 
     assert shards(30) == [4] * 7 + [2]
     assert shards(30, num_bytes=2**26) == [1] * 30
-    assert len(shards(100_000)) == 511
+    assert len(shards(200_000)) == 512
+    # A terabyte in files of 16 MB: 1 GiB a shard.
+    assert set(shards(2**16, num_bytes=2**24)) == {64}
     assert shards(0) == []
 
 

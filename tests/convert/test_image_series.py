@@ -13,7 +13,7 @@ from etils import epath
 
 from como_jax.convert.folder import list_files
 from como_jax.convert.video_folder.builder import UNEVEN_NUMBERS, VideoFolder, VideoFolderSettings, find_series
-from como_jax.data.schema import read_episode_table
+from como_jax.data.episode_table import read_episode_table
 from como_jax.errors import ConversionError
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from como_jax.convert.instructions import Instructions, read_instructions
 from como_jax.convert.report import summarize
 from como_jax.convert.video_folder.builder import VideoFolder, VideoFolderSettings
-from como_jax.data.schema import read_episode_table
+from como_jax.data.episode_table import read_episode_table
 
 SSV2 = [
     {"id": "78687", "label": "holding a potato", "template": "Holding [something]", "placeholders": ["a potato"]},

@@ -13,7 +13,7 @@ from lerobot_files import write_json_lines, write_v2, write_v3
 from como_jax.convert.lerobot.builder import NO_TASK, LeRobot, LeRobotSettings
 from como_jax.convert.lerobot.language import CHANGES
 from como_jax.convert.report import summarize
-from como_jax.data.schema import read_episode_table
+from como_jax.data.episode_table import read_episode_table
 from como_jax.errors import ConversionError
 
 

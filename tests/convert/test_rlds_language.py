@@ -18,7 +18,7 @@ from como_jax.convert.rlds.builder import Rlds, RldsSettings
 from como_jax.convert.rlds.episodes import EpisodeReader
 from como_jax.convert.rlds.language import CHANGES
 from como_jax.convert.selection import Selection
-from como_jax.data.schema import read_episode_table
+from como_jax.data.episode_table import read_episode_table
 from como_jax.errors import ConversionError
 
 F = tfds.features

@@ -1,12 +1,11 @@
 """Statistics from episode tables, in pieces."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
 from como_jax.convert import statistics
-from como_jax.data import schema
+from como_jax.data.episode_table import EpisodeTable, read_part, write_episode_table, write_episodes
 
 
 @pytest.fixture
@@ -28,17 +27,19 @@ def tables(tmp_path):
             for index, length in enumerate(lengths)
         ]
         paths.append(epath.Path(tmp_path) / f"{shard}.parquet")
-        schema.write_episode_table(paths[-1], rows)
-    return paths
+        write_episodes(paths[-1], rows)
+    write_episode_table(tmp_path / "episodes-train.parquet", map(read_part, paths), None)
+    return EpisodeTable(tmp_path, "train")
 
 
-def values(tables, column):
-    return [row for path in tables for row in pq.read_table(str(path))[column].to_pylist()]
+def values(table, column):
+    return [row for group in table.read([column]) for row in group[column].to_pylist()]
 
 
 @pytest.mark.parametrize("max_values", [1, 20, 1000])
 def test_dimensions_are_described_one_by_one_or_together(tables, monkeypatch, max_values):
     monkeypatch.setattr(statistics, "_MAX_VALUES", max_values)
+    assert len(tables.groups) == 2
     found = statistics.dataset_statistics({"train": tables})
     actions = np.concatenate(values(tables, "action"))
     assert found["action"]["count"] == 9

@@ -19,6 +19,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from como_jax.data import schema
+from como_jax.data.episode_table import table_name, write_episodes
 from como_jax.data.instructions import (
     EMBEDDINGS_NAME,
     read_embeddings,
@@ -247,8 +248,7 @@ def make_dataset(directory: Path, **instructions: list[str]) -> Path:
             schema.Episode(f"{split}{number}", "source", 5.0, [], np.zeros(0, np.float32), text)
             for number, text in enumerate(texts)
         ]
-        path = directory / schema.episode_table_name(split, 0, 1)
-        schema.write_episode_table(path, [schema.episode_row(episode) for episode in episodes])
+        write_episodes(directory / table_name(split), [schema.episode_row(episode) for episode in episodes])
     return directory
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
-from etils import epath
 from ml_collections import ConfigDict
 
 from como_jax.convert.report import rare_motion
 from como_jax.convert.statistics import dataset_statistics
+from como_jax.data.episode_table import EpisodeTable
 from como_jax.data.instructions import write_embeddings
 from como_jax.data.pipeline import evaluation_batches, training_batches
 from como_jax.data.policy_data import PolicyData, make_spec, open_policy_data
@@ -68,8 +68,7 @@ def rarely(tmp_path: Path) -> Path:
 
     directory = make_robot(tmp_path / "rarely", lengths=(150, 5))
     change_tables(directory, turn)
-    tables = [epath.Path(path) for path in directory.glob("episodes-train-*")]
-    write_json(directory / "statistics.json", dataset_statistics({"train": tables}))
+    write_json(directory / "statistics.json", dataset_statistics({"train": EpisodeTable(directory, "train")}))
     return directory
 
 
@@ -198,8 +197,7 @@ def test_videos_without_a_single_label_are_refused_and_held_out_ones_left_out(
 def test_held_out_episodes_are_those_of_datasets_that_have_some(arm: Path, clips: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     shutil.copytree(arm, whole)
-    for path in whole.glob("episodes-val-*"):
-        path.unlink()
+    (whole / "episodes-val.parquet").unlink()
     data = open_data(arm, whole, clips, split="val")
     assert names(data) == ["arm", "clips"] and {part.source.split for part in data.parts} == {"val"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from como_jax.data import parquet, records, schema
+from como_jax.data import parquet, records
 from como_jax.data.records import RecordFiles
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError
@@ -90,25 +90,15 @@ def test_a_missing_file_is_named_at_the_first_read(tabletop_dataset: Path, tmp_p
         EpisodeSource(copy, "val").read_jpegs([0])
 
 
-def test_tables_of_earlier_versions_lack_columns_that_may_be_empty(tabletop_dataset: Path, tmp_path: Path) -> None:
-    [path, *_] = sorted(tabletop_dataset.glob("episodes-train-*.parquet"))
-    table = schema.read_table_of_shard(path)
-    parquet.pq.write_table(table.drop_columns(["latent_codes", "latent_valid"]), tmp_path / "old.parquet")
-    assert schema.read_table_of_shard(tmp_path / "old.parquet").equals(table)
-    parquet.pq.write_table(table.drop_columns(["motion"]), tmp_path / "damaged.parquet")
-    with pytest.raises(DatasetError, match=r"damaged.parquet cannot be read; convert the dataset again: .*motion"):
-        schema.read_table_of_shard(tmp_path / "damaged.parquet")
-
-
 def test_tables_are_read_without_threads_that_outlive_it(tabletop_dataset: Path, monkeypatch) -> None:
     """A thread of Arrow that still holds the file when Python ends aborts the process."""
     names: list[bool] = []
-    read = parquet.pq.ParquetFile.read
+    read = parquet.pq.ParquetFile.read_row_group
 
     def spy(self, *args: object, **kwargs: bool) -> object:
         names.append(kwargs["use_threads"])
         return read(self, *args, **kwargs)
 
-    monkeypatch.setattr(parquet.pq.ParquetFile, "read", spy)
-    EpisodeSource(tabletop_dataset, "train")
+    monkeypatch.setattr(parquet.pq.ParquetFile, "read_row_group", spy)
+    assert len(EpisodeSource(tabletop_dataset, "train").motion)
     assert names and not any(names)

@@ -59,8 +59,7 @@ def test_what_a_conversion_reports_is_passed_on(tabletop_dataset, tmp_path, diag
     report["warnings"] = [{"message": "beware", "count": 3, "examples": []}]
     (directory / "conversion_report.json").write_text(json.dumps(report))
     (directory / "statistics.json").unlink()
-    for path in directory.glob("episodes-val-*"):
-        path.unlink()
+    (directory / "episodes-val.parquet").unlink()
     found = by_name(diagnose(directory))
     assert "a.mp4 (it is damaged)" in found["left-out"].message
     assert "beware (3 times)" in found["conversion-warning"].message
@@ -80,7 +79,7 @@ def test_statistics_of_other_data_are_an_error(tabletop_dataset, tmp_path, diagn
 def test_damaged_records_and_splits_are_errors(tabletop_dataset, tmp_path, diagnose, monkeypatch):
     directory = tmp_path / "tabletop"
     shutil.copytree(tabletop_dataset, directory)
-    next(directory.glob("episodes-val-*")).write_bytes(b"broken")
+    (directory / "episodes-val.parquet").write_bytes(b"broken")
     read = EpisodeSource.read_jpegs
     monkeypatch.setattr(
         EpisodeSource, "read_jpegs", lambda self, steps: [b""] * 6 if steps[0] == 0 else read(self, steps)

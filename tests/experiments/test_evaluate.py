@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from como_jax.convert.catalog import BUILDERS, make_settings
-from como_jax.data import schema
+from como_jax.data.episode_table import write_episodes
 from como_jax.errors import ConfigError, DatasetError, OutputError, RunError
 from como_jax.evaluation.latents.probes import ProbeError
 from como_jax.ownership import MARK
@@ -44,11 +44,11 @@ def without_actions(dataset: Path, directory: Path, *splits: str) -> Path:
     """A copy of a dataset, with the given splits alone, whose actions are forgotten."""
     shutil.copytree(dataset, directory)
     for path in directory.glob("episodes-*.parquet"):
-        if not any(f"-{split}-" in path.name for split in splits):
+        if path.stem.removeprefix("episodes-") not in splits:
             path.unlink()
             continue
         rows = pq.read_table(path).to_pylist()
-        schema.write_episode_table(path, [{**row, "action": None} for row in rows])
+        write_episodes(path, [{**row, "action": None} for row in rows])
     return directory
 
 
@@ -158,7 +158,7 @@ def test_labelled_datasets_are_compared_by_instruction_or_class(run: Path, label
     page = (out / "report.html").read_text()
     assert "Transfer between domains" in page and "Labels of robot, hand" in page and "another model" not in page
 
-    rows = pq.read_table(next(labelled[0].glob("episodes-train-*.parquet")))
+    rows = pq.read_table(labelled[0] / "episodes-train.parquet")
     instructions = sorted(set(rows["language_instruction"].to_pylist()))
     classes = tmp_path / "classes.json"
     classes.write_text(json.dumps(dict.fromkeys(instructions[:2], "one of two")))

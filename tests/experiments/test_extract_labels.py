@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 
 from como_jax.data.clips import ClipConfig
 from como_jax.data.mixture import Mixture, MixtureEntry
@@ -27,6 +28,7 @@ from como_jax.data.motion_data import ClipFiller
 from como_jax.data.reader import BatchReader
 from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import ConfigError, DatasetError, OutputError, RunError
+from como_jax.labelling.shards import list_shards
 from como_jax.labelling.streaming import single_frames
 from como_jax.training import sharding
 from como_jax.training.run import load_run
@@ -256,7 +258,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
     finish(start(*flags, f"--out={tmp_path / 'whole'}"))
     duration, draw = time.monotonic() - begin, random.Random(0)
     out, staging = tmp_path / "out", tmp_path / "out.partial"
-    num_shards = len(list(tabletop_dataset.glob("episodes-*")))
+    num_shards = len(list_shards(epath.Path(tabletop_dataset)))
     kept: dict[str, tuple[int, int]] = {}
     for soon_after_a_shard in (True, False):
         process = start(*flags, f"--out={out}")

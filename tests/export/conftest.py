@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from como_jax.data import schema
+from como_jax.data.episode_table import read_episode_table, write_episodes
 
 GAP = 3
 LABELS = {"run": "runs/como", "step": 1000, "gap_seconds": 0.3}
@@ -22,7 +23,7 @@ def change_tables(directory: Path, change: Callable[[Row], Row]) -> None:
     """Writes the episode tables of a dataset anew, with every row changed."""
     for path in directory.glob("episodes-*.parquet"):
         rows = pq.read_table(path, schema=schema.EPISODE_TABLE_SCHEMA).to_pylist()
-        schema.write_episode_table(path, [change(row) for row in rows])
+        write_episodes(path, [change(row) for row in rows])
 
 
 @pytest.fixture(scope="session")
@@ -66,5 +67,5 @@ def labelled(tabletop_dataset: Path, with_changed_rows: Callable[..., Path]) -> 
 def rows_of() -> Callable[[Path], list[Row]]:
     """The rows of the episode tables, those of `train` first."""
     return lambda directory: [
-        row for split in ("train", "val") for row in schema.read_episode_table(directory, split).to_pylist()
+        row for split in ("train", "val") for row in read_episode_table(directory, split).to_pylist()
     ]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.labelling.labelling import DatasetLabeller, LabelSettings
+from como_jax.labelling.shards import list_shards
 from como_jax.training import sharding
 from como_jax.training.run import Run, load_run
 
@@ -21,7 +23,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten demonstrations in three shards of `train` and one of `val`."""
     directory = tmp_path_factory.mktemp("datasets") / "few"
     BUILDERS["tabletop"](directory, make_settings("tabletop", {"episodes": 10}), None).convert()
-    assert len(list(directory.glob("episodes-*.parquet"))) == 4
+    assert len(list_shards(epath.Path(directory))) == 4
     return directory
 
 

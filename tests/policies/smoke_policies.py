@@ -62,7 +62,7 @@ def copy_dataset(dataset: Path, directory: Path, *, size: int | None = None, spl
     """A dataset under another name: actions and states cut down to `size` numbers, and only some splits."""
     shutil.copytree(dataset, directory)
     for path in directory.glob("episodes-*.parquet"):
-        if splits and path.name.split("-")[1] not in splits:
+        if splits and path.stem.removeprefix("episodes-") not in splits:
             path.unlink()
         elif size:
             _cut_vectors(path, size)

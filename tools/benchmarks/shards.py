@@ -5,12 +5,14 @@
 
 A dataset of one shard of the embedded environment is made, and others of the same shard many times, by hard links. Each
 is opened as pretraining, labelling and evaluation open it, without their models, in a process of its own. The start-up
-ends with the first batch; then the other samples are read, in pretraining at random. Memory is what was added after the
-imports, open files are counted at the end. With the defaults this takes some minutes on two cores.
+ends with the first batch, and its seconds are those of the CPU; then the other samples are read, in pretraining at
+random. The identity of the data, which a run and a labelling keep, is measured by itself, since it reads all numbers of
+the dataset. Memory is what was added after the imports, open files are counted at the end.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -31,11 +33,19 @@ from etils import epath
 from como_jax import cli
 from como_jax.convert.catalog import BUILDERS, make_settings
 from como_jax.data.clips import ClipConfig
+from como_jax.data.episode_table import (
+    EpisodeTable,
+    ShardSizes,
+    read_group,
+    share_groups,
+    table_name,
+    write_episode_table,
+)
+from como_jax.data.identity import identify
 from como_jax.data.mixture import Mixture, MixtureEntry
 from como_jax.data.motion_data import ClipFiller
 from como_jax.data.pipeline import evaluation_batches
 from como_jax.data.reader import BatchReader
-from como_jax.data.schema import episode_table_name
 from como_jax.errors import ConfigError
 from como_jax.labelling.shards import list_shards
 from tools.benchmarks.machine import describe_machine
@@ -43,15 +53,16 @@ from tools.benchmarks.machine import describe_machine
 _SHARDS = flags.DEFINE_list("shards", ["1", "10", "1000", "10000"], "Numbers of shards.")
 _SAMPLES = flags.DEFINE_integer("samples", 1024, "Samples that are read, in batches of 32.", lower_bound=32)
 
-USES = ("pretraining", "labelling", "evaluation")
+USES = ("pretraining", "labelling", "evaluation", "identity")
 _BATCH = 32
 # File systems limit the links to one file.
 _LINKS = 10_000
 
 
 class Measurement(NamedTuple):
-    """What reading a dataset took."""
+    """What reading a dataset took: seconds of the CPU and of the clock, open files, and memory at the end."""
 
+    cpu_seconds: float
     seconds: float
     open_files: int
     megabytes: float
@@ -63,21 +74,22 @@ def multiply(source: Path, target: Path, count: int) -> None:
     info = json.loads((source / "dataset_info.json").read_text())
     [split] = [split for split in info["splits"] if split["name"] == "train"]
     records = Path(tfds.builder_from_directory(source).info.splits["train"].filepaths[0])
-    table = source / episode_table_name("train", 0, len(split["shardLengths"]))
     info["splits"] = [split | {"shardLengths": split["shardLengths"][:1] * count}]
     (target / "dataset_info.json").write_text(json.dumps(info))
     for name in ("features.json", "metadata.json", "statistics.json"):
         if (source / name).exists():
             shutil.copy(source / name, target)
     names = [Path(path).name for path in tfds.builder_from_directory(target).info.splits["train"].filepaths]
-    tables = [episode_table_name("train", number, count) for number in range(count)]
-    for original, copies in ((records, names), (table, tables)):
-        for number, name in enumerate(copies):
-            if number % _LINKS == 0:
-                shutil.copy(original, target / name)
-                linked = target / name
-            else:
-                os.link(linked, target / name)
+    for number, name in enumerate(names):
+        if number % _LINKS == 0:
+            shutil.copy(records, target / name)
+            linked = target / name
+        else:
+            os.link(linked, target / name)
+    episodes = read_group(EpisodeTable(source, "train").groups[0])
+    sizes = ShardSizes(*(np.repeat(values[:1], count) for values in EpisodeTable(source, "train").shards))
+    table = target / table_name("train")
+    write_episode_table(table, itertools.repeat(episodes, count), sizes, share_groups(count))
 
 
 def measure(use: str, directory: str, samples: int) -> Measurement:
@@ -96,11 +108,16 @@ def measure(use: str, directory: str, samples: int) -> Measurement:
 
 
 def _measure(use: str, directory: str, samples: int, connection: multiprocessing.connection.Connection) -> None:
-    memory, begin = _megabytes(), time.monotonic()
+    memory, begin, cpu = _megabytes(), time.monotonic(), time.process_time()
+    if use == "identity":
+        identify(directory)
+        used = time.process_time() - cpu, time.monotonic() - begin
+        connection.send(Measurement(*used, len(os.listdir("/proc/self/fd")), _megabytes() - memory))
+        return
     if use == "labelling":
         list_shards(epath.Path(directory))
     mixture = Mixture.open([MixtureEntry(directory)], "train", ClipConfig(0.2, offset_frames=False))
-    reader = BatchReader(ClipFiller(mixture), 64, num_threads=2)
+    reader = BatchReader(ClipFiller(mixture, actions=use == "evaluation"), 64, num_threads=2)
     if use == "evaluation":
         batches = (batch for batch, _ in evaluation_batches(reader, num_samples=samples, batch_size=_BATCH))
     else:
@@ -109,10 +126,10 @@ def _measure(use: str, directory: str, samples: int, connection: multiprocessing
             numbers = np.random.default_rng(0).integers(0, mixture.num_clips, samples)
         batches = (reader.read(numbers[first : first + _BATCH]) for first in range(0, samples, _BATCH))
     next(batches)
-    seconds = time.monotonic() - begin
+    used = time.process_time() - cpu, time.monotonic() - begin
     for _ in batches:
         pass
-    connection.send(Measurement(seconds, len(os.listdir("/proc/self/fd")), _megabytes() - memory))
+    connection.send(Measurement(*used, len(os.listdir("/proc/self/fd")), _megabytes() - memory))
 
 
 def _megabytes() -> float:
@@ -127,7 +144,7 @@ def main(arguments: Sequence[str]) -> None:
     if not all(number.isdigit() and int(number) for number in _SHARDS.value):
         raise ConfigError(f"`shards` {','.join(_SHARDS.value)} must be positive whole numbers.")
     print(describe_machine())
-    print("| shards | use | start-up | open files | memory |\n|---|---|---|---|---|")
+    print("| shards | use | start-up, CPU | by the clock | open files | memory |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one"
         settings = make_settings("tabletop", {"episodes": 4, "image_size": 64, "validation_fraction": 0.0})
@@ -138,7 +155,8 @@ def main(arguments: Sequence[str]) -> None:
             for use in USES:
                 found = measure(use, str(many), _SAMPLES.value)
                 print(
-                    f"| {count:,} | {use} | {found.seconds:.1f} s | {found.open_files} | {found.megabytes:.0f} MB |",
+                    f"| {count:,} | {use} | {found.cpu_seconds:.1f} s | {found.seconds:.1f} s | {found.open_files} | "
+                    f"{found.megabytes:.0f} MB |",
                     flush=True,
                 )
             shutil.rmtree(many)

@@ -15,6 +15,7 @@ from etils import epath
 
 from como_jax.convert import images
 from como_jax.convert.report import REPORT_NAME, STATISTICS_NAME
+from como_jax.data.episode_table import has_split
 from como_jax.data.schema import SPLITS
 from como_jax.data.sources import EpisodeSource
 from como_jax.doctor.findings import Finding, Problem, count_of, error, name_some, share_of, warning
@@ -22,6 +23,8 @@ from como_jax.doctor.sources.base import DatasetView, spread
 from como_jax.doctor.survey import Recording, probe_steps
 from como_jax.errors import DatasetError, one_line
 
+# So that damage in the episode table is found before episodes are gone through.
+_READ_AHEAD = ("episode_id", "instruction", "motion", "action", "state")
 _READ_ERRORS = (OSError, ValueError, RuntimeError, IndexError, pa.ArrowException)
 
 
@@ -75,13 +78,28 @@ class ConvertedView(DatasetView):
                     "Convert with `validation_fraction` above 0, so that there is something to evaluate on.",
                 )
             )
-        return found + self._check_report() + self._check_statistics()
+        return found + self._check_files() + self._check_report() + self._check_statistics()
+
+    def _check_files(self) -> list[Finding]:
+        wrong = [problem for source in self._splits for problem in source.check_files()]
+        if not wrong:
+            return []
+        return [
+            error(
+                "other-records",
+                f"{count_of(len(wrong), 'file')} of records do not fit the episode table: {name_some(wrong)}.",
+                "Files of several conversions lie together, or some were changed or lost; convert the dataset again.",
+            )
+        ]
 
     def _open(self, split: str) -> EpisodeSource | None:
-        if not any(self.directory.glob(f"episodes-{split}-*.parquet")):
+        if not has_split(self.directory, split):
             return None
         try:
-            return EpisodeSource(self.directory, split)
+            source = EpisodeSource(self.directory, split)
+            for field in _READ_AHEAD:
+                getattr(source, field)
+            return source
         except (KeyError, *_READ_ERRORS) as fault:
             self._damage.append(f"split {split!r} cannot be read: {one_line(fault).rstrip('.')}")
             return None

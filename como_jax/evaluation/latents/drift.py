@@ -287,7 +287,7 @@ def sample_transitions(
         reverse.append(np.concatenate([latents[:, 2] for latents in found]))
         # Records and episodes of different datasets must not share a number.
         offset = number * 2**40
-        records, episodes = offset + item.index.first[clips], offset + item.index.episode[clips]
+        records, episodes = (offset + numbers for numbers in item.index.look_up(clips))
         sums.append(LatentSums.of(past[-1].reshape(len(clips), -1), records, episodes))
     s_pcfc = past_future_similarity(np.concatenate(past), np.concatenate(reverse))
     return Sampled(LatentSums.combine(sums), s_pcfc)

@@ -266,9 +266,9 @@ class TransitionRunner:
 
 def without_repeats(source: EpisodeSource, index: ClipIndex) -> ClipIndex:
     """Clips of three instants of which no two share a transition: those that begin in every other gap."""
-    offset = index.first - source.start[index.episode]
-    keep = offset // index.gap[index.episode] % 2 == 0
-    return dataclasses.replace(index, first=index.first[keep], episode=index.episode[keep])
+    first, episode = index.look_up(np.arange(len(index)))
+    keep = (first - source.start[episode]) // index.gap[episode] % 2 == 0
+    return dataclasses.replace(index, kept=index.candidates[keep])
 
 
 def set_batches(

@@ -7,12 +7,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
 import tensorflow_datasets as tfds
 from etils import epath
 
 from como_jax.data import schema
+from como_jax.data.episode_table import read_episode_table
 from como_jax.data.sources import EpisodeSource
+from como_jax.data.values import Values
 from como_jax.errors import DatasetError
 
 INSTRUCTION = "language_instruction"
@@ -73,11 +74,12 @@ class LabelledDataset:
         if not self.splits:
             raise DatasetError(f"{self.directory} has neither of the splits {', '.join(schema.SPLITS)}")
         self.cameras = _cameras(info, next(iter(self.splits.values())).camera)
-        self._source_files: dict[str, list[str]] = {}
+        self._source_files: dict[str, Sequence[str]] = {}
         for split, source in self.splits.items():
-            table = schema.read_episode_table(self.directory, split)
-            _check(f"{self.directory}, split {split!r}", source, table)
-            self._source_files[split] = table["source_file"].to_pylist()
+            _check(f"{self.directory}, split {split!r}", source)
+            self._source_files[split] = Values(
+                read_episode_table(self.directory, split, ["source_file"])["source_file"]
+            )
         self.sizes = self._sizes()
 
     @property
@@ -161,15 +163,21 @@ def _view(source: EpisodeSource, camera: str) -> EpisodeSource:
     return view
 
 
-def _check(name: str, source: EpisodeSource, table: pa.Table) -> None:
+def _check(name: str, source: EpisodeSource) -> None:
     """Raises DatasetError unless every step of a split is labelled."""
-    unlabelled = table["latent_motion"].null_count
-    if unlabelled:
-        raise DatasetError(f"{name} is not labelled: {unlabelled} of {len(table)} episodes have no latent_motion")
+    fields, episodes = ("latent_motion", *_SOMETIMES_MISSING), len(source.length)
+    missing = dict.fromkeys(fields, 0)
+    for table in source.columns(fields):
+        missing = {field: count + table[field].null_count for field, count in missing.items()}
+    if missing["latent_motion"]:
+        raise DatasetError(
+            f"{name} is not labelled: {missing['latent_motion']} of {episodes} episodes have no latent_motion"
+        )
     for field in _SOMETIMES_MISSING:
-        missing = table[field].null_count
-        if missing not in (0, len(table)):
-            raise DatasetError(f"{name} is damaged: {missing} of {len(table)} episodes have no {field}, the others do")
+        if missing[field] not in (0, episodes):
+            raise DatasetError(
+                f"{name} is damaged: {missing[field]} of {episodes} episodes have no {field}, the others do"
+            )
     for field in ("latent_motion", "latent_valid", *_SOMETIMES_MISSING):
         values = getattr(source, field)
         if values is not None and len(values) != len(source):
