@@ -65,7 +65,8 @@ class EpisodeTable:
         folder = epath.Path(directory)
         path = folder / table_name(split)
         self._paths = [path] if path.exists() else _tables_of_shards(folder, split)
-        self.shards = _read_shards(path) if self._paths == [path] else None
+        self._stamps = {path: _stamp(path)} if self._paths == [path] else {}
+        self.shards = _read_shards(path) if self._stamps else None
         if not self._paths:
             raise DatasetError(
                 f"{directory} has no episode table {path.name}, so it is no dataset of this project; make one of it "
@@ -96,7 +97,20 @@ class EpisodeTable:
           DatasetError: a file is damaged, or no episode table.
         """
         for path in self._paths:
+            self._check_same(path)
             yield from (table for table in _read(path, columns) if len(table))
+
+    def read_group(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads one of `groups`, like `read`."""
+        group = self.groups[number]
+        self._check_same(group.path)
+        [table] = _read(group.path, columns, [group.number])
+        return table
+
+    def _check_same(self, path: epath.Path) -> None:
+        """Raises DatasetError if the file was replaced, since columns are read long after the dataset was opened."""
+        if self._stamps.get(path) not in (None, _stamp(path)):
+            raise DatasetError(f"{path} was replaced while it was in use; start the command again.")
 
 
 def table_name(split: str) -> str:
@@ -117,16 +131,6 @@ def read_episode_table(directory: epath.PathLike, split: str, columns: Sequence[
       DatasetError: the directory has no table for the split, or it is damaged.
     """
     return pa.concat_tables(EpisodeTable(directory, split).read(columns))
-
-
-def read_group(group: Group, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads some or all columns of a group of episodes.
-
-    Raises:
-      DatasetError: the file is damaged, or no episode table.
-    """
-    [table] = _read(group.path, columns, [group.number])
-    return table
 
 
 def read_part(path: epath.PathLike) -> pa.Table:
@@ -198,6 +202,15 @@ def _tables_of_shards(folder: epath.Path, split: str) -> list[epath.Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [folder / name for name in sorted(names, key=lambda name: (len(name), name))]
+
+
+def _stamp(path: epath.Path) -> tuple[int, float] | None:
+    """Size and time of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.length, found.mtime
 
 
 def _read_shards(path: epath.Path) -> ShardSizes | None:

@@ -102,7 +102,7 @@ def _digest_columns(sources: Iterable[EpisodeSource], *names: str) -> str | None
     digest, is_empty = hashlib.blake2b(digest_size=12), True
     for source in sources:
         columns = {name: _ColumnDigest() for name in names}
-        for table in source.columns(names):
+        for table in source.table.read(names):
             for name, column in columns.items():
                 for chunk in table[name].chunks:
                     column.add(chunk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from como_jax.data import schema
-from como_jax.data.episode_table import EpisodeTable, Group, ShardSizes
+from como_jax.data.episode_table import EpisodeTable
 from como_jax.data.records import RecordFiles
 from como_jax.data.values import ShardPaths, Values
 from como_jax.errors import DatasetError
@@ -43,6 +43,7 @@ class EpisodeSource:
       action, state: float32 `[S, size]`, or None when the dataset has none.
       latent_motion, latent_valid, latent_codes: float32 `[S, Q * L]`, bool `[S]` and int32 `[S, Q]`, see
         `schema.EPISODE_TABLE_SCHEMA`; None when the dataset is not labelled, or the labels have no codes.
+      table: the episode table, of which this reads a column when it is used.
       episode_id, instruction: one text an episode, kept as bytes until it is asked for.
       other_instructions: further texts of every episode, which mean the same.
     """
@@ -81,7 +82,7 @@ class EpisodeSource:
             raise DatasetError(
                 f"{self.directory} has no split {split!r}; it has: {', '.join(info.splits)}.{remedy if other else ''}"
             )
-        self._table = EpisodeTable(self.directory, split)
+        self.table = EpisodeTable(self.directory, split)
         numbers = self._read_together(["num_steps", "control_rate"])
         self.length = numbers["num_steps"].to_numpy()
         self.start = np.concatenate([[0], np.cumsum(self.length)[:-1]]).astype(np.int64)
@@ -96,20 +97,6 @@ class EpisodeSource:
     def record_files(self) -> Sequence[str]:
         """Files of the split's records, in order."""
         return ShardPaths(self._builder.info.splits[self.split])
-
-    @property
-    def groups(self) -> list[Group]:
-        """Groups of consecutive episodes, which `episode_table.read_group` reads one by one."""
-        return self._table.groups
-
-    @property
-    def shards(self) -> ShardSizes | None:
-        """What the files of records held when the episode table was made, where it tells."""
-        return self._table.shards
-
-    def columns(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Yields columns of the episode table, group by group."""
-        return self._table.read(names)
 
     def read_jpegs(self, records: Sequence[int]) -> list[bytes]:
         """The JPEG bytes of some steps' images; may be called from several threads."""
@@ -156,23 +143,28 @@ class EpisodeSource:
         return self._read_numbers("latent_codes", np.int32)
 
     def _read_together(self, names: Sequence[str]) -> pa.Table:
-        return pa.concat_tables(self._table.read(names))
+        return pa.concat_tables(self.table.read(names))
 
     def _read_numbers(self, name: str, dtype: type) -> Any:
         """A column of a number or a vector a step, `[S]` or `[S, size]`; None where an episode has none."""
         parts: list[np.ndarray] = []
-        for table in self._table.read([name]):
+        for table in self.table.read([name]):
             if table[name].null_count:
                 return None
             parts.append(flatten_steps(table[name]).astype(dtype, copy=False))
         try:
-            return np.concatenate(parts)
+            values = np.concatenate(parts)
         except ValueError as error:
             raise DatasetError(f"{self.directory} ({self.split}): {name} has no single size: {error}") from error
+        if len(values) != len(self):
+            raise DatasetError(
+                f"{self.directory}, split {self.split!r} is damaged: {len(values)} steps have {name}, of {len(self)}"
+            )
+        return values
 
     def _check_shards(self) -> None:
         """Raises DatasetError unless the episode table was made for the records that the dataset has."""
-        info, known = self._builder.info.splits[self.split], self.shards
+        info, known = self._builder.info.splits[self.split], self.table.shards
         lengths, remedy = np.asarray(info.shard_lengths, np.int64), "the dataset is damaged, convert it again."
         if known is not None and not np.array_equal(known.records, lengths):
             if len(known.records) != len(lengths):
@@ -195,8 +187,8 @@ class EpisodeSource:
     def check_files(self) -> list[str]:
         """What is wrong with the files of records by their names and sizes: missing, of another size, or not known."""
         here, sizes = names_in(self.directory), {}
-        if self.shards is not None:
-            sizes = dict(zip(self.record_files, self.shards.num_bytes.tolist(), strict=True))
+        if self.table.shards is not None:
+            sizes = dict(zip(self.record_files, self.table.shards.num_bytes.tolist(), strict=True))
         problems, expected = [], set()
         for path in self.record_files:
             expected.add(name := os.path.basename(path))
@@ -216,7 +208,9 @@ class EpisodeSource:
             others = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise DatasetError(f"{missing[0]}{others} is missing; the dataset is damaged, convert it again.")
         lengths = self._builder.info.splits[self.split].shard_lengths
-        return RecordFiles(self.record_files, lengths, None if self.shards is None else self.shards.num_bytes)
+        return RecordFiles(
+            self.record_files, lengths, None if self.table.shards is None else self.table.shards.num_bytes
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to worker processes, each of which opens its own.

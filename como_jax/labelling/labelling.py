@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from como_jax import hosts
 from como_jax.data.clips import ClipConfig, ClipIndex, gap_steps
-from como_jax.data.episode_table import read_group, read_part, table_name, write_episode_table
+from como_jax.data.episode_table import read_part, table_name, write_episode_table
 from como_jax.data.identity import Identity, identify
 from como_jax.data.mixture import Mixture, MixtureEntry, MixturePart
 from como_jax.data.motion_data import ClipFiller
@@ -175,7 +175,7 @@ class DatasetLabeller:
         readers = {split: self._reader(source) for split, source in self._sources.items()}
         for shard in pending:
             labels = self._label_shard(labeller, readers[shard.split], shard)
-            episodes = read_group(self._sources[shard.split].groups[shard.number])
+            episodes = self._sources[shard.split].table.read_group(shard.number)
             write_labelled_part(episodes, self._part(shard), labels)
             notes = self._notes(shard, labels)
             self.staging.write_notes(shard.name, [self._part(shard)], notes)
@@ -222,7 +222,7 @@ class DatasetLabeller:
             for path in source.record_files:
                 _link(epath.Path(path), target / epath.Path(path).name)
             parts = (read_part(self._part(shard)) for shard in self.shards if shard.split == split)
-            write_episode_table(target / table_name(split), parts, source.shards)
+            write_episode_table(target / table_name(split), parts, source.table.shards)
         for name in _COPIED:
             if (self._directory / name).exists():
                 (target / name).write_bytes((self._directory / name).read_bytes())

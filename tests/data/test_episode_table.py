@@ -20,7 +20,6 @@ from como_jax.data.episode_table import (
     EpisodeTable,
     ShardSizes,
     read_episode_table,
-    read_group,
     read_part,
     write_episode_table,
     write_episodes,
@@ -48,8 +47,7 @@ def copy(shards: Path, tmp_path: Path) -> Path:
 def split_up(directory: Path) -> None:
     """Gives a dataset a table a shard in place of the one, as earlier versions did."""
     for split in ("train", "val"):
-        groups = EpisodeTable(directory, split).groups
-        tables = [read_group(group) for group in groups]
+        tables = list(EpisodeTable(directory, split).read())
         (directory / f"episodes-{split}.parquet").unlink()
         for number, table in enumerate(tables):
             name = f"episodes-{split}-{number:05d}-of-{len(tables):05d}.parquet"
@@ -111,7 +109,7 @@ def test_datasets_of_earlier_versions_are_read(shards: Path, copy: Path, monkeyp
         old = EpisodeSource(copy, "train")
     assert "has 4 episode tables where there is one today" in caplog.text
     new = EpisodeSource(shards, "train")
-    assert [group.num_episodes for group in old.groups] == [4, 4, 4, 1] and old.shards is None
+    assert [group.num_episodes for group in old.table.groups] == [4, 4, 4, 1] and old.table.shards is None
     assert [*old.episode_id] == [*new.episode_id] and [*old.other_instructions] == [*new.other_instructions]
     np.testing.assert_array_equal(old.motion, new.motion)
     assert old.latent_motion is None and old.latent_valid is None
@@ -166,13 +164,23 @@ def test_records_of_another_conversion_are_named_when_they_are_opened(copy: Path
     with second.open("ab") as file:
         file.write(b"more")
     with pytest.raises(DatasetError, match=rf"{second.name} has \d+ bytes where the episode table was made for"):
-        source.read_jpegs([int(source.shards.records[0])])
+        source.read_jpegs([int(source.table.shards.records[0])])
     assert source.read_jpegs([0])
     problems = EpisodeSource(copy, "train").check_files()
     assert len(problems) == 1 and second.name in problems[0] and "bytes" in problems[0]
     first.rename(copy / first.name.replace("-of-00004", "-of-00005"))
     problems = EpisodeSource(copy, "train").check_files()
     assert len(problems) == 3 and "is missing" in problems[0] and "-of-00005" in problems[2]
+
+
+def test_a_table_that_was_replaced_meanwhile_is_not_mixed_with_the_old_one(copy: Path) -> None:
+    source = EpisodeSource(copy, "train")
+    assert len(source.motion)
+    rows = [{**row, "action": None} for row in read_episode_table(copy, "train").to_pylist()]
+    write_episodes(copy / "episodes-train.parquet", rows)
+    with pytest.raises(DatasetError, match="episodes-train.parquet was replaced while it was in use"):
+        _ = source.action
+    assert EpisodeSource(copy, "train").action is None
 
 
 def test_nothing_is_read_before_it_is_used(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

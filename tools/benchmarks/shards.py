@@ -36,7 +36,6 @@ from como_jax.data.clips import ClipConfig
 from como_jax.data.episode_table import (
     EpisodeTable,
     ShardSizes,
-    read_group,
     share_groups,
     table_name,
     write_episode_table,
@@ -86,10 +85,10 @@ def multiply(source: Path, target: Path, count: int) -> None:
             linked = target / name
         else:
             os.link(linked, target / name)
-    episodes = read_group(EpisodeTable(source, "train").groups[0])
-    sizes = ShardSizes(*(np.repeat(values[:1], count) for values in EpisodeTable(source, "train").shards))
-    table = target / table_name("train")
-    write_episode_table(table, itertools.repeat(episodes, count), sizes, share_groups(count))
+    table = EpisodeTable(source, "train")
+    episodes, sizes = table.read_group(0), ShardSizes(*(np.repeat(values[:1], count) for values in table.shards))
+    path = target / table_name("train")
+    write_episode_table(path, itertools.repeat(episodes, count), sizes, share_groups(count))
 
 
 def measure(use: str, directory: str, samples: int) -> Measurement:
