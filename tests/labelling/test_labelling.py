@@ -15,7 +15,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from como_jax.data import schema
+from como_jax.data import episode_table, schema
+from como_jax.data.episode_table import EpisodeTable, table_name, write_episode_table
 from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource
 from como_jax.errors import DatasetError, OutputError
@@ -69,9 +70,16 @@ def damage(directory: Path, split: str, row: int, step: int) -> None:
             for each in records:
                 writer.write(each)
             writer.close()
+            _forget_sizes(directory, split)
             return
         start += len(records)
     raise AssertionError(f"no record {record} in {directory}")
+
+
+def _forget_sizes(directory: Path, split: str) -> None:
+    """Lets an episode table know nothing of the files of records, one of which was written anew."""
+    table = EpisodeTable(directory, split)
+    write_episode_table(directory / table_name(split), list(table.read()), None)
 
 
 def test_a_stopped_labelling_goes_on_with_the_next_shard_and_gives_the_same_bytes(
@@ -81,12 +89,19 @@ def test_a_stopped_labelling_goes_on_with_the_next_shard_and_gives_the_same_byte
     with pytest.raises(Stop):
         label(run, few, out, progress=stop_after(2))
     assert not out.exists()
-    before = identities(tmp_path / "few.partial" / "dataset")
+    parts = tmp_path / "few.partial" / "parts"
+    before = identities(parts)
     assert len(before) == 2
-    (tmp_path / "few.partial" / "dataset" / ".episodes.partial-01234567").write_bytes(b"half")
-    label(run, few, out, progress=lambda shard, notes: told.append(shard.name))
+    (parts / ".episodes.partial-01234567").write_bytes(b"half")
+    seen = []
+
+    def progress(shard: Any, notes: Any) -> None:
+        told.append(shard.name)
+        seen.append(identities(parts))
+
+    label(run, few, out, progress=progress)
     assert told == ["train-00002-of-00003", "val-00000-of-00001"]
-    assert {name: identities(out)[name] for name in before} == before
+    assert {name: seen[-1][name] for name in before} == before and len(seen[-1]) == 4
     assert contents(out) == contents(labelled)
     assert [path.name for path in tmp_path.iterdir()] == ["few"]
 
@@ -267,7 +282,7 @@ def test_labels_say_how_large_they_are_and_of_which_model(
 def test_a_full_disk_leaves_what_is_finished_and_says_so(
     run: Run, few: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, calls, write = tmp_path / "few", [], shards.write_atomic
+    out, calls, write = tmp_path / "few", [], episode_table.write_atomic
 
     def fill_up(path: Any, fill: Any) -> None:
         calls.append(path)
@@ -280,14 +295,14 @@ def test_a_full_disk_leaves_what_is_finished_and_says_so(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OutputError) as error:
-        patch.setattr(shards, "write_atomic", fill_up)
+        patch.setattr(episode_table, "write_atomic", fill_up)
         label(run, few, out)
     assert "No space left on device" in str(error.value)
     assert f"2 of 4 shards are finished and kept in {out}.partial; the same command resumes" in str(error.value)
-    kept = identities(tmp_path / "few.partial" / "dataset")
-    assert len(kept) == 2
-    label(run, few, out)
-    assert {name: identities(out)[name] for name in kept} == kept
+    assert len(identities(tmp_path / "few.partial" / "parts")) == 2
+    told: list[str] = []
+    label(run, few, out, progress=lambda shard, notes: told.append(shard.name))
+    assert told == ["train-00002-of-00003", "val-00000-of-00001"]
     assert contents(out) == contents(labelled)
 
 
