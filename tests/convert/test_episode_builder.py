@@ -198,9 +198,9 @@ def test_few_sources_make_several_shards_and_many_make_full_ones():
 
     assert shards(30) == [4] * 7 + [2]
     assert shards(30, num_bytes=2**26) == [1] * 30
-    assert len(shards(200_000)) == 512
-    # A terabyte in files of 16 MB: 1 GiB a shard.
-    assert set(shards(2**16, num_bytes=2**24)) == {64}
+    assert len(shards(140_000)) == 511
+    # Two terabytes in files of 256 MB: 1 GiB a shard.
+    assert set(shards(2**13, num_bytes=2**28)) == {4}
     assert shards(0) == []
 
 
