@@ -21,7 +21,7 @@ from como_jax.convert import images
 from como_jax.convert.lerobot.builder import DEPTH_NAME, LeRobot, LeRobotSettings
 from como_jax.convert.video import CROPPED, DEEP, SEVERAL_STREAMS, STRETCHED, TILTED, VideoReader, open_video
 from como_jax.convert.video_folder.builder import VideoFolder, VideoFolderSettings
-from como_jax.data.schema import read_episode_table
+from como_jax.data.episode_table import read_episode_table
 from como_jax.errors import ConversionError
 
 
