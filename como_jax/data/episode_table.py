@@ -225,8 +225,11 @@ def _read_shards(path: epath.Path) -> ShardSizes | None:
 def _read(path: epath.Path, columns: Sequence[str] | None, numbers: Sequence[int] | None = None) -> Iterator[pa.Table]:
     names = list(EPISODE_TABLE_SCHEMA.names if columns is None else columns)
     with _damage_named(path):
-        for table in read_groups(path, names, numbers):
-            yield _complete(table, names)
+        for run, rows in read_groups(path, names, numbers):
+            first, table = 0, _complete(run, names)
+            for count in rows:
+                yield table.slice(first, count)
+                first += count
 
 
 def _complete(table: pa.Table, names: Sequence[str]) -> pa.Table:

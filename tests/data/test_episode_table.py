@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from como_jax.convert.catalog import BUILDERS, make_settings
-from como_jax.data import episode_table
+from como_jax.data import episode_table, parquet
 from como_jax.data.clips import ClipConfig
 from como_jax.data.episode_table import (
     EpisodeTable,
@@ -26,7 +26,7 @@ from como_jax.data.episode_table import (
 )
 from como_jax.data.identity import identify
 from como_jax.data.mixture import MixtureEntry, MixturePart
-from como_jax.data.sources import EpisodeSource
+from como_jax.data.sources import EpisodeSource, flatten_steps
 from como_jax.errors import DatasetError
 
 
@@ -85,19 +85,22 @@ def test_many_parts_share_groups_and_empty_ones_vanish(tmp_path: Path, monkeypat
     for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         write_episodes(part, rows(size, 10 * number))
     everything = [row["episode_id"] for number, size in enumerate(sizes) for row in rows(size, 10 * number)]
-    for most_groups, group_steps, expected in (
-        (512, 2**18, [1, 2, 3, 4, 1, 1, 1]),
-        (4, 2**18, [3, 3, 6, 1]),
-        (1, 2**18, [13]),
-        (1, 8, [6, 4, 3]),
+    for most_groups, group_steps, bytes_at_once, expected in (
+        (512, 2**18, 2**26, [1, 2, 3, 4, 1, 1, 1]),
+        (512, 2**18, 1, [1, 2, 3, 4, 1, 1, 1]),
+        (4, 2**18, 2**26, [3, 3, 6, 1]),
+        (1, 2**18, 2**26, [13]),
+        (1, 8, 2**26, [6, 4, 3]),
     ):
+        monkeypatch.setattr(parquet, "_BYTES_AT_ONCE", bytes_at_once)
         monkeypatch.setattr(episode_table, "_MOST_GROUPS", most_groups)
         monkeypatch.setattr(episode_table, "_GROUP_STEPS", group_steps)
         sizes, at_once = ShardSizes(np.array([2]), np.array([7])), episode_table.share_groups(len(parts))
         write_episode_table(tmp_path / "episodes-train.parquet", map(read_part, parts), sizes, at_once)
         table = EpisodeTable(tmp_path, "train")
         assert [group.num_episodes for group in table.groups] == expected
-        assert [len(group) for group in table.read(["motion"])] == expected
+        assert [len(flatten_steps(group["motion"])) for group in table.read(["motion"])] == [2 * n for n in expected]
+        assert [len(table.read_group(number)) for number in range(len(expected))] == expected
         assert read_episode_table(tmp_path, "train", ["episode_id"])["episode_id"].to_pylist() == everything
         assert table.shards.num_bytes.tolist() == [7]
 

@@ -93,12 +93,12 @@ def test_a_missing_file_is_named_at_the_first_read(tabletop_dataset: Path, tmp_p
 def test_tables_are_read_without_threads_that_outlive_it(tabletop_dataset: Path, monkeypatch) -> None:
     """A thread of Arrow that still holds the file when Python ends aborts the process."""
     names: list[bool] = []
-    read = parquet.pq.ParquetFile.read_row_group
+    read = parquet.pq.ParquetFile.read_row_groups
 
     def spy(self, *args: object, **kwargs: bool) -> object:
         names.append(kwargs["use_threads"])
         return read(self, *args, **kwargs)
 
-    monkeypatch.setattr(parquet.pq.ParquetFile, "read_row_group", spy)
+    monkeypatch.setattr(parquet.pq.ParquetFile, "read_row_groups", spy)
     assert len(EpisodeSource(tabletop_dataset, "train").motion)
     assert names and not any(names)
