@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 
-from como_jax.data import schema
-from como_jax.data.episode_table import read_episode_table, write_episodes
+from como_jax.data.episode_table import EpisodeTable, read_episode_table, write_episode_table
+from como_jax.data.schema import EPISODE_TABLE_SCHEMA
 
 GAP = 3
 LABELS = {"run": "runs/como", "step": 1000, "gap_seconds": 0.3}
@@ -20,10 +20,11 @@ Row = dict[str, Any]
 
 
 def change_tables(directory: Path, change: Callable[[Row], Row]) -> None:
-    """Writes the episode tables of a dataset anew, with every row changed."""
+    """Writes the episode tables of a dataset anew, with every row changed, and without the sizes of files."""
     for path in directory.glob("episodes-*.parquet"):
-        rows = pq.read_table(path, schema=schema.EPISODE_TABLE_SCHEMA).to_pylist()
-        write_episodes(path, [change(row) for row in rows])
+        groups = [table.to_pylist() for table in EpisodeTable(directory, path.stem.removeprefix("episodes-")).read()]
+        tables = [pa.Table.from_pylist([*map(change, rows)], EPISODE_TABLE_SCHEMA) for rows in groups]
+        write_episode_table(path, tables, None)
 
 
 @pytest.fixture(scope="session")
