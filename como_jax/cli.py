@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import absl.logging
 from absl import app, flags
 
-from como_jax.errors import ConfigError, NonFiniteError, UsageError
+from como_jax.errors import ConfigError, NonFiniteError, UsageError, one_line
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder that keeps compiled programs for later runs [that of JAX_COMPILATION_CACHE_DIR]."
 )
+_FULL_DISK = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -38,8 +41,25 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             _fail(name_flags(str(error)), status=2)
         except NonFiniteError as error:
             _fail(str(error), status=1)
+        except Exception as error:
+            if fault := full_disk(error):
+                _fail(f"the disk is full: {fault}", status=2)
+            raise
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def full_disk(error: BaseException) -> str:
+    """Returns what an error says, if it or what led to it is that a disk is full or a quota used up; else ''.
+
+    Libraries raise it as errors of their own, of which only the text tells.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if any(text in str(seen) for text in _FULL_DISK):
+            return one_line(seen)
+        seen = seen.__cause__ or seen.__context__
+    return ""
 
 
 def keep_programs(directory: str | None) -> None:
@@ -156,3 +176,5 @@ def _log_plainly() -> None:
     logger.propagate = False
     # Orbax and JAX speak through absl, at length.
     absl.logging.set_verbosity(absl.logging.WARNING)
+    # What fails in a thread of Orbax is raised again where the thread is waited for.
+    absl.logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
