@@ -29,6 +29,8 @@ _REACH = 0.70
 # The wrist is so far above the grip point of a hand that points down, and so much nearer to the shoulder.
 _WRIST, _WRIST_BEHIND = 0.21, 0.088
 _MARGIN = 0.015
+# What begins so far above the bottom of what is held hangs over it.
+_HANGS = 0.03
 # The hand travels up to so much higher than it has to: nobody moves twice the same way.
 _HIGHER = 0.02
 
@@ -133,6 +135,7 @@ class Arm:
         until: Callable[[], bool] = lambda: False,
     ) -> Motion:
         """Moves over all that stands between to a point above a place, with what it holds."""
+        yield from self._from_under(load or set(), rotation, grip)
         here, _ = self.scene.hand
         need = self._needed(here, point, load or set())
         ways = np.linspace(0, 1, 25)[:, None]
@@ -156,6 +159,31 @@ class Arm:
             if until():
                 return False
         return (yield from self.go((point, rotation), grip, near=0.012, turned=0.12, until=until))
+
+    def _from_under(self, load: set[int], rotation: np.ndarray, grip: float) -> Motion:
+        """Moves what is held sideways from under what hangs over it, such as an open drawer."""
+        if not load:
+            return True
+        corners = self.scene.corners(load)
+        low, high = corners.min(axis=0), corners.max(axis=0)
+        boxes = [(box.min(axis=0), box.max(axis=0)) for box in self.scene.boxes_but(load)]
+        over = [
+            (a, b)
+            for a, b in boxes
+            if a[2] > low[2] + _HANGS and b[2] > high[2] and np.all(a[:2] < high[:2]) and np.all(b[:2] > low[:2])
+        ]
+        if not over:
+            return True
+        edges = np.min([a for a, _ in over], axis=0), np.max([b for _, b in over], axis=0)
+        steps = [
+            np.eye(3)[axis] * way
+            for axis in (0, 1)
+            for way in (edges[0][axis] - high[axis], edges[1][axis] - low[axis])
+        ]
+        step = min(steps, key=lambda step: float(np.linalg.norm(step)))
+        here, _ = self.scene.hand
+        aside = here + step * (1 + _MARGIN / max(float(np.linalg.norm(step)), 1e-6))
+        return (yield from self.go((aside, rotation), grip, near=0.008, turned=0.6, steps=25))
 
     def beyond_reach(self, point: np.ndarray) -> float:
         """How much further than it can reach a point is, in metres; at most 0 within reach."""

@@ -108,8 +108,10 @@ class Expert:
         slope = float(np.arccos(normal[2]))
         if slope > _SLOPING:
             return _lying(region, normal, slope)
-        size = np.ptp(scene.corners(scene.geoms(goal[1])), axis=0)
-        flat = not region.parent and size[2] < _FLAT and size[:2].max() > _BROAD
+        corners = scene.corners(scene.geoms(goal[1]))
+        # By its own axes, for it may have been pushed onto something; but what stands upright is not flat.
+        size, height = np.ptp(corners @ scene.rotation(goal[1]), axis=0), float(np.ptp(corners[:, 2]))
+        flat = not region.parent and size.min() < _FLAT and size.max() > _BROAD and height < 2 * _FLAT
         centre, half = region.centre + [0, 0, 0.05], np.array([*region.half[:2], 0.1])
         return Target(centre, half, self._wish(goal, region), slides=flat)
 

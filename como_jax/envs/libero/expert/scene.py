@@ -153,6 +153,12 @@ class Scene:
             all_corners.append(self.data.geom_xpos[geom] + (centre + signs * half) @ axes.T)
         return np.concatenate(all_corners)
 
+    def boxes_but(self, geoms: set[int]) -> list[np.ndarray]:
+        """Corners `[8, 3]` of every collision geometry but some and the robot's."""
+        flat = self.model.geom_type == self._mujoco.mjtGeom.mjGEOM_PLANE
+        others = np.flatnonzero(self._solid & ~self._robot & ~flat)
+        return [self.corners([geom]) for geom in others if geom not in geoms]
+
     def bottom(self, name: str) -> float:
         """Height of an object's lowest point."""
         return float(self.corners(self.geoms(name))[:, 2].min())

@@ -28,10 +28,12 @@ _TRIES = 5
 _NARROW = 1.5
 # What is higher above the floor of a container lies on its walls, or on what it holds.
 _ON_THE_FLOOR = 0.02
-# What is pushed may stop so far from its place.
-_ARRIVED = 0.01
-# Of fingers that push: where they begin, how far ahead they aim, how high they are, half their width, and their lean.
-_BEHIND, _LEAD, _OFF_THE_GROUND, _FINGERTIP, _PUSH_LEAN = 0.006, 0.06, 0.003, 0.011, np.radians(30)
+# What is pushed may stop so far from its place; it is stuck if it comes no nearer for so many steps.
+_ARRIVED, _STUCK = 0.01, 15
+# Of fingers that push: where they begin, how far ahead and below they aim, how high they begin, half their width, and
+# their lean.
+_BEHIND, _LEAD, _DOWNWARD = 0.006, 0.06, 0.02
+_OFF_THE_GROUND, _FINGERTIP, _PUSH_LEAN = 0.003, 0.011, np.radians(30)
 # Further than this from its rest the last joint of the arm does not turn the hand.
 _MOST_YAW = 1.9
 # What it costs to grasp a bottle that is to be leaned over with the fingers along the lean.
@@ -95,7 +97,7 @@ class Skills:
         for attempt in range(_TRIES):
             aim = target()
             # What did not get there when it was pushed is carried.
-            if aim.slides and attempt < 2:
+            if aim.slides and attempt < _TRIES - 1:
                 yield from self.push(name, aim)
                 if reached():
                     return True
@@ -264,44 +266,54 @@ class Skills:
         """Pushes a plate or the like along the ground, with closed fingers from behind.
 
         The hand leans forward over what it pushes, so that behind it only the fingertips need room. The ground between
-        has to be level and free, but for what may be pushed along too.
+        has to be level, and free but for what can be pushed along.
+
+        Returns:
+          False if it is stuck, or the hand has come on top of it.
         """
         scene, arm = self.scene, self.arm
         corners = scene.corners(scene.geoms(name))
         edge = float(np.ptp(corners, axis=0)[:2].min()) / 2 + _FINGERTIP
         height = float(corners[:, 2].min()) + grasps.TIP + _OFF_THE_GROUND
 
-        def ahead() -> np.ndarray:
-            left = target.wish - scene.position(name)[:2]
-            return left / max(float(np.linalg.norm(left)), 1e-6)
+        def left() -> float:
+            return float(np.linalg.norm(target.wish - scene.position(name)[:2]))
 
-        def on_the_line(along: float) -> np.ndarray:
-            return np.array([*(scene.position(name)[:2] + along * ahead()), height])
+        def ahead() -> np.ndarray:
+            return (target.wish - scene.position(name)[:2]) / max(left(), 1e-6)
+
+        def along() -> float:
+            return float((scene.hand[0][:2] - scene.position(name)[:2]) @ ahead())
+
+        def on_the_line(distance: float) -> np.ndarray:
+            return np.array([*(scene.position(name)[:2] + distance * ahead()), height])
 
         def pressing() -> tuple[np.ndarray, np.ndarray]:
-            """So far ahead of where the hand is that it presses, on the line from what it pushes to the target."""
-            along = float((scene.hand[0][:2] - scene.position(name)[:2]) @ ahead())
-            return on_the_line(along + _LEAD), rotation
+            """Ahead of the hand on the line to the target, so that it presses, and below, so that it does not ride up."""
+            return on_the_line(along() + _LEAD) - [0, 0, _DOWNWARD], rotation
 
         forward = np.array([*(-np.sin(_PUSH_LEAN) * ahead()), -np.cos(_PUSH_LEAN)])
         across = np.array([-ahead()[1], ahead()[0], 0])
-        # The fingers side by side, across the way.
+        # The fingers side by side, across the way, and the last joint of the arm turned little.
         choices = pitched(forward, across), pitched(forward, -across)
-        rotation = max(choices, key=lambda choice: float(np.trace(choice.T @ scene.hand[1])))
+        rotation = max(choices, key=lambda choice: float(np.trace(choice.T @ pointing_down(0.0))))
         point = on_the_line(-edge - _BEHIND)
         yield from arm.travel(point + [0, 0, _ABOVE], rotation, SHUT)
         yield from arm.go((point, rotation), SHUT, near=0.008)
-        there = yield from arm.go(
-            pressing,
-            SHUT,
-            steps=90,
-            patience=90,
-            speed=0.6,
-            until=lambda: float(np.linalg.norm(target.wish - scene.position(name)[:2])) < _ARRIVED,
-        )
+
+        lefts: list[float] = []
+
+        def over() -> bool:
+            """Whether it is there, or comes no nearer, or the hand has come on top of it."""
+            lefts.append(left())
+            stuck = len(lefts) > _STUCK and min(lefts[-_STUCK:]) > min(lefts[:-_STUCK]) - 0.002
+            return lefts[-1] < _ARRIVED or stuck or along() > 0
+
+        yield from arm.go(pressing, SHUT, steps=90, patience=90, speed=0.6, until=over)
+        arrived = left() < _ARRIVED
         here, axes = scene.hand
-        yield from arm.go((here + [0, 0, 0.10], axes), SHUT, near=0.03, steps=25)
-        return there
+        yield from arm.go((here + [0, 0, 0.05] - 0.02 * np.array([*ahead(), 0]), axes), SHUT, near=0.02, steps=25)
+        return arrived
 
     def _clear_at(self, name: str, handling: Handling) -> float:
         here, axes = self.scene.hand
