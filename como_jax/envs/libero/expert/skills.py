@@ -289,7 +289,7 @@ class Skills:
             return np.array([*(scene.position(name)[:2] + distance * ahead()), height])
 
         def pressing() -> tuple[np.ndarray, np.ndarray]:
-            """Ahead of the hand on the line to the target, so that it presses, and below, so that it does not ride up."""
+            """Ahead of the hand on the line to the target, so that it presses, and below, so that it stays down."""
             return on_the_line(along() + _LEAD) - [0, 0, _DOWNWARD], rotation
 
         forward = np.array([*(-np.sin(_PUSH_LEAN) * ahead()), -np.cos(_PUSH_LEAN)])
