@@ -108,7 +108,8 @@ class Skills:
             if not (yield from self.pick(name, handling)):
                 failed.append(handling.grasp)
                 continue
-            if not (yield from self.carry(name, handling)):
+            # What slipped may have fallen where it belongs.
+            if not (yield from self.carry(name, handling)) and not reached():
                 continue
             yield from self.release(name, handling.spot.lean if not handling.leans else None)
             if reached():
