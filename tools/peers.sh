@@ -25,12 +25,12 @@ if [ "$(cat "$folder/installed.txt" 2>/dev/null)" != "${packages[*]}" ]; then
     "${PYTHON:-python3}" -m venv "$folder" >&2
     pip=("$python" -m pip --quiet --disable-pip-version-check --retries 1 --timeout 20)
     "${pip[@]}" install uv >&2 || {
-      echo "the package registry cannot be reached" >&2
+      echo "no environment for $1: the package registry cannot be reached" >&2
       exit 3
     }
     # As in install.sh. pip does it where it is set up for an index that uv does not know.
     VIRTUAL_ENV=$folder "$folder/bin/uv" pip install --quiet "${packages[@]}" >&2 || "${pip[@]}" install "${packages[@]}" >&2 || {
-      echo "the package registry has no ${packages[*]} that can be installed for $("$python" -V)" >&2
+      echo "no environment for $1: the package registry has no ${packages[*]} that can be installed for $("$python" -V)" >&2
       exit 3
     }
     echo "${packages[*]}" > "$folder/installed.txt"
