@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 
 import numpy as np
-import tensorboardX
 from etils import epath
 from PIL import Image
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from como_jax.files import write_atomic, write_text
 
@@ -22,7 +26,12 @@ class MetricWriter:
         self._images = self._workdir / "images"
         self._images.mkdir(parents=True, exist_ok=True)
         self._keep_until(resume_step)
-        self._board = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resume_step + 1)
+        board = self._workdir / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
+        # The usual writer of this library has a thread: when a full disk ends that, the run waits for it forever.
+        self._board = EventsWriter(str(board / "events"), "")
+        start = SessionLog(status=SessionLog.START)
+        self._board.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=start))
 
     def has_evaluation(self, step: int) -> bool:
         """Whether there are numbers of this step beside those of training itself."""
@@ -38,18 +47,23 @@ class MetricWriter:
         line = json.dumps({"step": step, **{key: _strict(value) for key, value in values.items()}})
         with self._metrics.open("a") as file:
             file.write(line + "\n")
-        for key, value in values.items():
-            self._board.add_scalar(key, value, step)
+        self._show(step, *(summary.scalar(key, value) for key, value in values.items()))
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds a uint8 `[H, W, 3]` image."""
         path = self._images / f"{name.replace('/', '_')}_{step:07d}.png"
         write_atomic(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
-        self._board.add_image(name, image, step, dataformats="HWC")
+        self._show(step, summary.image(name, image, dataformats="HWC"))
 
     def close(self) -> None:
         """Flushes everything."""
         self._board.close()
+
+    def _show(self, step: int, *shown: Summary) -> None:
+        """Adds to TensorBoard."""
+        for each in shown:
+            self._board.write_event(Event(step=step, wall_time=time.time(), summary=each))
+        self._board.flush()
 
     def _keep_until(self, step: int) -> None:
         if not self._metrics.exists():

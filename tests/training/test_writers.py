@@ -1,12 +1,17 @@
 """Files of a run: metrics that survive a kill, and files that are whole or absent."""
 
+import errno
 import json
+import os
+import struct
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from como_jax.files import write_atomic, write_text
 from como_jax.training.writers import MetricWriter
@@ -42,6 +47,42 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None
     writer.scalars(1, {"a": float("nan"), "b": float("inf"), "c": np.float32(0.5)})
     writer.close()
     assert read_metrics(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 0.5}]
+
+
+def read_board(workdir: Path) -> list[Event]:
+    [path] = (workdir / "tensorboard").iterdir()
+    content, events = path.read_bytes(), []
+    while content:
+        # Length and its checksum, the event and its checksum.
+        (length,) = struct.unpack_from("<Q", content)
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
+def test_the_board_has_what_was_written_even_without_an_end(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, 5)
+    writer.scalars(6, {"train/loss": 0.5, "train/psnr": 20.0})
+    writer.image(6, "eval/grid", np.zeros((4, 6, 3), np.uint8))
+    begin, start, *shown = read_board(tmp_path)
+    assert begin.file_version == "brain.Event:2"
+    # What an earlier run wrote from this step on is not shown any more.
+    assert (start.step, start.session_log.status) == (6, SessionLog.START)
+    values = [(event.step, value.tag) for event in shown for value in event.summary.value]
+    assert values == [(6, "train/loss"), (6, "train/psnr"), (6, "eval/grid")]
+    assert [event.summary.value[0].simple_value for event in shown[:2]] == [0.5, 20.0]
+    assert (shown[2].summary.value[0].image.height, shown[2].summary.value[0].image.width) == (4, 6)
+
+
+def test_a_full_disk_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = MetricWriter(tmp_path, 0)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(EventsWriter, "flush", fail)
+    with pytest.raises(OSError, match="No space left"):
+        writer.scalars(1, {"train/loss": 0.5})
 
 
 def test_a_image_is_written_as_it_is(tmp_path: Path) -> None:
