@@ -187,7 +187,9 @@ class Arm:
 
     def beyond_reach(self, point: np.ndarray) -> float:
         """How much further than it can reach a point is, in metres; at most 0 within reach."""
-        return float(np.linalg.norm(point + [0, 0, _WRIST] - self.scene.shoulder) - _REACH)
+        away = point + [0, 0, _WRIST] - self.scene.shoulder
+        flat = max(0.0, float(np.linalg.norm(away[:2])) - _WRIST_BEHIND)
+        return float(np.hypot(flat, away[2]) - _REACH)
 
     def _highest(self, point: np.ndarray) -> float:
         """The greatest height above a point that the arm can reach."""
