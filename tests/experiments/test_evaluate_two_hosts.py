@@ -57,10 +57,9 @@ def test_two_hosts_measure_what_one_does(
     assert pages[0].count("<img") == pages[1].count("<img") >= 5
 
 
-@pytest.mark.parametrize(("flag", "message"), [("data", "is not a dataset directory"), ("workdir", "holds no run")])
 def test_both_hosts_end_when_one_does_not_see_the_files(
-    flag: str, message: str, smoke_run: Callable[[str], Path], tabletop_dataset: Path, tmp_path: Path
+    smoke_run: Callable[[str], Path], tabletop_dataset: Path, tmp_path: Path
 ) -> None:
     flags = [f"--workdir={smoke_run('como')}", f"--data={tabletop_dataset}", f"--out={tmp_path / 'out'}"]
-    first, second = on_two_hosts(flags, [[], [f"--{flag}=/nowhere"]], status=2)
-    assert "host 1 has failed" in first and f"/nowhere {message}" in second
+    first, second = on_two_hosts(flags, [[], ["--data=/nowhere"]], status=2)
+    assert "host 1 has failed" in first and "/nowhere is not a dataset directory" in second

@@ -24,25 +24,19 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from como_jax import cli, hosts
-from como_jax.data.chunks import to_policy_batch
 from como_jax.data.motion_data import open_motion_data, to_frame_pairs
 from como_jax.data.pipeline import training_batches
-from como_jax.data.policy_data import open_policy_data
 from como_jax.motion.models import batch_parts, build_model
-from como_jax.policies.models import build_policy
 from como_jax.training import sharding, trainer
-from como_jax.training.models import resolve
 from como_jax.training.train_state import TrainState, abstract_state
 from como_jax.training.train_step import make_train_step
-from como_jax.types import FramePairs, PolicyBatch
+from como_jax.types import FramePairs
 from experiments.pretrain import pretrain
 from experiments.train_policy import train_policy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of 8 devices; the last has both hosts in one group of tensor parallelism.
-MESHES = {"tensor": (2, 2, 2), "tensor_across": (1, 1, 8)}
-# A run of its own covers the mesh of data and fsdp.
-CASES = {"pretrain_como": ("tensor_across",), "policy_diffusion": ("tensor",)}
+# Data, fsdp and tensor: both hosts are in one group of tensor parallelism. Runs cover the other axes.
+TENSOR_ACROSS = (1, 1, 8)
 NUM_STEPS = 24
 
 
@@ -117,19 +111,13 @@ def run_config(data: str | Path) -> ConfigDict:
 
 
 class Problem:
-    """A recipe's loss on its first batch."""
+    """CoMo's loss on its first batch."""
 
-    def __init__(self, recipe: str, data: str | Path):
-        """Takes a module of configs and a dataset with actions."""
-        config = smoke(recipe, data)
-        if recipe.startswith("policy"):
-            self._policy_data = open_policy_data(config)
-            config = resolve(config, self._policy_data.sizes())
-            self._model = build_policy(config)
-        else:
-            config.model.update({"idm_depth": 1, "tcl_weight": 0.0})
-            self._model = build_model(config)
-        self._recipe, self._config = recipe, config
+    def __init__(self, data: str | Path):
+        """Takes a dataset with actions."""
+        self._config = smoke("pretrain_como", data)
+        self._config.model.update({"idm_depth": 1, "tcl_weight": 0.0})
+        self._model = build_model(self._config)
         # Keeps the gradient and goes nowhere.
         self._optimizer = optax.chain(optax.trace(0.0), optax.scale(0.0))
         params, frozen = self._model.partition(jax.jit(self._model.init)(jax.random.key(0)))
@@ -147,24 +135,18 @@ class Problem:
         found = {"/".join(map(str, path)): value for path, value in traverse_util.flatten_dict(whole).items()}
         return {"loss": np.asarray(metrics["loss"]), **found}
 
-    def _batch(self, mesh: jax.sharding.Mesh) -> FramePairs | PolicyBatch:
+    def _batch(self, mesh: jax.sharding.Mesh) -> FramePairs:
         config = self._config
         rows = sharding.batch_rows(mesh, config.data.batch_size)
-        if self._recipe.startswith("policy"):
-            return to_policy_batch(next(iter(training_batches(config, self._policy_data.reader, rows))))
         data = open_motion_data(config, batch_parts(config))
         return to_frame_pairs(next(iter(training_batches(config, data.reader, rows))))
 
 
 def write_gradients(out: Path, data: str) -> None:
-    """Of all recipes and meshes, each in a file."""
-    out.mkdir(exist_ok=True)
-    for recipe, names in CASES.items():
-        problem = Problem(recipe, data)
-        for name in names:
-            found = problem.gradient(sharding.make_mesh(*MESHES[name]))
-            if hosts.is_first():
-                np.savez(out / f"{recipe}_{name}.npz", **found)
+    """Those of tensor parallelism across the hosts, in a file."""
+    found = Problem(data).gradient(sharding.make_mesh(*TENSOR_ACROSS))
+    if hosts.is_first():
+        np.savez(out.with_suffix(".npz"), **found)
 
 
 def train_slowly(out: Path, data: str) -> None:
