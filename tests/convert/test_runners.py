@@ -78,6 +78,7 @@ def test_a_missing_beam_is_named_with_the_way_to_install_it(tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_source_at_which_processes_die_costs_itself_alone(tmp_path):
     settings = FakeSettings(behaviours=(*("good",) * 5, "kills", *("good",) * 4), validation_fraction=0)
     report = FakeBuilder(tmp_path / "out", settings).convert(runner=two_processes)

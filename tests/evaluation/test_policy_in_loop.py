@@ -250,6 +250,7 @@ def test_a_simulator_that_is_not_there_is_refused_at_once() -> None:
         evaluator([], runner=FakeRunner(), env="tabeltop:reach")
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_success_in_the_environment(
     policy_run: Callable[..., PolicyRun], robot_dataset: Path
 ) -> None:

@@ -180,6 +180,7 @@ def test_actions_of_diffusion_keep_to_the_range_of_the_demonstrations(trained: t
     assert np.abs(scales.action(actions)).max() <= 1 + 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_that_is_no_policy_is_refused(
     smoke_run: Callable[[str], Path], policy_run: Callable[..., PolicyRun], robot_dataset: Path, tmp_path: Path
 ) -> None:

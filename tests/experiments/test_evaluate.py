@@ -65,6 +65,7 @@ def test_metrics_and_page_are_written(evaluated):
     assert "8 tokens of 16 numbers" in page and "20 transitions" in page and page.count("<img") >= 5
 
 
+@pytest.mark.slow
 def test_a_dataset_without_actions_gives_a_report_without_the_probe(
     run: Path, tabletop_dataset: Path, tmp_path: Path, evaluated
 ):
@@ -146,6 +147,7 @@ def labelled(run: Path, tabletop_dataset: Path, tmp_path_factory: pytest.TempPat
     return first, second
 
 
+@pytest.mark.slow
 def test_labelled_datasets_are_compared_by_instruction_or_class(run: Path, labelled: tuple[Path, Path], tmp_path: Path):
     text = ",".join(map(str, labelled))
     evaluate(run, None, tmp_path / "out", **SIZES, probe=False, labelled=text)
@@ -167,6 +169,7 @@ def test_labelled_datasets_are_compared_by_instruction_or_class(run: Path, label
     assert classed["common"][0][1] == found["common"][0][1] - 1
 
 
+@pytest.mark.slow
 def test_labels_that_cannot_be_compared_are_refused(
     run: Path, labelled: tuple[Path, Path], tabletop_dataset: Path, tmp_path: Path
 ):
@@ -196,6 +199,7 @@ def test_labels_that_cannot_be_compared_are_refused(
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_labels_of_another_model_than_the_run_are_noted(run: Path, labelled: tuple[Path, Path], tmp_path: Path):
     copies = [tmp_path / directory.name for directory in labelled]
     for directory, copy in zip(labelled, copies, strict=True):

@@ -60,8 +60,8 @@ def train_metrics(workdir: Path) -> dict[int, dict[str, float]]:
     return found
 
 
-# One recipe a family every day.
-EVERYDAY = ("como", "mae", "laq")
+# Two families every day.
+EVERYDAY = ("como", "laq")
 
 
 @pytest.fixture(
@@ -108,6 +108,7 @@ def test_a_run_reports_its_metrics_beside_their_baselines(finished):
         assert all(values["train/perplexity"] >= 1 for values in train_metrics(workdir).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", ["mae"], indirect=True)
 def test_como_starts_from_the_encoder_of_another_run(finished, tabletop_dataset: Path, tmp_path: Path):
     _, workdir, state = finished
@@ -250,6 +251,7 @@ def test_training_needs_neither_tensorflow_nor_torch(tabletop_dataset: Path, tmp
     subprocess.run(arguments, check=True, cwd=REPOSITORY)
 
 
+@pytest.mark.slow
 def test_the_package_imports_fast_and_starts_no_backend():
     code = (
         "import time; start = time.monotonic(); import como_jax; seconds = time.monotonic() - start\n"

@@ -129,6 +129,7 @@ def test_crashes_are_listed_beside_the_rate(tmp_path: Path, monkeypatch: pytest.
     assert np.all([not row["instruction"] for row in rows])
 
 
+@pytest.mark.slow
 def test_stopped_rollouts_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run_twice(stop_after: int) -> Path:
         """Interrupts at an episode, and gives the same command again with another number of workers."""

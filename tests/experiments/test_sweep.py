@@ -41,6 +41,7 @@ def finished(tabletop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out, sweep(cells, out)
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_listed_and_the_others_finish(finished):
     out, results = finished
     by_gap = {gap: {r.status for r in results if r.cell.swept["data.gap_seconds"] == gap} for gap in ("0.5", "100.0")}
@@ -51,6 +52,7 @@ def test_a_failing_cell_is_listed_and_the_others_finish(finished):
     assert "failed (" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_tables_hold_what_the_runs_measured(finished):
     out, results = finished
     table = [row for row in read_csv(out / "table.csv") if row["seeds"] == "1"]
@@ -62,6 +64,7 @@ def test_the_tables_hold_what_the_runs_measured(finished):
     assert (out / "figure.png").stat().st_size > 0 and (out / "figure.svg").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_leaves_finished_cells_alone(finished, tabletop_dataset: Path, monkeypatch: pytest.MonkeyPatch):
     out, _ = finished
     table = (out / "table.csv").read_text()
@@ -82,6 +85,7 @@ def test_an_interrupted_cell_goes_on(tabletop_dataset: Path, tmp_path: Path):
     assert lines.count('"train/loss"') == 2, "the first step was trained twice"
 
 
+@pytest.mark.slow
 def test_directories_of_another_config_are_not_taken_for_finished(finished, tabletop_dataset: Path):
     out, _ = finished
     swept = {"model.latent_dim": ["16"], "data.gap_seconds": ["0.5"]}

@@ -119,6 +119,7 @@ def test_a_resumed_run_keeps_the_scales_of_its_first_start(
     assert resumed["scales"] == started["scales"] and [entry["step"] for entry in resumed["resumed"]] == [4]
 
 
+@pytest.mark.slow
 def test_the_robot_only_baseline_starts_from_equal_parameters_and_differs_by_config_alone(
     cotrained: tuple[str, PolicyRun], robot_dataset: Path, labelled_videos: Path, tmp_path: Path
 ) -> None:

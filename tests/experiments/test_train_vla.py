@@ -43,6 +43,7 @@ def latent_run(coded_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return workdir, train_policy(recipe("latent", coded_videos, **{"train.stop_after": 0}), workdir)
 
 
+@pytest.mark.slow
 def test_latent_pretraining_reports_how_well_codes_are_predicted(latent_run: tuple[Path, TrainState]) -> None:
     workdir, state = latent_run
     last = read_metrics(workdir)[4]
@@ -52,6 +53,7 @@ def test_latent_pretraining_reports_how_well_codes_are_predicted(latent_run: tup
     assert "action" not in state.params
 
 
+@pytest.mark.slow
 def test_finetuning_keeps_the_trunk_and_says_what_is_new(
     latent_run: tuple[Path, TrainState], robot_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,6 +70,7 @@ def test_labels_are_those_of_single_pairs_and_masked_at_the_end(
         np.testing.assert_array_equal(found.codes[chosen], codes[:, 0])
 
 
+@pytest.mark.slow
 def test_episodes_may_differ_in_their_gaps(
     make_como: Callable[..., ModelDef], reader: BatchReader, source: Any
 ) -> None:

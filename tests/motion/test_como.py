@@ -248,6 +248,7 @@ def test_the_future_alone_gives_one_latent_whatever_came_before(make_como: MakeC
     np.testing.assert_allclose(latent[0], latent[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_pixel_difference_is_encoded_and_the_reversed_pair_negates_it(
     make_como: MakeComo, como_params: Params
 ) -> None:
@@ -318,6 +319,7 @@ def test_the_gap_is_predicted_in_octaves(make_como: MakeComo) -> None:
     np.testing.assert_allclose(terms["gap"], np.mean((predicted - np.log2(gap)[:, None]) ** 2), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_labels_are_read_by_a_linear_layer(make_como: MakeComo) -> None:
     terms, params, model = objective(make_como, "label", label_size=4)
     head = params["label_head"]
@@ -326,6 +328,7 @@ def test_labels_are_read_by_a_linear_layer(make_como: MakeComo) -> None:
     np.testing.assert_allclose(terms["label"], np.mean((predicted - labels) ** 2), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_not_labelled_does_not_count(make_como: MakeComo) -> None:
     model = make_como(tcl_weight=0.0, mse_weight=0.0, label_weight=1.0, label_size=4)
     params = jax.jit(model.init)(jax.random.key(0))

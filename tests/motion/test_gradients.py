@@ -58,9 +58,7 @@ EVERYDAY = (
     "mse",
     "mse, encoder trained",
     "tcl",
-    "feature differences",
     "mse through vq",
-    "labels",
 )
 
 

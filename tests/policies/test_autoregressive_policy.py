@@ -106,6 +106,7 @@ def test_each_kind_of_sample_gets_its_own_mean_in_a_mixed_batch() -> None:
     chex.assert_trees_all_close(mixed[2], both, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_actions_depend_on_latents_in_training_unless_these_are_dropped() -> None:
     batch = make_labelled_robot_batch()
     other = dataclasses.replace(batch, latent=-batch.latent)
@@ -114,6 +115,7 @@ def test_actions_depend_on_latents_in_training_unless_these_are_dropped() -> Non
         assert (abs(first - second) > 1e-4) == differ
 
 
+@pytest.mark.slow
 def test_a_batch_without_labels_trains_actions_alone() -> None:
     total, terms, gradients = loss_of("regression", make_batch(latent=None, has_latent=None, codes=None))
     assert terms["latent_loss"] == 0 and total == terms["action_loss"] > 0
@@ -163,6 +165,7 @@ def test_latents_are_those_of_the_first_step_of_an_instant() -> None:
         assert (abs(total - expected) > 1e-3) == (step in (0, STRIDE)), step
 
 
+@pytest.mark.slow
 def test_the_gripper_is_learned_by_its_sign_and_predicted_as_one_of_two_values() -> None:
     batch, changes = make_labelled_robot_batch(), {"gripper_dim": 2, "gripper_weight": 0.5, "action_weight": 3.0}
     total, terms, _ = loss_of("robot", batch, **changes)

@@ -96,6 +96,7 @@ def test_steps_after_the_end_of_an_episode_change_nothing() -> None:
     assert float(loss(short)) != pytest.approx(float(loss(batch)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_policy_for_robots_alone_starts_from_the_same_trunk() -> None:
     both, alone = (jax.jit(make_policy(latent_size=size).init)(jax.random.key(0)) for size in (6, 0))
     flat_both, flat_alone = traverse_util.flatten_dict(both), traverse_util.flatten_dict(alone)
@@ -104,6 +105,7 @@ def test_a_policy_for_robots_alone_starts_from_the_same_trunk() -> None:
         np.testing.assert_array_equal(value, flat_both[path])
 
 
+@pytest.mark.slow
 def test_noisy_versions_of_a_chunk_share_the_reading_of_its_observation() -> None:
     batch = fake_policy_batch(3, latent_shape=None)
     once, thrice = make_policy(latent_size=0), make_policy(latent_size=0, draws=3)

@@ -45,6 +45,7 @@ def encoder(mae: Path) -> Params:
     return open_run(mae, sharding.make_mesh(), ("mae",), build_model, "is no MAE").params["encoder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", mostly_slow([True, False], True))
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, "diffusion"))
 def test_an_encoder_of_a_pretraining_run_takes_the_place_of_the_random_one_and_of_nothing_else(
