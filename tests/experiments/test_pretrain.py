@@ -177,8 +177,8 @@ def test_killed_at_a_random_moment_and_restarted_equals_uninterrupted(tabletop_d
     ]
 
     whole = tmp_path / "whole"
-    changes = {"train.num_steps": steps, "train.checkpoint_every": 0, "train.evaluate_every": 0}
-    pretrain(smoke("como", tabletop_dataset, **changes), whole)
+    uninterrupted = command(whole, tabletop_dataset, *flags, "--config.train.checkpoint_every=0")
+    subprocess.run(uninterrupted, check=True, capture_output=True, cwd=REPOSITORY)
 
     killed, target = tmp_path / "killed", random.Random(0).randint(10, 40)
     process = subprocess.Popen(command(killed, tabletop_dataset, *flags), stderr=subprocess.DEVNULL, cwd=REPOSITORY)
