@@ -27,6 +27,16 @@ READ_ERRORS = (DatasetError, DecodeError, OSError, ValueError, IndexError, Runti
 """What ArrayRecord, protobuf and the JPEG decoder raise for a damaged record."""
 
 
+def _texts(name: str, missing: Any = None) -> functools.cached_property[Values]:
+    """A column of texts, kept as bytes until one is asked for."""
+    return functools.cached_property(lambda source: Values(source._read_together([name])[name], missing))
+
+
+def _numbers(name: str, dtype: type) -> functools.cached_property[Any]:
+    """A column of a number or a vector a step, `[S]` or `[S, size]`; None where an episode has none."""
+    return functools.cached_property(lambda source: source._read_numbers(name, dtype))
+
+
 class EpisodeSource:
     """One split of a dataset in the schema of `como_jax.data.schema`.
 
@@ -47,6 +57,17 @@ class EpisodeSource:
       episode_id, instruction: one text an episode, kept as bytes until it is asked for.
       other_instructions: further texts of every episode, which mean the same.
     """
+
+    # Columns of the episode table, each read when it is first used.
+    episode_id = _texts("episode_id")
+    instruction = _texts("language_instruction")
+    other_instructions = _texts("other_instructions", missing=())
+    motion = _numbers("motion", np.float32)
+    action = _numbers("action", np.float32)
+    state = _numbers("state", np.float32)
+    latent_motion = _numbers("latent_motion", np.float32)
+    latent_valid = _numbers("latent_valid", np.bool_)
+    latent_codes = _numbers("latent_codes", np.int32)
 
     def __init__(self, directory: epath.PathLike, split: str, camera: str = ""):
         """Reads the lengths of the episodes; everything else is read when it is used.
@@ -105,42 +126,6 @@ class EpisodeSource:
     def read_cameras(self, records: Sequence[int], cameras: Sequence[str]) -> list[list[bytes]]:
         """The JPEG bytes of several cameras for every step; may be called from several threads."""
         return [_images(self._records[record], cameras) for record in records]
-
-    @functools.cached_property
-    def episode_id(self) -> Sequence[str]:
-        return Values(self._read_together(["episode_id"])["episode_id"])
-
-    @functools.cached_property
-    def instruction(self) -> Sequence[str]:
-        return Values(self._read_together(["language_instruction"])["language_instruction"])
-
-    @functools.cached_property
-    def other_instructions(self) -> Sequence[list[str]]:
-        return Values(self._read_together(["other_instructions"])["other_instructions"], missing=())
-
-    @functools.cached_property
-    def motion(self) -> np.ndarray:
-        return self._read_numbers("motion", np.float32)
-
-    @functools.cached_property
-    def action(self) -> np.ndarray | None:
-        return self._read_numbers("action", np.float32)
-
-    @functools.cached_property
-    def state(self) -> np.ndarray | None:
-        return self._read_numbers("state", np.float32)
-
-    @functools.cached_property
-    def latent_motion(self) -> np.ndarray | None:
-        return self._read_numbers("latent_motion", np.float32)
-
-    @functools.cached_property
-    def latent_valid(self) -> np.ndarray | None:
-        return self._read_numbers("latent_valid", np.bool_)
-
-    @functools.cached_property
-    def latent_codes(self) -> np.ndarray | None:
-        return self._read_numbers("latent_codes", np.int32)
 
     def _read_together(self, names: Sequence[str]) -> pa.Table:
         return pa.concat_tables(self.table.read(names))

@@ -1,10 +1,12 @@
-"""Tables as text: CSV for programs, Markdown for people."""
+"""Tables as text, CSV for programs and Markdown for people, and the intervals of the shares in them."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
+
+from scipy import stats
 
 
 def csv_text(rows: Sequence[Sequence[object]]) -> str:
@@ -20,3 +22,13 @@ def markdown_table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> s
     header, *rest = rows
     rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in (header, rule, *rest))
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Score interval of a binomial proportion at 95 % (Wilson 1927).
+
+    Raises:
+      ValueError: numbers that are no outcome of trials.
+    """
+    interval = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -18,8 +18,8 @@ from como_jax.evaluation.rollouts.results import (
     encode_video,
     summarize,
     table_markdown,
-    wilson_interval,
 )
+from como_jax.evaluation.tables import wilson_interval
 
 RESULTS = [
     EpisodeResult("sim:a", 0, 100, "push, please", 4, success=True),

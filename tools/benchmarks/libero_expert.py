@@ -15,19 +15,19 @@ import concurrent.futures
 import csv
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tqdm
 from absl import flags
 from etils import epath
-from scipy import stats
 
 from como_jax import cli
 from como_jax.envs.libero import benchmark
 from como_jax.envs.libero.expert import Expert
 from como_jax.envs.libero.simulation import Simulation
 from como_jax.errors import UsageError, closest
+from como_jax.evaluation.tables import markdown_table, wilson_interval
 
 _COLUMNS = ("task", "state", "noise", "solved_after", "first_true_after", "steps_granted", "seconds", "reason")
 _HELD = 10
@@ -71,13 +71,12 @@ def read_lines(path: epath.Path, noise: float) -> list[dict[str, str]]:
         return [line for line in csv.DictReader(file) if float(line["noise"]) == noise]
 
 
-def table(lines: Sequence[dict[str, str]]) -> Iterator[str]:
+def table(lines: Sequence[dict[str, str]]) -> str:
     """Rows by task and suite: episodes, solved and held, true at any step, and the mean length of solved ones.
 
     Rows of suites have the 95 % Wilson interval.
     """
-    yield "| task | episodes | released and held | at any step | mean steps |"
-    yield "|---|---|---|---|---|"
+    rows = [["task", "episodes", "released and held", "at any step", "mean steps"]]
     groups = collections.defaultdict(list)
     for line in lines:
         groups[line["task"].partition("/")[0]].append(line)
@@ -89,9 +88,10 @@ def table(lines: Sequence[dict[str, str]]) -> Iterator[str]:
         mean = f"{np.mean(lengths):.0f}" if lengths else "-"
         share = f"{100 * len(lengths) / len(group):.0f} %"
         if "/" not in name:
-            interval = stats.binomtest(len(lengths), len(group)).proportion_ci(method="wilson")
-            share += f", {100 * interval.low:.0f}-{100 * interval.high:.0f}"
-        yield f"| {name} | {len(group)} | {len(lengths)} ({share}) | {first} | {mean} |"
+            low, high = wilson_interval(len(lengths), len(group))
+            share += f", {100 * low:.0f}-{100 * high:.0f}"
+        rows.append([name, str(len(group)), f"{len(lengths)} ({share})", str(first), mean])
+    return markdown_table(rows)
 
 
 def _numbers(text: str) -> list[int]:
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str]) -> None:
         running = [pool.submit(run_task, task, states, values.noise, str(path)) for task, states in wanted.items()]
         for finished in concurrent.futures.as_completed(running):
             bar.update(finished.result())
-    print("\n".join(table(read_lines(path, values.noise))))
+    print(table(read_lines(path, values.noise)), end="")
 
 
 if __name__ == "__main__":

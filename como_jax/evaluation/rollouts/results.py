@@ -14,12 +14,10 @@ import chex
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
-from scipy import stats
 
-from como_jax.evaluation.tables import csv_text, markdown_table
+from como_jax.evaluation.tables import csv_text, markdown_table, wilson_interval
 from como_jax.files import write_atomic, write_json, write_text
 
-CONFIDENCE = 0.95
 EPISODES_NAME = "episodes.csv"
 GRID_EPISODES = 12
 _GRID_COLUMNS = 3
@@ -168,16 +166,6 @@ def _suites(results: Sequence[EpisodeResult]) -> tuple[SuccessRate, ...]:
     names = [name for name in dict.fromkeys(suite_of(result.task) for result in results) if name]
     rates = [SuccessRate.of(name, (result for result in results if suite_of(result.task) == name)) for name in names]
     return tuple(rates) if len(rates) > 1 else ()
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Score interval of a binomial proportion at 95 % (Wilson 1927).
-
-    Raises:
-      ValueError: numbers that are no outcome of trials.
-    """
-    interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 class RolloutRecorder:

@@ -24,8 +24,7 @@ from typing import Any
 from etils import epath
 
 from como_jax.errors import RunError
-from como_jax.evaluation.rollouts.results import wilson_interval
-from como_jax.evaluation.tables import csv_text, markdown_table
+from como_jax.evaluation.tables import csv_text, markdown_table, wilson_interval
 from como_jax.files import write_text
 from como_jax.ownership import claim
 from como_jax.processes import run_commands
