@@ -214,6 +214,7 @@ def test_a_stream_resumes_where_its_checkpoint_was_taken(stream: Callable) -> No
     chex.assert_trees_all_equal([next(resumed) for _ in range(3)], expected)
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_same_batches(stream: Callable) -> None:
     chex.assert_trees_all_equal(take(stream(workers=2), 3), take(stream(), 3))
 

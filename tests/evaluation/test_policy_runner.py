@@ -24,6 +24,7 @@ from como_jax.spec.normalization import AffineNormalizer
 from como_jax.training import sharding
 from como_jax.training.models import resolve
 from como_jax.types import Observation
+from tests.everyday import mostly_slow
 from tests.policies.smoke_policies import FAMILIES, PolicyRun, smoke
 
 
@@ -109,7 +110,7 @@ def test_other_parameters_take_the_place_of_the_first_in_a_runner_of_their_own()
     assert found == [1.5, 2.5, 1.5] and len(traced) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "diffusion"))
 def test_a_policy_sees_in_an_environment_what_it_saw_in_training(family: str, robot_dataset: Path) -> None:
     config = smoke(family, robot_dataset)
     data = open_policy_data(config)
@@ -141,7 +142,7 @@ def test_a_policy_sees_in_an_environment_what_it_saw_in_training(family: str, ro
         assert np.abs(found.ravel() - batch[field].ravel()).mean() < limit, field
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=mostly_slow(FAMILIES, "diffusion"))
 def trained(
     request: pytest.FixtureRequest, policy_run: Callable[..., PolicyRun], robot_dataset: Path, labelled_videos: Path
 ) -> tuple[str, PolicyRunner]:

@@ -75,6 +75,7 @@ def test_a_resumed_sweep_leaves_finished_cells_alone(finished, tabletop_dataset:
     assert (out / "table.csv").read_text().splitlines() == kept
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_goes_on(tabletop_dataset: Path, tmp_path: Path):
     swept = {"model.latent_dim": ["16"]}
     (begun,) = sweep(cells_of(tmp_path, tabletop_dataset, swept, [*FAST, "train.stop_after=1"]), tmp_path)

@@ -98,6 +98,7 @@ def test_samples_train_the_parts_that_their_labels_concern(variant: str) -> None
     assert trained_modules(loss_of(variant, video_half(make_batch()))[2]) == everything - ACTION_PARAMS
 
 
+@pytest.mark.slow
 def test_each_kind_of_sample_gets_its_own_mean_in_a_mixed_batch() -> None:
     batch = make_batch()
     mixed, robot, video = (loss_of("regression", part) for part in (batch, robot_half(batch), video_half(batch)))

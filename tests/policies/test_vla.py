@@ -203,6 +203,7 @@ def test_bins_are_equal_parts_and_their_midpoints_lie_in_them() -> None:
     assert np.abs(bin_midpoints(to_bins(inside, 256), 256) - inside).max() <= 1 / 256 + 1e-6
 
 
+@pytest.mark.slow
 def test_a_gripper_is_open_or_closed() -> None:
     model = make_model("vectors", gripper_dim=1)
     observation = make_batch("vectors").observation

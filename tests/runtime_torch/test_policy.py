@@ -198,7 +198,8 @@ def test_the_network_compiles_to_one_graph(guided: Exported) -> None:
         torch.testing.assert_close(compiled, policy.module.evaluate(*arguments))
 
 
-@pytest.mark.parametrize("variant", mostly_slow(("denoising", "thinking in codes", "flow"), "denoising"))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ("denoising", "thinking in codes", "flow"))
 def test_a_compiled_policy_acts_as_it_is(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(*STORED[variant], tmp_path)
     programs: list[Any] = []

@@ -102,6 +102,7 @@ def test_a_folder_without_a_policy_is_named(tmp_path: Path) -> None:
         load_policy(tmp_path, PolicyOptions())
 
 
+@pytest.mark.slow
 def test_a_run_gives_a_client_what_it_gives_here(policy_run: Callable[..., PolicyRun], robot_dataset: Path) -> None:
     run = policy_run("diffusion", robot_dataset, **{"train.stop_after": 1})
     policy = load_policy(run.workdir, PolicyOptions(seed=3))

@@ -122,6 +122,7 @@ def test_of_another_policy_what_fits_is_taken_and_the_rest_is_named(
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_a_policy_of_which_nothing_fits_is_refused(
     smoke_run: Callable[[str], Path], robot_dataset: Path, tmp_path: Path
 ) -> None:
