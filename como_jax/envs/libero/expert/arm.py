@@ -199,7 +199,7 @@ class Arm:
     def _needed(self, here: np.ndarray, point: np.ndarray, load: set[int]) -> Callable[[np.ndarray], np.ndarray]:
         """Least heights of the grip point over points `[N, 3]`."""
         low, high = np.minimum(here, point)[:2] - 0.25, np.maximum(here, point)[:2] + 0.25
-        tops = self.scene.tops(load, low, high, 0.01)
+        tops = _ahead(self.scene.tops(load, low, high, 0.01), here, point)
         parts = [(0.065, TIP), (0.11, -PALM)]
         if load:
             corners = self.scene.corners(load)
@@ -210,6 +210,14 @@ class Arm:
 
 def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
     return Rotation.from_matrix(matrix).as_rotvec()
+
+
+def _ahead(tops: HeightMap, here: np.ndarray, point: np.ndarray) -> HeightMap:
+    """The map without what lies behind on the way from here to a point: the hand only gets further away from it."""
+    rows, columns = np.indices(tops.heights.shape)
+    ground = tops.corner + tops.cell * np.stack([rows, columns], axis=-1)
+    behind = (ground - here[:2]) @ (point - here)[:2] < 0
+    return HeightMap(tops.corner, tops.cell, np.where(behind, -np.inf, tops.heights))
 
 
 def _grown(tops: HeightMap, radius: float) -> HeightMap:

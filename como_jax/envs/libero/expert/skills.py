@@ -19,9 +19,12 @@ _CELL, _FINE = 0.004, 0.002
 _GAP = 0.008
 # The way of an open hand until the finger behind what it has put down has pushed that over.
 _TOPPLE = 0.05
-_LOST = 0.04
-# What was grasped has come up so far when the hand has come up 3 cm and more.
+# What has moved so far in the hand is lost, and what no finger has touched for so many steps.
+_LOST, _UNTOUCHED = 0.06, 3
+# What was grasped has come up so far when the hand has come up by the first of these heights, or by both: a bowl that is
+# held at its rim first tilts.
 _RISEN = 0.015
+_LIFTS = (0.05, 0.04)
 # What the best of many pairs of grasp and place is sought in.
 _GRASPS, _SPOTS = 400, 40
 _TRIES = 5
@@ -41,7 +44,8 @@ _LEAN_COST = 0.05
 _DROP_COST = 1.0
 # How much a metre counts toward the side of an object that an episode prefers.
 _TASTE = 0.1
-_REACH_COST = 10.0
+# Nearer to the end of its reach than this the arm's elbow is almost straight, and the hand hardly comes back.
+_REACH_COST, _SPARE_REACH = 10.0, 0.025
 # Nearer to its foot the arm gets stuck, its elbow bent as far as it can.
 _CLOSE, _CLOSE_COST = 0.47, 1.5
 
@@ -180,12 +184,8 @@ class Skills:
         for yaw in np.unique(yaws):
             clear[yaws == yaw] = grasps.clear_height(there, hands[yaws == yaw], yaw + spot.turn, lean=spot.lean)
         drop = np.maximum(0, clear - hands[:, 2])
-        far = np.array(
-            [
-                max(0.0, self.arm.beyond_reach(hand)) + max(0.0, self.arm.beyond_reach(point + [0, 0, _ABOVE]))
-                for hand, point in zip(hands, points, strict=True)
-            ]
-        )
+        ends = zip(hands, points + [0, 0, _ABOVE], strict=True)
+        far = np.array([sum(max(0.0, self.arm.beyond_reach(end) + _SPARE_REACH) for end in both) for both in ends])
         close = np.maximum(0, _CLOSE - np.linalg.norm((points - self.scene.shoulder)[:, :2], axis=1))
         costs = _DROP_COST * drop + _REACH_COST * far + _CLOSE_COST * close
         total = np.array([grasp.score for grasp in found]) + spot.score - costs
@@ -215,10 +215,14 @@ class Skills:
             yield from arm.hold(OPEN, 4)
             yield from arm.go((here + [0, 0, 0.08], axes), OPEN, near=0.02)
             return False
-        here, height = scene.hand[0], scene.position(name)[2]
-        yield from arm.go((here + [0, 0, 0.05], rotation), SHUT, near=0.02, turned=0.3)
-        # One finger alone holds nothing: the object leans on it, or lies on the other's outer side.
-        return scene.holds(name) and bool(scene.position(name)[2] > height + _RISEN)
+        height = scene.position(name)[2]
+        for lift in _LIFTS:
+            here, _ = scene.hand
+            yield from arm.go((here + [0, 0, lift], rotation), SHUT, near=0.02, turned=0.3)
+            # One finger alone holds nothing: the object leans on it, or lies on the other's outer side.
+            if scene.holds(name) and scene.position(name)[2] > height + _RISEN:
+                return True
+        return False
 
     def _funnel(self, point: np.ndarray) -> float:
         """How far above its goal the hand has to stay while it is beside it."""
@@ -236,10 +240,13 @@ class Skills:
         rotation = handling.turn.as_matrix() @ axes
         held_at = axes.T @ (scene.position(name) - here)
 
+        untouched: list[bool] = []
+
         def lost() -> bool:
             point, now = scene.hand
             moved = np.linalg.norm(now.T @ (scene.position(name) - point) - held_at)
-            return bool(moved > _LOST or not any(scene.touched_by(scene.geoms(name))))
+            untouched.append(not any(scene.touched_by(scene.geoms(name))))
+            return bool(moved > _LOST or (len(untouched) >= _UNTOUCHED and all(untouched[-_UNTOUCHED:])))
 
         def above(height: float) -> tuple[np.ndarray, np.ndarray]:
             """Where the hand has to be for the object to be above its spot."""
