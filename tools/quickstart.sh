@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a pretrained motion model on embedded data: less than ten minutes on two CPU cores.
+# From nothing to a pretrained motion model on embedded data, in about ten minutes of two CPU cores.
 # A second run resumes what the first one left.
 set -euo pipefail
 cd "$(dirname "$0")/.."

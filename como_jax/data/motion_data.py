@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from como_jax.data.clips import ClipConfig, draw_gaps, draw_offsets
 from como_jax.data.identity import Identity, identify
 from como_jax.data.mixture import Mixture, MixturePart, parse_mixture
-from como_jax.data.reader import Batch, BatchReader
+from como_jax.data.reader import Batch, BatchReader, open_reader
 from como_jax.data.sampler import NO_AUGMENTATION, Augmentation, Samples
 from como_jax.data.sources import load_normalizer
 from como_jax.data.supervision import Supervision
@@ -179,7 +179,7 @@ def open_motion_data(config: ConfigDict, needs: BatchParts, scales: Scales = typ
         kinds = [kind.strip() for kind in data.labels.split(",") if kind.strip()]
         supervision = Supervision(mixture.parts, kinds, data.labelled_fraction, scales)
     filler = ClipFiller(mixture, flow=needs.flow, supervision=supervision)
-    reader = BatchReader(filler, data.image_size, fit=data.fit, num_threads=data.num_threads)
+    reader = open_reader(filler, data)
     return MotionData(mixture, reader, supervision)
 
 

@@ -15,7 +15,7 @@ from como_jax.data.chunks import ChunkConfig, ChunkFiller, PolicyPart, find_came
 from como_jax.data.identity import Identity, digest_vectors, identify
 from como_jax.data.instructions import InstructionReader, InstructionTable, read_embeddings
 from como_jax.data.mixture import MixtureEntry, parse_mixture
-from como_jax.data.reader import BatchReader
+from como_jax.data.reader import BatchReader, open_reader
 from como_jax.data.schema import LabelInfo
 from como_jax.data.sources import EpisodeSource, load_normalizer
 from como_jax.errors import DatasetError, closest
@@ -117,7 +117,7 @@ def open_policy_data(
     # Held-out episodes may lack the robot with the largest actions, so the sizes of the run are the least ones.
     sizes = {"action_size": config.model.action_size, "state_size": data.state_size}
     filler = ChunkFiller(parts, ChunkConfig(data.instants, data.stride, data.chunk), **sizes)
-    reader = BatchReader(filler, data.image_size, fit=data.fit, num_threads=data.num_threads)
+    reader = open_reader(filler, data)
     left_out = tuple(directory for directory, part in opened.items() if part is None)
     return PolicyData(parts, filler, reader, labels, left_out)
 

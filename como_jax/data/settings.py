@@ -18,6 +18,8 @@ class DataSettings:
       batch_size: clips or samples of all hosts together.
       num_threads: decoding threads of each process.
       num_workers: decoding processes; 0 decodes in threads of the training process.
+      frame_cache_gib: decoded frames of datasets that fit into so many GiB together are kept in memory-mapped files; 0
+        decodes them anew every time, as is always done where `min_crop_fraction` is less than 1.
     """
 
     mixture: str
@@ -28,6 +30,7 @@ class DataSettings:
     batch_size: int = 256
     num_threads: int = 16
     num_workers: int = 0
+    frame_cache_gib: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)

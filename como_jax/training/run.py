@@ -35,6 +35,7 @@ RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", "images", DATA_FILE,
 # Fields that may differ when a run is resumed, since they change no number that is computed. `data.num_workers` is not
 # among them, because it changes the state of the data iterator. The size of a label follows from other fields.
 FREE_FIELDS = (
+    "data.frame_cache_gib",
     "data.num_threads",
     "evaluation.",
     "mesh.",

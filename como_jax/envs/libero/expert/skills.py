@@ -21,8 +21,8 @@ _GAP = 0.008
 _TOPPLE = 0.05
 # What has moved so far in the hand is lost, and what no finger has touched for so many steps.
 _LOST, _UNTOUCHED = 0.06, 3
-# What was grasped has come up so far when the hand has come up by the first of these heights, or by both: a bowl that is
-# held at its rim first tilts.
+# What was grasped has come up so far when the hand has come up by the first of these heights, or by both: a bowl that
+# is held at its rim first tilts.
 _RISEN = 0.015
 _LIFTS = (0.05, 0.04)
 # What the best of many pairs of grasp and place is sought in.
