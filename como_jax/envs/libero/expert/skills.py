@@ -17,6 +17,8 @@ from como_jax.envs.libero.expert.scene import Scene
 _ABOVE = 0.06
 _CELL, _FINE = 0.004, 0.002
 _GAP = 0.008
+# So far above the ground what was let go of may hang on a finger.
+_HANGING = 0.015
 # The way of an open hand until the finger behind what it has put down has pushed that over.
 _TOPPLE = 0.05
 # What has moved so far in the hand is lost, and what no finger has touched for so many steps.
@@ -346,14 +348,21 @@ class Skills:
         return not any(scene.touched_by(scene.geoms(name)))
 
     def _let_go(self, name: str) -> Motion:
-        """Moves sideways away from a finger that still touches: thin walls of objects hook on it."""
+        """Gets rid of what still touches a finger: down, for it may hang there by an edge, or sideways."""
         scene, arm = self.scene, self.arm
+
+        def touched() -> tuple[bool, bool]:
+            return scene.touched_by(scene.geoms(name))
+
         for _ in range(3):
-            touched = scene.touched_by(scene.geoms(name))
-            if not any(touched):
+            here, axes = scene.hand
+            yield from arm.go(
+                (here - [0, 0, _HANGING], axes), OPEN, near=0.003, steps=8, until=lambda: not any(touched())
+            )
+            if not any(touched()):
                 return True
             here, axes = scene.hand
-            outward = scene.finger_sides() @ np.array(touched, float)
+            outward = scene.finger_sides() @ np.array(touched(), float)
             yield from arm.go((here + 0.012 * outward, axes), OPEN, near=0.004, turned=0.3, steps=8)
             here, axes = scene.hand
             height = scene.position(name)[2]
