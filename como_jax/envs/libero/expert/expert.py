@@ -20,6 +20,8 @@ _IDLE = np.array([0, 0, 0, 0, 0, 0, OPEN], np.float32)
 _FLAT, _BROAD = 0.035, 0.12
 # A region that slopes more is to lie on; nothing is leaned over further by the hand, it falls the rest of the way.
 _SLOPING, _MOST_LEAN = np.radians(20), np.radians(42)
+# What lies no further under a drawer can be grasped.
+_MOST_UNDER = 0.035
 # What a goal is about, in the properties of LIBERO's fixtures, and its opposite.
 _RANGES = {
     "open": ("default_open_ranges", "default_close_ranges"),
@@ -74,6 +76,7 @@ class Expert:
         if predicate in ("in", "on"):
             container = goal[2]
             if predicate == "in" and self.scene.joint(container) and not self.scene.is_true(("open", container)):
+                yield from self._clear_the_way(name, container)
                 yield from self._achieve(("open", container))
             return (yield from self.skills.bring(name, lambda: self.target(goal), reached))
         setting = self._setting(goal)
@@ -82,6 +85,22 @@ class Expert:
             return False
         skill = {"open": self.handles.pull, "close": self.handles.push}.get(predicate, self.handles.turn)
         return (yield from skill(name, setting, reached))
+
+    def _clear_the_way(self, name: str, drawer: str) -> Motion:
+        """Pushes an object sideways from where it would lie under an open drawer, since it is taken from above."""
+        scene, joint, setting = self.scene, self.scene.joint(drawer), self._setting(("open", drawer))
+        if joint is None or setting is None or not joint.slides:
+            return True
+        corners = scene.corners(scene.body_geoms(joint.body))
+        way = (setting.value - joint.value) * joint.axis
+        low, high = np.minimum(corners, corners + way).min(axis=0), np.maximum(corners, corners + way).max(axis=0)
+        first, last = (edge(scene.corners(scene.geoms(name)), axis=0) for edge in (np.min, np.max))
+        if last[2] > low[2] or np.any((np.minimum(high, last) - np.maximum(low, first))[:2] < _MOST_UNDER):
+            return True
+        across = int(np.argmin(np.abs(way[:2])))
+        point = scene.position(name)
+        point[across] += min(low[across] - last[across], high[across] - first[across], key=abs)
+        return (yield from self.skills.push(name, Target(point, np.zeros(3), point[:2])))
 
     def _setting(self, goal: Goal) -> Setting | None:
         """What the joint that a goal is about has to be set to; None for goals of other kinds."""

@@ -17,6 +17,8 @@ PALM = 0.030
 _PAD = 0.008
 _DEPTH = 0.027
 _LEAST_DEPTH = 0.003
+# Walls thinner than this are held between the pads alone, which reach so far up: what is above them slips.
+_THIN, _DEPTH_OF_WALLS = 0.020, 0.013
 _FINGER = (0.037, 0.060, 0.011)
 _HAND = (0.106, 0.036)
 _CELL = 0.006
@@ -146,7 +148,6 @@ def _at_yaw(
     # Where the fingers close, there must be nothing but the object.
     swept = around.at(centres[:, None] + _SWEEP @ hand_axes(yaw)).max(axis=-1) + TIP + _CLEARANCE
     heights = np.max([top - _DEPTH, clear_height(both, centres, yaw), swept], axis=0)
-    depth = top - heights
     # What the pads close on: columns of the strip that are higher than the grip point.
     material = strip > (heights - 0.001)[:, None, None]
     along = _STRIP_ALONG[None, :, None]
@@ -155,6 +156,9 @@ def _at_yaw(
     solid = np.isfinite(first).all(axis=1)
     first, last = np.where(np.isfinite(first), first, 0.0), np.where(np.isfinite(last), last, 0.0)
     widths, offsets = last.max(axis=1) - first.min(axis=1), (last.max(axis=1) + first.min(axis=1)) / 2
+    wall = widths < _THIN
+    heights = np.where(wall, np.maximum(heights, top - _DEPTH_OF_WALLS), heights)
+    depth, wanted = top - heights, np.where(wall, _DEPTH_OF_WALLS, 0.020)
     skew = np.abs((first + last)[:, 2] - (first + last)[:, 0]) / 2
     taper = np.abs((last - first)[:, 2] - (last - first)[:, 0])
     valid = solid & (taper <= _MOST_TAPER) & (depth >= _LEAST_DEPTH) & (widths <= 2 * REACH - 0.006)
@@ -162,7 +166,7 @@ def _at_yaw(
     turn = _nearest_yaw(yaw)
     scores = (
         -4.0 * np.abs(offsets)
-        - 6.0 * np.maximum(0, 0.020 - depth)
+        - 6.0 * np.maximum(0, wanted - depth)
         - 6.0 * skew
         - 0.2 * widths
         - 1.0 * np.maximum(0, widths - 0.055)

@@ -275,7 +275,7 @@ class Skills:
     def push(self, name: str, target: Target) -> Motion:
         """Pushes a plate or the like along the ground, with closed fingers from behind.
 
-        The hand leans forward over what it pushes, so that behind it only the fingertips need room. The ground between
+        The hand leans forward over what is flat, so that behind it only the fingertips need room. The ground between
         has to be level, and free but for what can be pushed along.
 
         Returns:
@@ -302,7 +302,9 @@ class Skills:
             """Ahead of the hand on the line to the target, so that it presses, and below, so that it stays down."""
             return on_the_line(along() + _LEAD) - [0, 0, _DOWNWARD], rotation
 
-        forward = np.array([*(-np.sin(_PUSH_LEAN) * ahead()), -np.cos(_PUSH_LEAN)])
+        # Over what is higher than the fingertips are long, the palm would come to stand on it.
+        lean = _PUSH_LEAN if np.ptp(corners[:, 2]) < grasps.PALM else 0.0
+        forward = np.array([*(-np.sin(lean) * ahead()), -np.cos(lean)])
         across = np.array([-ahead()[1], ahead()[0], 0])
         # The fingers side by side, across the way, and the last joint of the arm turned little.
         choices = pitched(forward, across), pitched(forward, -across)
