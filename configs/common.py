@@ -45,7 +45,7 @@ def policy(family: str, model: ConfigDict) -> ConfigDict:
     config.data = section(PolicyDataSettings)
 
     config.encoder = encoder("B")
-    config.encoder.tower = "vit"  # vit, siglip, or conv: a small convolutional network from scratch.
+    config.encoder.tower = "vit"  # vit, siglip, or patch: two linear layers over patches, from scratch.
     config.encoder.mlp_width = 0  # 0 for four times the width.
     config.encoder.frozen = False
     config.encoder.init_from = ""  # Directory of a pretraining run whose encoder to start from.
@@ -115,7 +115,7 @@ def shrink_to_smoke(config: ConfigDict) -> None:
 def shrink_policy(config: ConfigDict) -> None:
     """64 px and small towers, for minutes on a CPU."""
     # From scratch: at this size it finds things on the table within a minute, which a small ViT does not.
-    config.encoder.update({"tower": "conv", "patch_size": 16, "width": 64, "pool": 1})
+    config.encoder.update({"tower": "patch", "patch_size": 16, "width": 64, "pool": 1})
     config.text.update({"width": 64, "depth": 1, "num_heads": 2, "max_length": 64, "pool": 8})
     config.data.update({"image_size": 64, "batch_size": 32, "random_shift": 2, "num_threads": 2, "chunk": 8})
     config.optim.update({"learning_rate": 1e-3, "final_learning_rate": 1e-5, "warmup_steps": 50, "ema_decay": 0.99})

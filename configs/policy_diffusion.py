@@ -5,7 +5,7 @@
 | variant | hardware | what to expect |
 |---|---|---|
 | (none)  | TPU slice, large GPUs | ViT-B, from a run of `pretrain_mae.py` or scratch, and a 12-layer trunk, 224 px |
-| `:tiny` | laptop CPU, minutes | 64 px, a small convolutional tower from scratch |
+| `:tiny` | laptop CPU, minutes | 64 px, a small tower from scratch |
 | `:smoke`| anything, seconds | a check that everything runs; learns nothing |
 
 ROBOT has true actions, LABELLED is what `experiments.extract_labels` wrote. `--config.data.videos=()` leaves the

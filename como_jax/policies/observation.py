@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from como_jax.nn.layers import LayerNorm, Linear, normalize_frames
-from como_jax.nn.primitives import embedding, keep_batch_split
+from como_jax.nn.layers import LayerNorm, Linear, normalize_frames, patchify
+from como_jax.nn.primitives import embedding
 from como_jax.nn.text_towers import TextFeatures, make_text_tower
 from como_jax.nn.vit import Siglip, Vit, scale_frames
-from como_jax.spec.policies import ObservationConfig
+from como_jax.spec.policies import COARSE_PATCH, FINE_PATCH, ObservationConfig
 from como_jax.types import Observation
 
 
@@ -43,32 +43,26 @@ class ObservationFeatures(NamedTuple):
         )
 
 
-class ConvTower(nnx.Module):
-    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU. It is small, so float32."""
+class PatchTower(nnx.Module):
+    """Two linear layers over patches: of 8 x 8 pixels, and of 2 x 2 of what the first one makes of them.
 
-    @staticmethod
-    def channels(width: int) -> tuple[int, ...]:
-        """Channels of the images, and after each convolution."""
-        return (3, max(8, width // 4), max(8, width // 2), width, width)
+    Each is followed by a layer norm and a SiLU. Both are matrix products over many channels, which CPUs do several
+    times faster than convolutions over few.
+    """
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        channels = self.channels(width)
-        self.convs = nnx.List(
-            [
-                nnx.Conv(inputs, outputs, (3, 3), strides=2, padding="SAME", rngs=rngs)
-                for inputs, outputs in zip(channels[:-1], channels[1:], strict=True)
-            ]
-        )
-        self.norms = nnx.List([LayerNorm(size, dtype=jnp.float32, rngs=rngs) for size in channels[1:]])
-        self.dtype = dtype
+        self.fine = Linear(FINE_PATCH**2 * 3, 2 * width, dtype=dtype, rngs=rngs)
+        self.fine_norm = LayerNorm(2 * width, dtype=dtype, rngs=rngs)
+        self.coarse = Linear(COARSE_PATCH**2 * 2 * width, width, dtype=dtype, rngs=rngs)
+        self.coarse_norm = LayerNorm(width, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Features `[B, H / 16, W / 16, D]` of normalised images `[B, H, W, 3]`."""
+        """Features `[B, N, D]` of the 16 x 16 patches of normalised images `[B, H, W, 3]`."""
         chex.assert_shape(images, (None, None, None, 3))
-        x = images
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.silu(norm(keep_batch_split(conv(keep_batch_split(x)))))
-        return x.astype(self.dtype)
+        batch, height, width, _ = images.shape
+        fine = jax.nn.silu(self.fine_norm(self.fine(patchify(images, FINE_PATCH))))
+        cells = fine.reshape(batch, height // FINE_PATCH, width // FINE_PATCH, -1)
+        return jax.nn.silu(self.coarse_norm(self.coarse(patchify(cells, COARSE_PATCH))))
 
 
 class ObservationEncoder(nnx.Module):
@@ -84,8 +78,8 @@ class ObservationEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        if config.image_tower == "conv":
-            self.images = ConvTower(config.vit.width, dtype=dtype, rngs=rngs)
+        if config.image_tower == "patch":
+            self.images = PatchTower(config.vit.width, dtype=dtype, rngs=rngs)
         else:
             tower = {"vit": Vit, "siglip": Siglip}[config.image_tower]
             self.images = tower(config.vit, dtype=dtype, remat="none" if config.freeze_images else remat, rngs=rngs)

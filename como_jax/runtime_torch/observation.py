@@ -5,7 +5,6 @@ Axes: B batch, T instants, C cameras, N tokens of one instant, M tokens of the i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from como_jax.runtime_torch.layers import LayerNorm, Linear, normalize_frames
+from como_jax.runtime_torch.layers import LayerNorm, Linear, normalize_frames, patchify
 from como_jax.runtime_torch.text_towers import (
     ByteTransformer,
     ClipTextTower,
@@ -23,7 +22,7 @@ from como_jax.runtime_torch.text_towers import (
     TokenTable,
 )
 from como_jax.runtime_torch.vit import Siglip, Vit
-from como_jax.spec.policies import ObservationConfig
+from como_jax.spec.policies import COARSE_PATCH, FINE_PATCH, ObservationConfig
 from como_jax.spec.towers import TextConfig
 
 
@@ -58,24 +57,22 @@ class ObservationFeatures(NamedTuple):
         return tokens, torch.cat([self.mask.flatten(1), self.text.mask], dim=1)
 
 
-class ConvTower(nn.Module):
-    """Four convolutions of stride 2, each followed by a norm over channels and a SiLU; small, hence in float32."""
-
-    in_float32 = ("convs", "norms")
+class PatchTower(nn.Module):
+    """Two linear layers over patches: of 8 x 8 pixels, and of 2 x 2 of what the first one makes of them."""
 
     def __init__(self, width: int):
         super().__init__()
-        channels = (3, max(8, width // 4), max(8, width // 2), width, width)
-        self.convs = nn.ModuleList(nn.Conv2d(*sizes, 3, stride=2) for sizes in itertools.pairwise(channels))
-        self.norms = nn.ModuleList(LayerNorm(size) for size in channels[1:])
+        self.fine = Linear(FINE_PATCH**2 * 3, 2 * width)
+        self.fine_norm = LayerNorm(2 * width)
+        self.coarse = Linear(COARSE_PATCH**2 * 2 * width, width)
+        self.coarse_norm = LayerNorm(width)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Features `[B, H / 16 * W / 16, D]` of uint8 `[B, H, W, 3]`."""
-        x = normalize_frames(frames).movedim(-1, 1)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            # An even side needs one more pixel, which training adds at the end.
-            x = F.silu(norm(conv(F.pad(x, (0, 1, 0, 1))).movedim(1, -1))).movedim(-1, 1)
-        return x.flatten(2).transpose(1, 2)
+        """Features `[B, N, D]` of the 16 x 16 patches of uint8 `[B, H, W, 3]`."""
+        height, width = frames.shape[1:3]
+        fine = F.silu(self.fine_norm(self.fine(patchify(normalize_frames(frames), FINE_PATCH))))
+        cells = fine.unflatten(1, (height // FINE_PATCH, width // FINE_PATCH))
+        return F.silu(self.coarse_norm(self.coarse(patchify(cells, COARSE_PATCH))))
 
 
 class ObservationEncoder(nn.Module):
@@ -137,6 +134,6 @@ _TEXT_TOWERS: dict[str, Callable[[TextConfig], nn.Module]] = {
 
 
 def _make_image_tower(config: ObservationConfig) -> nn.Module:
-    if config.image_tower == "conv":
-        return ConvTower(config.vit.width)
+    if config.image_tower == "patch":
+        return PatchTower(config.vit.width)
     return (Vit if config.image_tower == "vit" else Siglip)(config.vit)

@@ -135,7 +135,7 @@ class ExportedPolicy:
     def __post_init__(self) -> None:
         observation, model, interface = self.observation, self.model, self.interface
         _check_text(observation.text)
-        if observation.image_tower != "conv":
+        if observation.image_tower != "patch":
             _check_heads("observation.vit", observation.vit.width, observation.vit.num_heads)
         if not isinstance(model, VlaConfig):
             _check_heads("model", model.width, model.num_heads)

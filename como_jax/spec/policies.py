@@ -10,9 +10,10 @@ from typing import Any
 from como_jax.errors import ConfigError
 from como_jax.spec.towers import DecoderConfig, TextConfig, VitConfig
 
-IMAGE_TOWERS = ("vit", "siglip", "conv")
-CONV_STRIDE = 16
-"""Pixels along one side for each feature of the convolutional image tower."""
+IMAGE_TOWERS = ("vit", "siglip", "patch")
+FINE_PATCH, COARSE_PATCH = 8, 2
+"""Sides of the patches of the small image tower: in pixels, and in features of those."""
+_PATCH = FINE_PATCH * COARSE_PATCH
 DIFFUSIONS = ("ddpm", "flow")
 PREDICTIONS = ("epsilon", "sample")
 LATENT_HEADS = ("regression", "diffusion")
@@ -32,8 +33,8 @@ class ObservationConfig:
     """How observations become tokens.
 
     Attributes:
-      image_tower: "vit", "siglip", or "conv", a small convolutional network trained from scratch.
-      vit: sizes of the ViT or SigLIP; the convolutional tower uses only image size and width.
+      image_tower: "vit", "siglip", or "patch", two linear layers over patches, trained from scratch.
+      vit: sizes of the ViT or SigLIP; the tower over patches uses only image size and width.
       freeze_images: whether the ViT or SigLIP gets no gradient.
       pool: side of the square of image tokens that are averaged to one; 1 keeps all.
       cameras: number of cameras.
@@ -54,18 +55,19 @@ class ObservationConfig:
     def __post_init__(self) -> None:
         if self.image_tower not in IMAGE_TOWERS:
             raise ConfigError(f"encoder.tower {self.image_tower!r} must be one of {', '.join(IMAGE_TOWERS)}.")
-        if self.image_tower == "conv" and self.vit.image_size % CONV_STRIDE:
-            size, stride = self.vit.image_size, CONV_STRIDE
-            raise ConfigError(f"encoder.tower=conv needs a data.image_size that is a multiple of {stride}, not {size}.")
+        if self.image_tower == "patch" and self.vit.image_size % _PATCH:
+            raise ConfigError(
+                f"encoder.tower=patch needs a data.image_size that {_PATCH} divides, not {self.vit.image_size}."
+            )
         if self.pool < 1 or self.grid % self.pool:
             raise ConfigError(f"encoder.pool {self.pool} must divide the {self.grid} image tokens along one side.")
-        if self.freeze_images and self.image_tower == "conv":
-            raise ConfigError("encoder.frozen needs another encoder.tower: a convolutional one starts from scratch.")
+        if self.freeze_images and self.image_tower == "patch":
+            raise ConfigError("encoder.frozen needs another encoder.tower: that over patches starts from scratch.")
 
     @property
     def grid(self) -> int:
         """Image tokens along one side, before pooling."""
-        return self.vit.image_size // CONV_STRIDE if self.image_tower == "conv" else self.vit.grid
+        return self.vit.image_size // _PATCH if self.image_tower == "patch" else self.vit.grid
 
 
 @dataclasses.dataclass(frozen=True)

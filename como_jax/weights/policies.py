@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -14,7 +13,14 @@ from como_jax.errors import ConversionError, RunError
 from como_jax.policies.models import MODEL_CONFIGS, observation_config
 from como_jax.spec.exported import POLICY_FAMILIES, ExportedPolicy, PolicyModel
 from como_jax.spec.interface import PolicySpec
-from como_jax.spec.policies import AutoregressiveConfig, DiffusionPolicyConfig, ObservationConfig, VlaConfig
+from como_jax.spec.policies import (
+    COARSE_PATCH,
+    FINE_PATCH,
+    AutoregressiveConfig,
+    DiffusionPolicyConfig,
+    ObservationConfig,
+    VlaConfig,
+)
 from como_jax.spec.towers import (
     BYTE_VOCABULARY,
     NGRAM_ROWS,
@@ -27,7 +33,6 @@ from como_jax.spec.towers import (
 from como_jax.weights.motion import vit_table
 from como_jax.weights.tables import (
     DeepTable,
-    Entry,
     Table,
     array,
     flat,
@@ -127,7 +132,7 @@ def observation_table(config: ObservationConfig, width: int) -> DeepTable:
     if config.state_size:
         top |= linear("observation/state_proj", "observation.state_proj", config.state_size, width)
         top |= {"observation/no_state": array("observation.no_state", width)}
-    towers = {"conv": _conv_table, "siglip": _siglip_table, "vit": _vit_table}
+    towers = {"patch": _patch_table, "siglip": _siglip_table, "vit": _vit_table}
     return {**towers[config.image_tower](config.vit), **single(top), **_text_table(config.text, width)}
 
 
@@ -146,27 +151,14 @@ def _siglip_table(config: VitConfig) -> DeepTable:
     return {**single(top), **timm_blocks(f"{path}/blocks", f"{name}.blocks", *sizes)}
 
 
-def _conv_table(config: VitConfig) -> DeepTable:
+def _patch_table(config: VitConfig) -> DeepTable:
     width, path, name = config.width, "observation/images", "observation.images"
-    channels = (3, max(8, width // 4), max(8, width // 2), width, width)
+    sizes = {"fine": (FINE_PATCH**2 * 3, 2 * width), "coarse": (COARSE_PATCH**2 * 2 * width, width)}
     table: Table = {}
-    for layer, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
-        table |= {
-            f"{path}/convs/{layer}/kernel": _convolution(f"{name}.convs.{layer}.weight", inputs, outputs),
-            f"{path}/convs/{layer}/bias": array(f"{name}.convs.{layer}.bias", outputs),
-            **norm(f"{path}/norms/{layer}", f"{name}.norms.{layer}", outputs),
-        }
+    for layer, (inputs, outputs) in sizes.items():
+        table |= linear(f"{path}/{layer}", f"{name}.{layer}", inputs, outputs)
+        table |= norm(f"{path}/{layer}_norm", f"{name}.{layer}_norm", outputs)
     return single(table)
-
-
-def _convolution(name: str, inputs: int, outputs: int) -> Entry:
-    """The kernel `[3, 3, inputs, outputs]` of a convolution, which PyTorch keeps as `[outputs, inputs, 3, 3]`."""
-    return Entry(
-        (name,),
-        (outputs, inputs, 3, 3),
-        lambda weight: weight.transpose(2, 3, 1, 0),
-        lambda value: [value.transpose(3, 2, 0, 1)],
-    )
 
 
 def _text_table(config: TextConfig, model_width: int) -> DeepTable:

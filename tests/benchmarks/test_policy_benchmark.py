@@ -17,7 +17,7 @@ from tools.benchmarks import policy as benchmark
 def load(recipe: str) -> ConfigDict:
     """With towers that compile quickly."""
     config = importlib.import_module(f"configs.{recipe}").get_config("smoke")
-    config.encoder.update({"tower": "conv", "frozen": False})
+    config.encoder.update({"tower": "patch", "frozen": False})
     config.text.tower = "embedding"
     return config
 

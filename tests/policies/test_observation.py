@@ -17,7 +17,7 @@ from como_jax.errors import ConfigError
 from como_jax.nn.layers import normalize_frames
 from como_jax.nn.model_def import ModelDef
 from como_jax.policies.diffusion import DiffusionPolicy
-from como_jax.policies.observation import ConvTower, ObservationEncoder, ObservationFeatures
+from como_jax.policies.observation import ObservationEncoder, ObservationFeatures, PatchTower
 from como_jax.spec.policies import DiffusionConfig, DiffusionPolicyConfig, ObservationConfig
 from como_jax.spec.towers import TextConfig, VitConfig
 from como_jax.types import Observation, fake_policy_batch
@@ -26,7 +26,7 @@ VIT = VitConfig(image_size=32, patch_size=8, width=16, depth=1, num_heads=2)
 TEXT = TextConfig(width=8, depth=1, num_heads=2, max_length=8)
 BASE = ObservationConfig(VIT, TEXT, cameras=2, instants=3, state_size=2)
 WIDTH = 12
-TOWERS = ("vit", "siglip", "conv")
+TOWERS = ("vit", "siglip", "patch")
 Params = dict[str, Any]
 
 
@@ -89,7 +89,7 @@ def largest_gradients(config: ObservationConfig, observation: Observation) -> di
 
 @pytest.mark.parametrize(
     ("tower", "pool", "cells"),
-    [("vit", 1, 16), ("vit", 2, 4), ("siglip", 1, 16), ("siglip", 2, 4), ("conv", 1, 4), ("conv", 2, 1)],
+    [("vit", 1, 16), ("vit", 2, 4), ("siglip", 1, 16), ("siglip", 2, 4), ("patch", 1, 4), ("patch", 2, 1)],
 )
 def test_every_instant_has_tokens_of_all_cameras_and_of_the_state(tower: str, pool: int, cells: int) -> None:
     config = dataclasses.replace(BASE, image_tower=tower, pool=pool)
@@ -121,15 +121,14 @@ def test_a_vit_s_tokens_are_its_patches_averaged_in_squares() -> None:
             np.testing.assert_allclose(found[2 * row + column], expected, atol=1e-4)
 
 
-def test_the_convolutional_tower_has_one_token_for_sixteen_pixels() -> None:
-    tower = ConvTower(16, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    read = jax.jit(lambda x: tower(x))
+def test_the_tower_over_patches_has_one_token_for_sixteen_pixels() -> None:
+    tower = PatchTower(16, dtype=jnp.float32, rngs=nnx.Rngs(0))
     images = np.random.default_rng(0).normal(size=(1, 64, 48, 3)).astype(np.float32)
-    found = np.asarray(read(images))
-    assert found.shape == (1, 4, 3, 16)
-    images[:, :8, :8] += 1
-    changed = np.abs(np.asarray(read(images)) - found).max(axis=-1)[0] > 1e-6
-    assert changed[0, 0] and not changed[2:].any() and not changed[:, 2].any()
+    found = np.asarray(jax.jit(lambda x: tower(x))(images)).reshape(4, 3, 16)
+    changed = images.copy()
+    changed[0, 16:32, 32:48] += 1
+    differs = np.abs(np.asarray(jax.jit(lambda x: tower(x))(changed)).reshape(4, 3, 16) - found).max(axis=-1) > 1e-6
+    np.testing.assert_array_equal(np.argwhere(differs), [[1, 2]])
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -209,7 +208,7 @@ def test_without_a_state_there_is_no_token_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tower", "frozen"), [("vit", False), ("vit", True), ("siglip", False), ("siglip", True), ("conv", False)]
+    ("tower", "frozen"), [("vit", False), ("vit", True), ("siglip", False), ("siglip", True), ("patch", False)]
 )
 def test_gradients_reach_all_but_a_frozen_tower(tower: str, frozen: bool) -> None:
     config = dataclasses.replace(BASE, image_tower=tower, freeze_images=frozen)
@@ -248,14 +247,14 @@ def test_bytes_in_a_row_are_averaged_to_one_token(pool: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_tower": "resnet"}, "encoder.tower 'resnet' must be one of vit, siglip, conv"),
+        ({"image_tower": "resnet"}, "encoder.tower 'resnet' must be one of vit, siglip, patch"),
         ({"pool": 3}, "encoder.pool 3 must divide the 4 image tokens"),
         ({"pool": 0}, "encoder.pool 0 must divide the 4 image tokens"),
-        ({"image_tower": "conv", "pool": 4}, "encoder.pool 4 must divide the 2 image tokens"),
-        ({"image_tower": "conv", "freeze_images": True}, "encoder.frozen needs another encoder.tower"),
+        ({"image_tower": "patch", "pool": 4}, "encoder.pool 4 must divide the 2 image tokens"),
+        ({"image_tower": "patch", "freeze_images": True}, "encoder.frozen needs another encoder.tower"),
         (
-            {"image_tower": "conv", "vit": dataclasses.replace(VIT, image_size=40)},
-            "encoder.tower=conv needs a data.image_size that is a multiple of 16, not 40",
+            {"image_tower": "patch", "vit": dataclasses.replace(VIT, image_size=40)},
+            "encoder.tower=patch needs a data.image_size that 16 divides, not 40",
         ),
     ],
 )

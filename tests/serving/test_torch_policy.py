@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an exported diffusion policy."""
     folder = tmp_path_factory.mktemp("exported")
-    run, spec = make_policy("diffusion", {"encoder.tower": "conv"})
+    run, spec = make_policy("diffusion", {"encoder.tower": "patch"})
     write_policy(run, describe_policy(run.config, spec), folder)
     return folder
 

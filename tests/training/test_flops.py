@@ -63,7 +63,7 @@ SHALLOW = {"encoder__depth": 2, "model__idm_depth": 2, "model__fdm_depth": 2}
         also("pretrain_laq", {"model__spatial_depth": 1, "model__temporal_depth": 2, "model__decoder_depth": 1}),
         also("policy_diffusion", {"encoder__depth": 2, "model__depth": 2, "text__depth": 1, "model__draws": 3}),
         also("policy_autoregressive", {"encoder__depth": 2, "model__depth": 2, "text__depth": 1}),
-        also("policy_diffusion", {"encoder__tower": "conv", "encoder__pool": 1, "model__depth": 1, **CLIP}),
+        also("policy_diffusion", {"encoder__tower": "patch", "encoder__pool": 1, "model__depth": 1, **CLIP}),
         also("policy_vla", {"encoder__depth": 1, "model__depth": 2}),
         also("policy_vla", {"encoder__depth": 1, "model__depth": 1, "model__text_weight": 0.0, **T5, **LORA}),
     ],
