@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from como_jax.nn.layers import LayerNorm, Linear, normalize_frames, patchify
-from como_jax.nn.primitives import embedding
+from como_jax.nn.primitives import embedding, keep_batch_split
 from como_jax.nn.text_towers import TextFeatures, make_text_tower
 from como_jax.nn.vit import Siglip, Vit, scale_frames
 from como_jax.spec.policies import COARSE_PATCH, FINE_PATCH, ObservationConfig
@@ -60,9 +60,9 @@ class PatchTower(nnx.Module):
         """Features `[B, N, D]` of the 16 x 16 patches of normalised images `[B, H, W, 3]`."""
         chex.assert_shape(images, (None, None, None, 3))
         batch, height, width, _ = images.shape
-        fine = jax.nn.silu(self.fine_norm(self.fine(patchify(images, FINE_PATCH))))
-        cells = fine.reshape(batch, height // FINE_PATCH, width // FINE_PATCH, -1)
-        return jax.nn.silu(self.coarse_norm(self.coarse(patchify(cells, COARSE_PATCH))))
+        fine = jax.nn.silu(self.fine_norm(keep_batch_split(self.fine(patchify(keep_batch_split(images), FINE_PATCH)))))
+        cells = keep_batch_split(fine.reshape(batch, height // FINE_PATCH, width // FINE_PATCH, -1))
+        return jax.nn.silu(self.coarse_norm(keep_batch_split(self.coarse(patchify(cells, COARSE_PATCH)))))
 
 
 class ObservationEncoder(nnx.Module):
