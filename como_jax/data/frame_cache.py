@@ -1,13 +1,14 @@
 """Decoded frames in memory-mapped files, so that a machine decodes each frame once and not in every epoch and run.
 
 The files lie in a folder of this user below the system's temporary folder (`TMPDIR`), and all processes share them.
-Their names follow from the images, so that a dataset that was changed has other files. The system may take the memory
-of a file back at any time, for it can be read again.
+Their names follow from place, size and time of the files of records, so that a dataset that was changed has other ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import stat
@@ -16,15 +17,17 @@ import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from etils import epath
 
-from como_jax.data.identity import digest_images
 from como_jax.data.sources import EpisodeSource
+from como_jax.staging import is_local
 
 _SUM = np.dtype(np.uint32)
 _ENDING = ".frames"
+_AT_ONCE = 2**20
 
 
 class FrameCache:
@@ -37,8 +40,10 @@ class FrameCache:
     def __init__(self, path: Path, records: int, cameras: int, size: int):
         """Maps a file of `num_bytes(records, cameras, size)`."""
         self._arguments = path, records, cameras, size
-        self._sums = np.memmap(path, _SUM, "r+", shape=(records, cameras))
-        self._frames = np.memmap(path, np.uint8, "r+", self._sums.nbytes, (records, cameras, size, size, 3))
+        sums = np.memmap(path, _SUM, "r+", shape=(records, cameras))
+        frames = np.memmap(path, np.uint8, "r+", sums.nbytes, (records, cameras, size, size, 3))
+        # To take a part of a plain array is quicker.
+        self._sums, self._frames = np.asarray(sums), np.asarray(frames)
 
     def get(self, record: int, camera: int) -> np.ndarray | None:
         """A frame, or None if it was not decoded yet."""
@@ -84,7 +89,7 @@ def open_caches(
             continue
         room -= needed
         try:
-            path = _folder() / f"{digest_images(source, (*names, fit, size))}{_ENDING}"
+            path = _folder() / f"{_digest(source, [*names, fit, size])}{_ENDING}"
             kept.add(path)
             _make_room(path, kept, needed, most_bytes)
             caches.append(FrameCache(path, len(source), len(names), size))
@@ -92,6 +97,20 @@ def open_caches(
             logging.warning("Frames of %s are decoded every time, since they cannot be kept: %s", source.name, error)
             caches.append(None)
     return caches
+
+
+def _digest(source: EpisodeSource, settings: list[str | int]) -> str:
+    """Of the files of a split's records, and of what makes frames of them."""
+    files = [(path, *_size_and_time(path)) for path in source.record_files]
+    return hashlib.blake2b(json.dumps([files, settings]).encode(), digest_size=12).hexdigest()
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    if is_local(path):
+        state = os.stat(path)
+        return state.st_size, state.st_mtime_ns
+    # In a bucket, times are whole seconds.
+    return epath.Path(path).stat().length, int(epath.Path(path).stat().mtime)
 
 
 def _checksum(frame: np.ndarray) -> int:
@@ -123,12 +142,21 @@ def _make_room(path: Path, kept: set[Path], needed: int, most_bytes: int) -> Non
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         with partial.open("wb") as file:
-            # Memory of a file on a full disk cannot be written: the process would be killed.
-            os.posix_fallocate(file.fileno(), 0, needed)
+            _reserve(file, needed)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Makes zeros that lie on the disk: who writes to memory of a file for which there is no room would be killed."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    # macOS.
+    for begin in range(0, size, _AT_ONCE):
+        file.write(bytes(min(_AT_ONCE, size - begin)))
 
 
 def _delete_oldest(folder: Path, kept: set[Path], most_bytes: int) -> None:

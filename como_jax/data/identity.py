@@ -63,12 +63,6 @@ def identify(directory: epath.PathLike, opened: Iterable[EpisodeSource] = ()) ->
     }
 
 
-def digest_images(source: EpisodeSource, settings: Any) -> str:
-    """A digest of a split's images, as far as can be had without reading all, and of settings that JSON can hold."""
-    images = _digest(_some_images([source]), _digest_columns([source], "num_steps", "motion"))
-    return str(_digest([images, settings])).removeprefix("digest ")
-
-
 def digest_vectors(vectors: Mapping[str, np.ndarray]) -> str | None:
     """A digest of vectors by their names, in any order."""
     return _digest(part for name in sorted(vectors) for part in (name, vectors[name]))
