@@ -5,6 +5,7 @@
 | variant | hardware | what to expect |
 |---|---|---|
 | (none)  | TPU slice, large GPUs | ViT-B, from a run of `pretrain_mae.py` or scratch, and a 12-layer trunk, 224 px |
+| `:small`| one CPU core, half an hour | 64 px, a tower over patches, and samples enough to solve tasks of LIBERO |
 | `:tiny` | laptop CPU, minutes | 64 px, a small tower from scratch |
 | `:smoke`| anything, seconds | a check that everything runs; learns nothing |
 
@@ -24,7 +25,18 @@ def get_config(variant: str = "") -> ConfigDict:
     """The full recipe, or a smaller one by name."""
     config = common.policy("diffusion_policy", common.section(DiffusionPolicyConfig, "chunk", "stride", "latent_size"))
     config.model.diffusion.clip = 1.0  # 0.0 for normalizations without limits.
-    return common.apply_variant(config, variant, (tiny, smoke))
+    return common.apply_variant(config, variant, (small, tiny, smoke))
+
+
+def small(config: ConfigDict) -> None:
+    """Half an hour of one CPU core."""
+    common.shrink_policy(config)
+    config.encoder.width = 128
+    config.text.update({"width": 128, "depth": 0, "max_length": 128, "pool": 128})
+    config.data.update({"batch_size": 128, "random_shift": 3})
+    config.optim.update({"final_learning_rate": 1e-5, "warmup_steps": 200, "ema_decay": 0.998})
+    config.train.update({"num_steps": 6000, "evaluate_every": 0, "checkpoint_every": 2000})
+    config.model.update({"width": 128, "depth": 3, "num_heads": 4})
 
 
 def tiny(config: ConfigDict) -> None:

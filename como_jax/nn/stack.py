@@ -21,7 +21,7 @@ REMAT_POLICIES = {
 class Stack(nnx.Module):
     """`depth` layers whose parameters have a leading layer axis, run by `jax.lax.scan`.
 
-    So only one layer is traced and compiled, whatever the depth.
+    So only one layer is traced and compiled, whatever the depth. A stack of depth 0 has no parameters and does nothing.
     """
 
     def __init__(
@@ -31,6 +31,8 @@ class Stack(nnx.Module):
             raise ConfigError(f"train.remat {remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
         self.depth = depth
         self.remat = remat
+        if not depth:
+            return
         graphdef = nnx.split(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), depth)
         # One layer after the other: drawing the random numbers of all at once needs twice the memory of the parameters.
@@ -45,6 +47,8 @@ class Stack(nnx.Module):
           *context: further arguments, the same for every layer.
           num_outputs: if set, the last layer computes only its first `num_outputs` tokens.
         """
+        if not self.depth:
+            return x[:, :num_outputs]
         graphdef, params = nnx.split(self.layers)
 
         def body(x: jax.Array, layer_params: nnx.State) -> tuple[jax.Array, None]:

@@ -1,10 +1,11 @@
-"""Denoising diffusion (DDPM) and flow matching behind one interface: `add_noise` in training, `denoise` in sampling.
+"""DDPM, flow matching and plain regression behind one interface: `add_noise` in training, `denoise` in sampling.
 
 Time t runs from 0, the data, to 1, pure noise. A network is given a noisy sample x_t and its time. With data x_0 and
 noise e:
 
     flow   x_t = (1 - t) x_0 + t e;              the network predicts the velocity e - x_0
     ddpm   x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e;  the network predicts e ("epsilon") or x_0 ("sample")
+    regression   x_t = 0 at time 1;              the network predicts x_0, in one step
 
 where a_t is the share of the signal's variance that the noise schedule keeps, `alpha_bars`.
 
@@ -35,6 +36,8 @@ class Noised(NamedTuple):
 
 def add_noise(config: DiffusionConfig, sample: jax.Array, key: jax.Array) -> Noised:
     """Draws a time for every sample `[B, ...]` and adds the noise of that time."""
+    if config.kind == "regression":
+        return Noised(jnp.zeros_like(sample), jnp.ones(len(sample)), sample)
     time_key, noise_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, sample.shape)
     if config.kind == "flow":
@@ -56,6 +59,9 @@ def denoise(config: DiffusionConfig, network: Network, noise: jax.Array, keys: j
       noise: `[B, ...]`.
       keys: `[B]`, for the noise that `eta` adds; None is allowed only for an `eta` of 0.
     """
+    if config.kind == "regression":
+        sample = network(jnp.zeros_like(noise), jnp.ones(len(noise)))
+        return jnp.clip(sample, -config.clip, config.clip) if config.clip else sample
     step = _flow_step if config.kind == "flow" else _ddim_step
     # From pure noise down to none.
     times = np.linspace(1.0, 0.0, config.sample_steps + 1, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Sampling of denoising diffusion and of flow matching.
+"""Sampling of denoising diffusion and of flow matching, and plain regression.
 
 Time runs from 0, the data, to 1, pure noise; a network is given a noisy sample and its time. Axes: B batch, `...` the
 axes of a sample.
@@ -28,6 +28,9 @@ def denoise(config: DiffusionConfig, network: Network, x: Tensor, noise: Noise) 
       x: the noise to start from.
       noise: what DDIM adds at every step where `eta` is not 0.
     """
+    if config.kind == "regression":
+        sample = network(torch.zeros_like(x), x.new_ones(len(x)))
+        return sample.clamp(-config.clip, config.clip) if config.clip else sample
     # Noise levels, from pure noise to none. They are tensors, since torch.compile rounds differently than NumPy.
     times = torch.linspace(1.0, 0.0, config.sample_steps + 1, dtype=torch.float64).float()
     if config.kind == "flow":

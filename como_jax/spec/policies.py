@@ -14,7 +14,7 @@ IMAGE_TOWERS = ("vit", "siglip", "patch")
 FINE_PATCH, COARSE_PATCH = 8, 2
 """Sides of the patches of the small image tower: in pixels, and in features of those."""
 _PATCH = FINE_PATCH * COARSE_PATCH
-DIFFUSIONS = ("ddpm", "flow")
+DIFFUSIONS = ("ddpm", "flow", "regression")
 PREDICTIONS = ("epsilon", "sample")
 LATENT_HEADS = ("regression", "diffusion")
 VECTOR_HEADS = ("regression", "flow")
@@ -75,8 +75,9 @@ class DiffusionConfig:
     """How samples are noised and made.
 
     Attributes:
-      kind: "ddpm" (arXiv 2006.11239) on the cosine schedule (arXiv 2102.09672), sampled by DDIM (arXiv 2010.02502), or
-        "flow", matching the straight flow from noise to data (arXiv 2210.02747).
+      kind: "ddpm" (arXiv 2006.11239) on the cosine schedule (arXiv 2102.09672), sampled by DDIM (arXiv 2010.02502);
+        "flow", matching the straight flow from noise to data (arXiv 2210.02747); or "regression", which adds no noise
+        and predicts the mean in one step, for demonstrations that do alike what can be done in several ways.
       train_steps: noise levels of DDPM; flow matching knows all.
       sample_steps: steps of sampling.
       prediction: what the network of DDPM predicts: the clean "sample", or the noise, "epsilon". At the noisiest steps

@@ -128,8 +128,8 @@ def patch_table(path: str, name: str, width: int, patch_size: int) -> Table:
 
 
 def stacked(path: str, block: Table, depth: int) -> DeepTable:
-    """The table of a `Stack` at a path, from the table of one layer."""
-    return {f"{path}/layers/{name}": (entry, depth) for name, entry in block.items()}
+    """The table of a `Stack` at a path, from the table of one layer; a stack of depth 0 has no parameters."""
+    return {f"{path}/layers/{name}": (entry, depth) for name, entry in block.items()} if depth else {}
 
 
 def part(path: str, table: Table, depth: int) -> DeepTable:

@@ -1,5 +1,6 @@
 """Noising and sampling against what is known exactly: mixtures of Gaussians, whose best network has a formula."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from scipy import stats
 
 from como_jax.errors import ConfigError
-from como_jax.policies.denoising import add_noise, alpha_bars, denoise
+from como_jax.policies.denoising import Noised, add_noise, alpha_bars, denoise
 from como_jax.spec.policies import DiffusionConfig
 
 MODES, WEIGHTS, SPREAD = np.array([-0.7, 0.5]), np.array([0.3, 0.7]), 0.05
@@ -110,6 +111,14 @@ def test_what_is_added_can_be_taken_away_again() -> None:
         signal, noise = (part[:, None, None] for part in signal_and_noise(config, noised.time))
         epsilon = noised.target + (sample if config.kind == "flow" else 0)
         np.testing.assert_allclose(signal * sample + noise * epsilon, noised.x, rtol=1e-5, atol=1e-5)
+
+
+def test_regression_is_told_nothing_of_the_target_and_asks_once() -> None:
+    config, sample = DiffusionConfig("regression", clip=0.5), jax.random.normal(jax.random.key(1), (6, 4, 2))
+    noised = add_noise(config, sample, jax.random.key(2))
+    chex.assert_trees_all_equal(noised, Noised(jnp.zeros((6, 4, 2)), jnp.ones(6), sample))
+    found = denoise(config, lambda x, time: x + time[:, None, None] * sample, sample)
+    chex.assert_trees_all_equal(found, jnp.clip(sample, -0.5, 0.5))
 
 
 def test_clipped_samples_stay_within_the_limits() -> None:

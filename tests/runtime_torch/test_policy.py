@@ -67,6 +67,10 @@ FLOW = {"model.action_head": "flow", "model.flow_steps": 3, "data.chunk": 2, "mo
 # Of the other family, see the fixture `guided`.
 COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "thinking in vectors, embeddings": ("autoregressive", THINKING | DIFFUSED | EMBEDDINGS),
+    "regression, a bag of words": (
+        "diffusion",
+        {"model.diffusion.kind": "regression", "model.diffusion.clip": 0.0, "text.depth": 0},
+    ),
     "drawn bins, tokens": ("vla", LATENTS | TOKENS | BINS),
 }
 STORED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -219,7 +223,7 @@ def test_a_compiled_policy_acts_as_it_is(variant: str, tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", mostly_slow(("ddpm", "flow"), "flow"))
+@pytest.mark.parametrize("kind", mostly_slow(("ddpm", "flow", "regression"), "flow"))
 def test_denoising_compiles_to_one_graph_that_rounds_alike(kind: str) -> None:
     config = DiffusionConfig(kind, 100, 3, "epsilon", eta=0.0, clip=1.0)
 
