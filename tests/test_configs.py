@@ -168,7 +168,7 @@ def test_switches_of_a_policy_make_a_policy(recipe: str, changes: dict[str, Any]
 
 
 def test_an_unknown_variant_of_a_policy_and_an_unknown_family_are_refused() -> None:
-    with pytest.raises(ValueError, match="Unknown variant 'smok'; choose one of tiny, smoke"):
+    with pytest.raises(ValueError, match="Unknown variant 'smok'; choose one of small, tiny, smoke"):
         load("policy_diffusion", "smok")
     config = load("policy_diffusion", "smoke")
     config.family = "policy"

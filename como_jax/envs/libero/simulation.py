@@ -103,6 +103,7 @@ class Simulation:
         from robosuite.utils.errors import RandomizationError
 
         for _ in range(_PLACEMENT_TRIALS):
+            self._unplace_fixtures()
             with contextlib.suppress(RandomizationError):
                 self.observation = self.raw.reset()
                 # What it keeps of the last episode: how far the gripper was asked to close.
@@ -110,6 +111,18 @@ class Simulation:
                 gripper.current_action = np.zeros_like(gripper.current_action)
                 return
         raise RuntimeError(f"{self.task.name}: no place for all objects in {_PLACEMENT_TRIALS} trials")
+
+    def _unplace_fixtures(self) -> None:
+        """Puts cabinets, stoves and the like where they are when the scene is loaded.
+
+        LIBERO adds the place of a fixture to where a region of it lies, so that what starts on a stove would lie twice as
+        far from the origin if the stove still stood where the last episode had it.
+        """
+        model = self.raw.sim.model
+        for fixture in getattr(self.raw, "fixtures_dict", {}).values():
+            body = model.body_name2id(fixture.root_body)
+            model.body_pos[body], model.body_quat[body] = 0.0, (1.0, 0.0, 0.0, 0.0)
+        self.raw.sim.forward()
 
     def _shift_arm(self) -> None:
         """Turns the joints of the arm a little, which LIBERO itself does not."""
