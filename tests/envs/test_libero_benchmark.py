@@ -15,6 +15,7 @@ from como_jax.envs.base import FIRST_ROLLOUT_SEED, EnvironmentOptions
 from como_jax.envs.libero import benchmark
 from como_jax.envs.libero.arm import CAMERAS, PandaEnvironment
 from como_jax.envs.libero.render import Renderer
+from como_jax.envs.libero.simulation import Simulation
 from como_jax.envs.registry import environment_names, make_environment
 from como_jax.errors import ConfigError
 from tests.everyday import needs_libero
@@ -145,6 +146,25 @@ def test_an_episode_depends_on_its_seed_alone_and_is_solved_by_its_own_predicate
     sim = stove.simulation.raw.sim
     sim.data.qpos[sim.model.get_joint_qpos_addr("flat_stove_1_button")] = 1.0
     assert stove.step(IDLE).success
+
+
+@needs_libero
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["libero_spatial/4", "libero_spatial/7", "libero_spatial/9"])
+def test_what_is_drawn_in_every_episode_lies_where_it_does_in_official_states(task: str) -> None:
+    simulation = Simulation(benchmark.load(task))
+
+    def places(seed: int, official: int | None) -> dict[str, np.ndarray]:
+        simulation.reset(seed, official)
+        raw = simulation.raw
+        return {name: raw.sim.data.body_xpos[body].copy() for name, body in raw.obj_body_id.items()}
+
+    # Bowls start on a stove, on a cabinet and in its drawer.
+    expected = places(0, 0)
+    for seed in range(3):
+        for name, place in places(seed, None).items():
+            assert np.abs(place - expected[name]).max() < 0.08, name
+    simulation.close()
 
 
 @needs_libero

@@ -115,8 +115,8 @@ class Simulation:
     def _unplace_fixtures(self) -> None:
         """Puts cabinets, stoves and the like where they are when the scene is loaded.
 
-        LIBERO adds the place of a fixture to where a region of it lies, so that what starts on a stove would lie twice as
-        far from the origin if the stove still stood where the last episode had it.
+        LIBERO adds the place of a fixture to where a region of it lies, so that what starts on a stove would lie twice
+        as far from the origin if the stove still stood where the last episode had it.
         """
         model = self.raw.sim.model
         for fixture in getattr(self.raw, "fixtures_dict", {}).values():
