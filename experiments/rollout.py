@@ -32,7 +32,7 @@ from como_jax.evaluation.rollouts.results import (
     RolloutSummary,
     table_markdown,
 )
-from como_jax.evaluation.rollouts.resuming import ended_episodes, rollout_directory
+from como_jax.evaluation.rollouts.resuming import read_episodes, rollout_directory
 from como_jax.evaluation.rollouts.rollout import (
     RolloutOptions,
     parse_settings,
@@ -91,7 +91,7 @@ def rollout(
     same = {name: value for name, value in facts["options"].items() if name not in ("workers", *_TIMEOUTS)}
     parent = epath.Path(workdir) / "rollouts"
     with rollout_directory(out, parent, f"{env}-step{runner.step}", facts | {"options": same}) as directory:
-        ended = ended_episodes(directory)
+        ended = [result for result in read_episodes(directory) if not result.crashed]
         recorder = RolloutRecorder(directory, len(names), videos, ended)
         total = len(names) * options.episodes
         logger.info("%d episodes of %d tasks, written to %s", total, len(names), directory)

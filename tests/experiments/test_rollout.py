@@ -13,7 +13,7 @@ import pytest
 
 from como_jax.errors import ConfigError, RunError
 from como_jax.evaluation.rollouts import rollout as rollouts
-from como_jax.evaluation.rollouts.resuming import ended_episodes, rollout_directory
+from como_jax.evaluation.rollouts.resuming import read_episodes, rollout_directory
 from como_jax.evaluation.rollouts.rollout import RolloutOptions, parse_settings
 from como_jax.spec.control import ControlConfig
 from experiments import rollout as command
@@ -173,7 +173,7 @@ def test_other_rollouts_do_not_go_on_in_a_stopped_directory(tmp_path: Path):
         pass
     with pytest.raises(RunError, match="episodes.csv is damaged"), rollout_directory(first, tmp_path, "", plan):
         (first / "episodes.csv").write_text("task,episode,crashed\na,b,0\n")
-        ended_episodes(first)
+        read_episodes(first)
     with rollout_directory(None, tmp_path, "a:b", plan) as again:
         pass
     assert again == first and not (first / "unfinished.json").exists()

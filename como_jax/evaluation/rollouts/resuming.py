@@ -55,8 +55,8 @@ def rollout_directory(
         (path / PLAN_NAME).unlink()
 
 
-def ended_episodes(directory: epath.Path) -> list[EpisodeResult]:
-    """The episodes that ended in a directory before its rollouts were stopped, but for those that crashed.
+def read_episodes(directory: epath.Path) -> list[EpisodeResult]:
+    """The episodes that have ended in a directory up to now, those that crashed included.
 
     Raises:
       RunError: the list of episodes is damaged.
@@ -65,14 +65,12 @@ def ended_episodes(directory: epath.Path) -> list[EpisodeResult]:
     if not path.exists():
         return []
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text())))
         return [
             EpisodeResult(
                 row["task"], int(row["episode"]), int(row["seed"]), row["instruction"], int(row["steps"]),
-                bool(int(row["success"])),
+                bool(int(row["success"])), row["reason"],
             )
-            for row in rows
-            if not int(row["crashed"])
+            for row in csv.DictReader(io.StringIO(path.read_text()))
         ]  # fmt: skip
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise RunError(f"{path} is damaged ({error}); delete {directory} to begin anew.") from error
