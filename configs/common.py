@@ -123,6 +123,16 @@ def shrink_policy(config: ConfigDict) -> None:
     config.evaluation.update({"execute": 4})
 
 
+def shrink_policy_to_small(config: ConfigDict) -> None:
+    """64 px, a tower over patches and a bag of words, for half an hour of one CPU core that solves tasks."""
+    shrink_policy(config)
+    config.encoder.width = 128
+    config.text.update({"width": 128, "depth": 0, "max_length": 128, "pool": 128})
+    config.data.update({"batch_size": 128, "random_shift": 3})
+    config.optim.update({"warmup_steps": 200, "ema_decay": 0.998})
+    config.train.update({"num_steps": 6000, "evaluate_every": 0, "checkpoint_every": 2000})
+
+
 def shrink_policy_to_smoke(config: ConfigDict) -> None:
     """A few steps of a few samples, on top of `shrink_policy`."""
     config.encoder.update({"width": 32, "depth": 1, "num_heads": 2})

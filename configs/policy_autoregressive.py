@@ -16,7 +16,14 @@ def get_config(variant: str = "") -> ConfigDict:
     """The full recipe, or a smaller one by name."""
     config = common.policy("autoregressive_policy", common.section(AutoregressiveConfig, "chunk", "stride"))
     config.data.update({"instants": 2, "stride": 5, "chunk": 5, "robot_latents": True})
-    return common.apply_variant(config, variant, (tiny, smoke))
+    return common.apply_variant(config, variant, (small, tiny, smoke))
+
+
+def small(config: ConfigDict) -> None:
+    """Half an hour of one CPU core."""
+    common.shrink_policy_to_small(config)
+    config.data.instants = 1
+    config.model.update({"width": 128, "depth": 3, "num_heads": 4, "head_width": 64, "head_depth": 1})
 
 
 def tiny(config: ConfigDict) -> None:

@@ -30,12 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def small(config: ConfigDict) -> None:
     """Half an hour of one CPU core."""
-    common.shrink_policy(config)
-    config.encoder.width = 128
-    config.text.update({"width": 128, "depth": 0, "max_length": 128, "pool": 128})
-    config.data.update({"batch_size": 128, "random_shift": 3})
-    config.optim.update({"final_learning_rate": 1e-5, "warmup_steps": 200, "ema_decay": 0.998})
-    config.train.update({"num_steps": 6000, "evaluate_every": 0, "checkpoint_every": 2000})
+    common.shrink_policy_to_small(config)
     config.model.update({"width": 128, "depth": 3, "num_heads": 4})
 
 

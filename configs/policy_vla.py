@@ -13,6 +13,7 @@ Variants are joined by commas, as in `:latent,tiny`.
 | `finetune`  | stage 3: true actions alone |
 | `paligemma` | 3 B parameters in the layout of PaliGemma (arXiv 2407.07726), from `--config.model.weights` or scratch |
 | `lora`      | trains low-rank changes of the decoder and the new heads alone (arXiv 2106.09685) |
+| `small`     | one CPU core, half an hour |
 | `tiny`      | laptop CPU, minutes |
 | `smoke`     | a check that everything runs, seconds; learns nothing |
 
@@ -43,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.update({"learning_rate": 2e-5, "final_learning_rate": 2e-5, "weight_decay": 0.0, "warmup_steps": 0})
     config.train.num_steps = 70_000
     config.evaluation.execute = 1
-    return common.apply_variant(config, variant, (latent, finetune, paligemma, lora, tiny, smoke))
+    return common.apply_variant(config, variant, (latent, finetune, paligemma, lora, small, tiny, smoke))
 
 
 def latent(config: ConfigDict) -> None:
@@ -77,9 +78,21 @@ def lora(config: ConfigDict) -> None:
     config.data.batch_size = 16
 
 
+def small(config: ConfigDict) -> None:
+    """Half an hour of one CPU core."""
+    common.shrink_policy_to_small(config)
+    _shrink(config)
+    config.model.update({"width": 128, "depth": 3})
+
+
 def tiny(config: ConfigDict) -> None:
     """Minutes on two CPU cores."""
     common.shrink_policy(config)
+    _shrink(config)
+
+
+def _shrink(config: ConfigDict) -> None:
+    """A small decoder that writes numbers."""
     # As text the instruction would be most of the sequence.
     config.text.update({"tower": "bytes", "prompt": "{}"})
     config.model.update({"width": 96, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "head_size": 24, "mlp_width": 256})

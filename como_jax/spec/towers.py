@@ -53,7 +53,8 @@ class TextConfig:
         `como_jax.weights.text`); "embedding" for embeddings that the dataset holds; "tokens" for a table alone, for
         models that read the instruction themselves.
       max_length: tokens of the longest instruction.
-      width, depth, num_heads: of the tower; of public towers those of their weights.
+      width, depth, num_heads: of the tower; of public towers those of their weights. With a depth of 0 the byte-level
+        tower is a bag of letters and of hashed n-grams.
       pool: number of neighbouring bytes whose outputs the byte-level tower averages to one token.
       mlp_width, vocabulary_size, activation, norm_epsilon: of public towers, those of their weights. An activation
         "gated-NAME" is that of a gated linear unit.

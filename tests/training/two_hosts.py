@@ -37,7 +37,7 @@ from experiments.train_policy import train_policy
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Data, fsdp and tensor: both hosts are in one group of tensor parallelism. Runs cover the other axes.
 TENSOR_ACROSS = (1, 1, 8)
-NUM_STEPS = 24
+NUM_STEPS = 14
 
 
 class Job(NamedTuple):
