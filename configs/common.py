@@ -126,8 +126,8 @@ def shrink_policy(config: ConfigDict) -> None:
 def shrink_policy_to_small(config: ConfigDict) -> None:
     """64 px, a tower over patches and a bag of words, for half an hour of one CPU core that solves tasks."""
     shrink_policy(config)
-    config.encoder.width = 128
-    config.text.update({"width": 128, "depth": 0, "max_length": 128, "pool": 128})
+    config.encoder.pool = 2
+    config.text.update({"width": 32, "depth": 0, "max_length": 128, "pool": 128})
     config.data.update({"batch_size": 128, "random_shift": 3})
     config.optim.update({"warmup_steps": 200, "ema_decay": 0.998})
     config.train.update({"num_steps": 6000, "evaluate_every": 0, "checkpoint_every": 2000})

@@ -23,7 +23,7 @@ def small(config: ConfigDict) -> None:
     """Half an hour of one CPU core."""
     common.shrink_policy_to_small(config)
     config.data.instants = 1
-    config.model.update({"width": 128, "depth": 3, "num_heads": 4, "head_width": 64, "head_depth": 1})
+    config.model.update({"width": 128, "depth": 2, "num_heads": 4, "head_width": 64, "head_depth": 1})
 
 
 def tiny(config: ConfigDict) -> None:

@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def small(config: ConfigDict) -> None:
     """Half an hour of one CPU core."""
     common.shrink_policy_to_small(config)
-    config.model.update({"width": 128, "depth": 3, "num_heads": 4})
+    config.model.update({"width": 128, "depth": 2, "num_heads": 4})
 
 
 def tiny(config: ConfigDict) -> None:

@@ -82,7 +82,7 @@ def small(config: ConfigDict) -> None:
     """Half an hour of one CPU core."""
     common.shrink_policy_to_small(config)
     _shrink(config)
-    config.model.update({"width": 128, "depth": 3})
+    config.model.update({"width": 128, "depth": 2})
 
 
 def tiny(config: ConfigDict) -> None:

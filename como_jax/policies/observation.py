@@ -84,7 +84,7 @@ class ObservationEncoder(nnx.Module):
             tower = {"vit": Vit, "siglip": Siglip}[config.image_tower]
             self.images = tower(config.vit, dtype=dtype, remat="none" if config.freeze_images else remat, rngs=rngs)
         side = config.grid // config.pool
-        self.image_proj = Linear(config.vit.width, width, dtype=dtype, rngs=rngs)
+        self.image_proj = Linear(config.pooled_width, width, dtype=dtype, rngs=rngs)
         self.image_pos = embedding(side * side, width, rngs=rngs)
         self.camera_embed = embedding(config.cameras, width, rngs=rngs)
         self.instant_embed = embedding(config.instants, width, rngs=rngs)
@@ -130,8 +130,9 @@ class ObservationEncoder(nnx.Module):
         if config.freeze_images:
             features = jax.lax.stop_gradient(features)
         side, pool = config.grid // config.pool, config.pool
-        cells = features.reshape(-1, side, pool, side, pool, config.vit.width).mean(axis=(2, 4))
-        return self.image_proj(cells.reshape(-1, config.vit.width)).reshape(*leading, side * side, -1)
+        cells = features.reshape(-1, side, pool, side, pool, config.vit.width)
+        cells = jnp.moveaxis(cells, 3, 2) if config.image_tower == "patch" else cells.mean(axis=(2, 4))
+        return self.image_proj(cells.reshape(-1, config.pooled_width)).reshape(*leading, side * side, -1)
 
     def _read_text(self, observation: Observation) -> TextFeatures:
         """The instruction's features, at the width of the policy."""

@@ -82,7 +82,7 @@ class ObservationEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.images = _make_image_tower(config)
-        self.image_proj = Linear(config.vit.width, width)
+        self.image_proj = Linear(config.pooled_width, width)
         self.image_pos = nn.Parameter(torch.empty((config.grid // config.pool) ** 2, width))
         self.camera_embed = nn.Parameter(torch.empty(config.cameras, width))
         self.instant_embed = nn.Parameter(torch.empty(config.instants, width))
@@ -115,7 +115,8 @@ class ObservationEncoder(nn.Module):
         frames = images.flatten(0, 2)
         features = self.images(normalize_frames(frames))[:, 1:] if config.image_tower == "vit" else self.images(frames)
         side, pool = config.grid // config.pool, config.pool
-        cells = features.reshape(-1, side, pool, side, pool, features.shape[-1]).mean(dim=(2, 4))
+        cells = features.reshape(-1, side, pool, side, pool, features.shape[-1])
+        cells = cells.movedim(3, 2).flatten(3) if config.image_tower == "patch" else cells.mean(dim=(2, 4))
         return self.image_proj(cells.flatten(1, 2)).unflatten(0, images.shape[:3])
 
     def _read_text(self, instruction: Tensor) -> TextFeatures:

@@ -36,7 +36,8 @@ class ObservationConfig:
       image_tower: "vit", "siglip", or "patch", two linear layers over patches, trained from scratch.
       vit: sizes of the ViT or SigLIP; the tower over patches uses only image size and width.
       freeze_images: whether the ViT or SigLIP gets no gradient.
-      pool: side of the square of image tokens that are averaged to one; 1 keeps all.
+      pool: side of the square of image tokens that become one: those of the tower over patches, which keep where they
+        are, by joining them, others by averaging; 1 keeps all.
       cameras: number of cameras.
       instants: number of images of each camera, one after another.
       state_size: numbers in the proprioceptive state; 0 leaves it out.
@@ -68,6 +69,11 @@ class ObservationConfig:
     def grid(self) -> int:
         """Image tokens along one side, before pooling."""
         return self.vit.image_size // _PATCH if self.image_tower == "patch" else self.vit.grid
+
+    @property
+    def pooled_width(self) -> int:
+        """Numbers in an image token after pooling."""
+        return self.pool**2 * self.vit.width if self.image_tower == "patch" else self.vit.width
 
 
 @dataclasses.dataclass(frozen=True)

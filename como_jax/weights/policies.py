@@ -122,7 +122,7 @@ def observation_table(config: ObservationConfig, width: int) -> DeepTable:
     """
     side = config.grid // config.pool
     top = {
-        **linear("observation/image_proj", "observation.image_proj", config.vit.width, width),
+        **linear("observation/image_proj", "observation.image_proj", config.pooled_width, width),
         "observation/image_pos": array("observation.image_pos", side * side, width),
         "observation/camera_embed": array("observation.camera_embed", config.cameras, width),
         "observation/instant_embed": array("observation.instant_embed", config.instants, width),

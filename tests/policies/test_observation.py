@@ -131,6 +131,17 @@ def test_the_tower_over_patches_has_one_token_for_sixteen_pixels() -> None:
     np.testing.assert_array_equal(np.argwhere(differs), [[1, 2]])
 
 
+def test_tokens_of_the_tower_over_patches_are_joined_in_squares() -> None:
+    config, observation = dataclasses.replace(BASE, image_tower="patch", pool=2), make_observation()
+    model, params = make_encoder(config)
+    tower = jax.jit(lambda params, x: model.bind(params).images(normalize_frames(x)))
+    patches = np.asarray(tower(params, observation.images[1:2, 2, 1])).reshape(-1)
+    found = reader(config)(observation).tokens[1, 2, 1]
+    place = params["image_pos"][0] + params["camera_embed"][1] + params["instant_embed"][2]
+    expected = patches @ params["image_proj"]["kernel"] + params["image_proj"]["bias"] + place
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_image_changes_its_own_tokens_alone(tower: str) -> None:
     config, observation = dataclasses.replace(BASE, image_tower=tower, pool=2), make_observation()

@@ -69,7 +69,7 @@ COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "thinking in vectors, embeddings": ("autoregressive", THINKING | DIFFUSED | EMBEDDINGS),
     "regression, a bag of words": (
         "diffusion",
-        {"model.diffusion.kind": "regression", "model.diffusion.clip": 0.0, "text.depth": 0},
+        {"model.diffusion.kind": "regression", "model.diffusion.clip": 0.0, "encoder.pool": 2, "text.depth": 0},
     ),
     "drawn bins, tokens": ("vla", LATENTS | TOKENS | BINS),
 }
