@@ -8,6 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from como_jax.convert.tabletop.builder import TabletopDemonstrations, TabletopSettings
+from como_jax.data.sources import EpisodeSource
 from como_jax.envs import tabletop
 from como_jax.envs.base import MAX_DEMONSTRATION_SEED, SEED_STRIDE
 from como_jax.errors import ConversionError
@@ -38,6 +39,12 @@ def test_video_of_people_without_actions(tmp_path, check_dataset):
     features = tfds.builder_from_directory(tmp_path / "out").info.features
     assert "action" not in features
     assert set(features["observation"]) == {"image"}
+
+
+def test_a_dataset_names_the_environment_that_looks_like_it(tmp_path):
+    convert(tmp_path / "out", episodes=1, tasks=("push",), scene="fixed", validation_fraction=0.0)
+    source = EpisodeSource(tmp_path / "out", "train")
+    assert source.environment == {"family": "tabletop", "look": "plain", "scene": "fixed"}
 
 
 def test_failed_demonstrations_are_left_out(tmp_path, check_dataset):

@@ -42,7 +42,7 @@ def test_one_environment_is_made_of_one_task_only() -> None:
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="setting lok: this environment has look; did you mean look?"):
+    with pytest.raises(ConfigError, match="setting lok: this environment has look, scene; did you mean look?"):
         make_environment("tabletop:reach", EnvironmentOptions(settings={"lok": "plain"}))
 
 

@@ -14,6 +14,7 @@ from como_jax.envs.tabletop import (
     HARD,
     HUMAN,
     PLAIN,
+    SCENES,
     TASKS,
     ExpertStyle,
     Look,
@@ -21,6 +22,7 @@ from como_jax.envs.tabletop import (
     demonstrate,
     expert_action,
 )
+from como_jax.envs.tabletop.tasks import PHRASES
 
 LOOKS = {"plain": PLAIN, "hard": HARD, "human": HUMAN}
 
@@ -268,6 +270,7 @@ def test_closed_drawer_stops_the_gripper():
         (lambda: Tabletop(()), ["task"]),
         (lambda: Tabletop(image_size=16), ["image_size", "64", "224"]),
         (lambda: Tabletop(max_steps=0), ["max_steps"]),
+        (lambda: Tabletop(scenes="empty"), ["scenes", "drawn", "fixed", "recoloured", "empty"]),
         (lambda: Look(background="space"), ["background", "plain", "textured"]),
         (lambda: Look(agent="foot"), ["agent", "gripper", "hand"]),
         (lambda: Look(distractors=-1), ["distractors", "8"]),
@@ -281,6 +284,32 @@ def test_bad_values_are_refused_by_name(make, words):
     with pytest.raises(ValueError) as error:
         make()
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_fixed_scene_has_the_same_things_and_words_at_other_places():
+    starts = {}
+    for scenes in SCENES:
+        env = Tabletop("push", render_observations=False, scenes=scenes)
+        starts[scenes] = []
+        for seed in range(12):
+            env.reset(seed=seed)
+            starts[scenes].append((env.goal.instruction, tuple(item.name for item in env.scene.objects)))
+        places = {env.scene.objects[0].position[0] for _ in range(3) if env.reset()}
+        assert len(places) == 3
+    assert len(set(starts["drawn"])) == 12
+    sentence = "push the cylinder to the yellow zone"
+    assert set(starts["fixed"]) == {(sentence, ("red cube", "green cylinder", "blue ball"))}
+    assert set(starts["recoloured"]) == {(sentence, ("yellow cube", "purple cylinder", "orange ball"))}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_expert_does_what_the_words_of_a_fixed_scene_say(task):
+    env = Tabletop(task, render_observations=False, scenes="fixed")
+    found = [demonstrate(env, seed) for seed in range(3)]
+    assert all(each.success for each in found)
+    goal = env.goal
+    for name, thing in (("object", env.scene.objects[goal.target].shape), ("zone", env.scene.zones[goal.zone].colour)):
+        assert f"{{{name}}}" not in PHRASES[task][0] or thing in goal.instruction
 
 
 def test_bad_actions_are_refused():

@@ -45,11 +45,11 @@ def test_videos_come_on_top_of_as_many_samples_of_the_robot(tmp_path: Path):
         flags = dict(flag.partition("=")[::2] for flag in jobs[f"diffusion_{arm}_0"].command)
         return int(flags["--config.data.batch_size"]), flags["--data"]
 
-    assert samples("none") == (32, f"{tmp_path}/robot") and samples("ceiling") == (32, f"{tmp_path}/ceiling")
-    assert samples("none_twice") == (64, f"{tmp_path}/robot")
+    assert samples("none") == (128, f"{tmp_path}/robot") and samples("ceiling") == (128, f"{tmp_path}/ceiling")
+    assert samples("none_twice") == (256, f"{tmp_path}/robot")
     batch, data = samples("como")
     weights = [float(part.partition("=")[2] or 1) for part in data.split(",")]
-    assert batch * weights[0] / sum(weights) == 32
+    assert batch * weights[0] / sum(weights) == 128
 
 
 def test_only_what_the_missing_runs_need_is_made(tmp_path: Path):

@@ -20,6 +20,10 @@ class TabletopSettings(DemonstrationSettings):
     )
     look: str = setting("plain, moving, hard or human", "plain", one_of(list(tabletop.LOOKS)))
 
+    scene: str = setting(
+        "drawn, with things of other colours in each episode, fixed, or recoloured", "drawn", one_of(tabletop.SCENES)
+    )
+
     known_tasks = tabletop.TASKS
 
 
@@ -30,6 +34,10 @@ class TabletopDemonstrations(DemonstrationBuilder):
     settings: TabletopSettings
     cameras = (DEFAULT_CAMERA,)
     state_size = action_size = 4
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"family": "tabletop", "look": self.settings.look, "scene": self.settings.scene}
 
     def demonstrate(self, task: str, seed: int) -> Demonstration:
         found = tabletop.demonstrate(self._environments[task], seed, self.settings.noise)
@@ -45,5 +53,5 @@ class TabletopDemonstrations(DemonstrationBuilder):
 
     @functools.cached_property
     def _environments(self) -> dict[str, tabletop.Tabletop]:
-        look = tabletop.LOOKS[self.settings.look]
-        return {task: tabletop.Tabletop(task, self.settings.image_size, look) for task in tabletop.TASKS}
+        look, size, scene = tabletop.LOOKS[self.settings.look], self.settings.image_size, self.settings.scene
+        return {task: tabletop.Tabletop(task, size, look, scenes=scene) for task in tabletop.TASKS}

@@ -4,7 +4,7 @@ from como_jax.envs.tabletop.env import IMAGE_SIZES, Tabletop
 from como_jax.envs.tabletop.expert import Demonstration, ExpertStyle, demonstrate, expert_action
 from como_jax.envs.tabletop.look import HARD, HUMAN, LOOKS, MOVING, PLAIN, Look
 from como_jax.envs.tabletop.scene import CONTROL_RATE_HZ, Scene
-from como_jax.envs.tabletop.tasks import TASKS, Goal
+from como_jax.envs.tabletop.tasks import SCENES, TASKS, Goal
 
 __all__ = [
     "CONTROL_RATE_HZ",
@@ -14,6 +14,7 @@ __all__ = [
     "LOOKS",
     "MOVING",
     "PLAIN",
+    "SCENES",
     "TASKS",
     "Demonstration",
     "ExpertStyle",

@@ -27,18 +27,20 @@ def make(family: str, task: str, options: EnvironmentOptions) -> TabletopEnviron
 
 
 class TabletopEnvironment:
-    """See `como_jax.envs.base.Environment`; the setting `look` names the look."""
+    """See `como_jax.envs.base.Environment`; the settings `look` and `scene` name looks and scenes."""
 
     def __init__(self, task: str, options: EnvironmentOptions):
-        look = options.take("look").get("look", "plain")
-        if look not in tabletop.LOOKS:
-            raise ConfigError(f"setting look={look}: there are {', '.join(tabletop.LOOKS)}.")
+        settings = options.take("look", "scene")
+        look, scene = settings.get("look", "plain"), settings.get("scene", "drawn")
+        for name, value, known in (("look", look, tabletop.LOOKS), ("scene", scene, tabletop.SCENES)):
+            if value not in known:
+                raise ConfigError(f"setting {name}={value}: there are {', '.join(known)}.")
         cameras = options.cameras or (DEFAULT_CAMERA,)
         if cameras != (DEFAULT_CAMERA,):
             raise ConfigError(f"The tabletop has one camera, {DEFAULT_CAMERA}, not {', '.join(cameras)}.")
         max_steps = options.max_steps or _MAX_STEPS
         try:
-            self._env = tabletop.Tabletop(task, options.image_size, tabletop.LOOKS[look], max_steps)
+            self._env = tabletop.Tabletop(task, options.image_size, tabletop.LOOKS[look], max_steps, scenes=scene)
         except ValueError as error:
             raise ConfigError(f"tabletop:{task}: {error}") from error
         self.spec = EnvironmentSpec(

@@ -9,7 +9,7 @@ import numpy as np
 from como_jax.envs.tabletop.look import PLAIN, Look
 from como_jax.envs.tabletop.render import Renderer
 from como_jax.envs.tabletop.scene import CONTROL_RATE_HZ, WORKSPACE_HIGH, WORKSPACE_LOW, Scene
-from como_jax.envs.tabletop.tasks import TASKS, Goal, is_solved, sample_episode
+from como_jax.envs.tabletop.tasks import SCENES, TASKS, Goal, is_solved, sample_episode
 
 IMAGE_SIZES = (64, 224)
 """Smallest and largest side of the image, in pixels."""
@@ -35,6 +35,7 @@ class Tabletop(gymnasium.Env):
         look: Look = PLAIN,
         max_steps: int = 80,
         render_observations: bool = True,
+        scenes: str = "drawn",
     ):
         """Sets up the environment; `reset` starts an episode.
 
@@ -44,6 +45,7 @@ class Tabletop(gymnasium.Env):
             look: how the images look.
             max_steps: number of steps after which an unsolved episode is truncated.
             render_observations: False leaves the images black, which makes steps much faster.
+            scenes: what lies on the table, one of `tasks.SCENES`.
 
         Raises:
             ValueError: if an argument is out of range.
@@ -54,8 +56,11 @@ class Tabletop(gymnasium.Env):
             raise ValueError(f"image_size must be an integer from {low} to {high}, got {image_size!r}")
         if not isinstance(max_steps, int) or max_steps < 1:
             raise ValueError(f"max_steps must be a positive integer, got {max_steps!r}")
+        if scenes not in SCENES:
+            raise ValueError(f"scenes must be one of {', '.join(SCENES)}, got {scenes!r}")
         self.image_size = image_size
         self.look = look
+        self.scenes = scenes
         self.max_steps = max_steps
         self.render_observations = render_observations
         self.render_mode = "rgb_array"
@@ -116,7 +121,7 @@ class Tabletop(gymnasium.Env):
         # Separate generators: what the look draws must not shift what the scene draws.
         scene_rng, look_rng = (np.random.default_rng([episode_seed, stream]) for stream in range(2))
         task = tasks[scene_rng.integers(len(tasks))]
-        self._scene, self._goal = sample_episode(task, scene_rng)
+        self._scene, self._goal = sample_episode(task, scene_rng, self.scenes)
         self._renderer.start_episode(self._scene, look_rng)
         self._steps = 0
         return self._observe(), self._info()

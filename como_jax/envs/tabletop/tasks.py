@@ -38,6 +38,25 @@ PHRASES = {
     "press_button": ("press the button", "push the button down", "hit the button"),
 }
 
+SCENES = ("drawn", "fixed", "recoloured")
+"""What lies on the table, at places that are always drawn.
+
+In a "drawn" scene things have other colours in each episode, any of them may be the task's, and the instruction is one
+of several. In a "fixed" one the three objects and two zones are always the same, and each task has one instruction,
+about one of them, as in LIBERO-Goal (arXiv 2306.03310). "recoloured" is that with objects in the three other colours:
+what was learned of shapes should hold there too.
+"""
+_FIXED_COLOURS = {"fixed": ("red", "green", "blue"), "recoloured": ("yellow", "purple", "orange")}
+_FIXED_ZONES = ("yellow", "purple")
+_FIXED_GOALS = {
+    "reach": (0, 0, "reach the cube"),
+    "push": (1, 0, "push the cylinder to the yellow zone"),
+    "pick_place": (2, 1, "put the ball on the purple zone"),
+    "open_drawer": (0, 0, "open the drawer"),
+    "close_drawer": (0, 0, "close the drawer"),
+    "press_button": (0, 0, "press the button"),
+}
+
 REACH_HEIGHT = OBJECT_HEIGHT + 0.03
 REACH_TOLERANCE = 0.02
 ZONE_TOLERANCE = 0.03
@@ -59,23 +78,28 @@ class Goal:
     instruction: str
 
 
-def sample_episode(task: str, rng: np.random.Generator) -> tuple[Scene, Goal]:
+def sample_episode(task: str, rng: np.random.Generator, scenes: str = "drawn") -> tuple[Scene, Goal]:
     """Draws a start scene in which the task is not solved, and the goal.
 
     Args:
         task: one of TASKS.
         rng: the only source of chance.
+        scenes: one of SCENES.
     """
     while True:
-        scene = _sample_scene(task, rng)
-        target, zone = int(rng.integers(len(scene.objects))), int(rng.integers(len(scene.zones)))
-        phrases = PHRASES[task]
-        words = {"object": scene.objects[target].name, "zone": scene.zones[zone].colour}
-        goal = Goal(task, target, zone, phrases[rng.integers(len(phrases))].format(**words))
+        scene = _sample_scene(task, rng, scenes)
+        goal = Goal(task, *_FIXED_GOALS[task]) if scenes != "drawn" else _draw_goal(task, scene, rng)
         # Only reach can be nearly solved by chance: the placement keeps objects away from all zones.
         near = task == "reach" and _reach_distance(scene, goal) < _START_DISTANCE
         if not near and not is_solved(scene, goal):
             return scene, goal
+
+
+def _draw_goal(task: str, scene: Scene, rng: np.random.Generator) -> Goal:
+    target, zone = int(rng.integers(len(scene.objects))), int(rng.integers(len(scene.zones)))
+    phrases = PHRASES[task]
+    words = {"object": scene.objects[target].name, "zone": scene.zones[zone].colour}
+    return Goal(task, target, zone, phrases[rng.integers(len(phrases))].format(**words))
 
 
 def is_solved(scene: Scene, goal: Goal) -> bool:
@@ -102,10 +126,13 @@ def _reach_distance(scene: Scene, goal: Goal) -> float:
     return float(np.linalg.norm(scene.gripper.position - reach_point(scene, goal)))
 
 
-def _sample_scene(task: str, rng: np.random.Generator) -> Scene:
+def _sample_scene(task: str, rng: np.random.Generator, scenes: str) -> Scene:
     places = _sample_places(rng)
-    colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))]
-    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
+    if scenes == "drawn":
+        colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))]
+        shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
+    else:
+        colours, shapes = [*_FIXED_COLOURS[scenes], *_FIXED_ZONES], SHAPES
     objects = [
         TableObject(shape, colour, np.array([x, y, 0.0]))
         for shape, colour, (x, y) in zip(shapes, colours, places[:3], strict=False)

@@ -115,7 +115,10 @@ SETTINGS = {
         environment=f"tabletop:{_TABLETOP}",
         tasks=6,
         looks={"plain": (), "human": ("--look=human",)},
-        build=(f"--tasks={_TABLETOP}", "--noise=0.1", "--image_size=64"),
+        build=(f"--tasks={_TABLETOP}", "--noise=0.1", "--image_size=64", "--scene=fixed"),
+        variant="small",
+        batch_size=128,
+        steps=2500,
     ),
     "metaworld": Setting(
         builder="metaworld",
