@@ -130,7 +130,7 @@ def shrink_policy_to_small(config: ConfigDict) -> None:
     config.text.update({"width": 32, "depth": 0, "max_length": 128, "pool": 128})
     config.data.update({"batch_size": 128, "random_shift": 3})
     config.optim.update({"warmup_steps": 200, "ema_decay": 0.998})
-    config.train.update({"num_steps": 6000, "evaluate_every": 0, "checkpoint_every": 2000})
+    config.train.update({"num_steps": 3500, "evaluate_every": 0, "checkpoint_every": 1000})
 
 
 def shrink_policy_to_smoke(config: ConfigDict) -> None:

@@ -125,7 +125,11 @@ def trace_policy(config: ConfigDict, *, latents: bool = True, **sizes: Any) -> N
 
 @pytest.mark.parametrize(
     ("variant", "latents"),
-    mostly_slow([("", True), ("tiny", True), ("smoke", True), ("smoke", False)], ("smoke", True), ("smoke", False)),
+    mostly_slow(
+        [("", True), ("small", True), ("tiny", True), ("smoke", True), ("smoke", False)],
+        ("smoke", True),
+        ("smoke", False),
+    ),
 )
 @pytest.mark.parametrize("recipe", POLICY_RECIPES)
 def test_every_policy_recipe_makes_a_policy_with_and_without_latents(recipe: str, variant: str, latents: bool) -> None:

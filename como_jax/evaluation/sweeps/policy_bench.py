@@ -102,7 +102,7 @@ def _libero(suite: str) -> Setting:
         variant="small",
         policy=('--config.data.cameras=("agentview_rgb","eye_in_hand_rgb")',),
         batch_size=128,
-        steps=6000,
+        steps=3500,
     )
 
 
