@@ -124,7 +124,7 @@ def shrink_policy(config: ConfigDict) -> None:
 
 
 def shrink_policy_to_small(config: ConfigDict) -> None:
-    """64 px, a tower over patches and a bag of words, for half an hour of one CPU core that solves tasks."""
+    """64 px, a tower over patches and a bag of words, for half an hour of one CPU core."""
     shrink_policy(config)
     config.encoder.pool = 2
     config.text.update({"width": 32, "depth": 0, "max_length": 128, "pool": 128})

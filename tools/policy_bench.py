@@ -6,7 +6,8 @@
 Builds the datasets, trains the models that label videos and the policies that learn from them, rolls the policies out,
 and writes OUT/table.md and the outcome of every episode; `como_jax.evaluation.sweeps.policy_bench` says what the arms
 are. What is finished stays as it is, so that the same command resumes after a stop. With --results, outcomes are added
-to that file as runs end, and runs that are complete in it are not run again, on whatever machine they were.
+to that file as runs end, and runs that are complete in it are not run again, on whatever machine they were. The file
+does not say how long policies were trained: keep one for each value of --steps.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class ObservationConfig:
       image_tower: "vit", "siglip", or "patch", two linear layers over patches, trained from scratch.
       vit: sizes of the ViT or SigLIP; the tower over patches uses only image size and width.
       freeze_images: whether the ViT or SigLIP gets no gradient.
-      pool: side of the square of image tokens that become one: those of the tower over patches, which keep where they
-        are, by joining them, others by averaging; 1 keeps all.
+      pool: side of the square of image tokens that become one; 1 keeps all. Those of the tower over patches are joined,
+        which keeps what lies where, and others are averaged.
       cameras: number of cameras.
       instants: number of images of each camera, one after another.
       state_size: numbers in the proprioceptive state; 0 leaves it out.

@@ -6,6 +6,7 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
+from etils import epath
 
 from como_jax.convert import catalog
 from como_jax.errors import RunError, UsageError
@@ -13,6 +14,7 @@ from como_jax.evaluation.rollouts.results import EpisodeResult, episodes_csv
 from como_jax.evaluation.sweeps import bench_results, policy_bench
 from como_jax.evaluation.sweeps.bench_results import Episode, Run
 from como_jax.evaluation.sweeps.policy_bench import ARMS, LABELLERS, SETTINGS, Bench, Job, run_stage
+from tools.policy_bench import Outcomes
 
 
 def make_bench(out: Path, env: str = "tabletop") -> Bench:
@@ -108,6 +110,27 @@ def test_outcomes_of_rollouts_are_kept_in_a_file_that_says_what_is_complete(tmp_
     path.write_text("task,success\n")
     with pytest.raises(UsageError, match="episodes.csv must be a table with the columns suite, task"):
         bench_results.read_episodes(path)
+
+
+def test_outcomes_of_other_suites_and_days_stay_and_new_ones_are_added(tmp_path: Path):
+    bench = Bench("libero_goal", tmp_path / "out", ["diffusion"], ["none", "como"], [0], episodes=1)
+    none, como = bench.runs
+    tasks = [str(task) for task in range(10)]
+    known = [Episode("libero_goal", task, 0, none.seed, none.policy, none.arm, False) for task in tasks]
+    other = [known[0]._replace(suite="libero_object")]
+    path = epath.Path(tmp_path / "all.csv")
+    bench_results.write_episodes(path, known + other)
+    outcomes = Outcomes(bench, path)
+    assert outcomes.complete() == [none]
+    folder = bench.rollout_folder(como)
+    folder.mkdir(parents=True)
+    results = [EpisodeResult(f"libero:libero_goal/{task}", 0, 7, steps=4, success=True) for task in tasks]
+    for ended in (results[:4], results):
+        (folder / "episodes.csv").write_text(episodes_csv(ended))
+        text = outcomes.collect()
+    assert set(outcomes.complete()) == set(Outcomes(bench, path).complete()) == {none, como}
+    assert len(bench_results.read_episodes(path)) == 21
+    assert "+100.0 (+100.0 to +100.0)" in text and (bench.out / "table.md").read_text() == text
 
 
 def test_pairs_are_compared_and_the_interval_is_that_of_drawing_them_again():
