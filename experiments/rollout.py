@@ -58,7 +58,6 @@ def rollout(
     max_steps: int = 0,
     settings: Mapping[str, str] | None = None,
     sampling: Mapping[str, str] | None = None,
-    videos: int | None = None,
 ) -> RolloutSummary:
     """Rolls the newest checkpoint of a run out, and writes the files that the module names.
 
@@ -67,7 +66,7 @@ def rollout(
       env: FAMILY:TASK,TASK or FAMILY:all.
       options: of the rollouts.
       out: gets the files; a new directory in `workdir`/rollouts by default.
-      dataset, image_size, max_steps, settings, sampling, videos: see `define_flags`.
+      dataset, image_size, max_steps, settings, sampling: see `define_flags`.
 
     Raises:
       UsageError: run, environment and `out` do not fit together.
@@ -87,12 +86,12 @@ def rollout(
         "options": dataclasses.asdict(options),
         "environment": dataclasses.asdict(environment),
     }
-    # Neither of these changes an episode.
-    same = {name: value for name, value in facts["options"].items() if name not in ("workers", *_TIMEOUTS)}
+    # None of these changes an episode.
+    same = {name: value for name, value in facts["options"].items() if name not in ("workers", "videos", *_TIMEOUTS)}
     parent = epath.Path(workdir) / "rollouts"
     with rollout_directory(out, parent, f"{env}-step{runner.step}", facts | {"options": same}) as directory:
         ended = [result for result in read_episodes(directory) if not result.crashed]
-        recorder = RolloutRecorder(directory, len(names), videos, ended)
+        recorder = RolloutRecorder(directory, len(names), options.videos, ended)
         total = len(names) * options.episodes
         logger.info("%d episodes of %d tasks, written to %s", total, len(names), directory)
         if ended:
@@ -137,11 +136,11 @@ def main(arguments: Sequence[str]) -> None:
     """Reads the flags."""
     cli.no_arguments(arguments)
     values = flags.FLAGS.flag_values_dict()
-    names = ("episodes", "workers", "seed", "step_timeout")
+    names = ("episodes", "workers", "seed", "videos", "step_timeout")
     options = RolloutOptions(
         **{name: values[name] for name in names}, control=ControlConfig(values["execute"], values["ensemble"])
     )
-    names = ("workdir", "env", "out", "dataset", "image_size", "max_steps", "videos")
+    names = ("workdir", "env", "out", "dataset", "image_size", "max_steps")
     try:
         summary = rollout(
             **{name: values[name] for name in names},

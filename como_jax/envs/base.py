@@ -44,7 +44,7 @@ class Observation:
     """What an environment shows at one step.
 
     Attributes:
-      images: uint8 RGB `[H, W, 3]` by camera, upright.
+      images: uint8 RGB `[H, W, 3]` by camera, upright; none where they were not asked for.
       state: float32 `[S]`, proprioception in the units of the environment's datasets.
     """
 
@@ -77,8 +77,11 @@ class Environment(Protocol):
     def instruction(self) -> str:
         """What the episode asks for, in words; valid after `reset`."""
 
-    def step(self, action: np.ndarray) -> StepResult:
+    def step(self, action: np.ndarray, render: bool = True) -> StepResult:
         """Executes an action, float32 `[A]`.
+
+        Without `render` images may be missing, unless the episode is over: drawing takes most of the time of some
+        simulators, and nothing that happens depends on it.
 
         Raises:
           ValueError: the action has another shape or is not finite.

@@ -75,8 +75,8 @@ class PushTEnvironment:
         """What the episode asks for."""
         return INSTRUCTION
 
-    def step(self, action: np.ndarray) -> StepResult:
-        """Executes an action, clipped to the board.
+    def step(self, action: np.ndarray, render: bool = True) -> StepResult:
+        """Executes an action, clipped to the board; the simulator draws in any case.
 
         Raises:
           ValueError: the action has another shape or is not finite.

@@ -50,7 +50,7 @@ class Controller:
     """History and chunks of one episode.
 
     At each step call `observe`, then `add_chunk` with the policy's answer to `history` if `needs_chunk`, then
-    `next_action`.
+    `next_action`. Images may be missing where they were not needed (`needs_images`).
 
     Attributes:
       steps: actions taken so far.
@@ -83,6 +83,11 @@ class Controller:
     def needs_chunk(self) -> bool:
         """Whether a chunk must be added before the next action."""
         return self.steps % self._config.execute == 0 and not (self._chunks and self._chunks[-1][0] == self.steps)
+
+    def needs_images(self) -> bool:
+        """Whether the images after the actions taken so far are part of this or a later `history`."""
+        backs = range(0, self._spec.instants * self._spec.stride, self._spec.stride)
+        return any((self.steps + back) % self._config.execute == 0 for back in backs)
 
     def add_chunk(self, chunk: np.ndarray) -> None:
         """Adds the actions, float32 `[H, A]` in the robot's units, that the policy predicts from now on.

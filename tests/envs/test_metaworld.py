@@ -235,6 +235,7 @@ def test_an_unsolved_episode_ends(make):
     environment = make(image_size=16, max_steps=3)
     for _ in range(2):
         environment.reset(0)
-        results = [environment.step(np.zeros(4)) for _ in range(3)]
+        results = [environment.step(np.zeros(4), render=False) for _ in range(3)]
+        assert [bool(result.observation.images) for result in results] == [False, False, True]
         assert [result.done for result in results] == [False, False, True]
         assert not any(result.success for result in results)

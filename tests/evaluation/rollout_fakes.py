@@ -48,15 +48,16 @@ class Line:
         self._place = float(np.random.default_rng(seed).uniform(0, 5))
         if self._task == "unlucky" and seed % 2:
             raise RuntimeError("fell at the start")
-        return self._observe()
+        return self._observe(render=True)
 
-    def step(self, action: np.ndarray) -> StepResult:
+    def step(self, action: np.ndarray, render: bool = True) -> StepResult:
         self._steps += 1
         if self._seed % 2 and self._steps == 3:
             {"exit": lambda: os._exit(7), "hang": lambda: time.sleep(60), "raise": self._stumble}.get(self._task, int)()
         self._place += float(action.sum())
         solved = self._place > 10
-        return StepResult(self._observe(), solved, solved or self._steps == self.spec.max_steps)
+        done = solved or self._steps == self.spec.max_steps
+        return StepResult(self._observe(render or done), solved, done)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -64,9 +65,9 @@ class Line:
     def _stumble(self) -> None:
         raise ValueError("stumbled\nover two lines")
 
-    def _observe(self) -> Observation:
+    def _observe(self, render: bool) -> Observation:
         image = np.full((self._size, self._size, 3), int(10 * self._place) % 256, np.uint8)
-        return Observation({"front": image}, np.array([self._place, self._steps, 0], np.float32))
+        return Observation({"front": image} if render else {}, np.array([self._place, self._steps, 0], np.float32))
 
 
 def always_exit(name: str, options: EnvironmentOptions) -> None:

@@ -66,6 +66,20 @@ def test_results_depend_neither_on_the_number_of_workers_nor_on_other_tasks():
     assert [r.steps for r in other] != [r.steps for r in alone] and other[1].seed == environment_seed(1, 1) == 901000001
 
 
+@pytest.mark.parametrize(("instants", "seen"), [(1, {0, 3, 6}), (2, {0, 2, 3, 5, 6})])
+def test_what_is_not_filmed_is_drawn_where_the_policy_looks_and_at_the_end(instants: int, seen: set[int]):
+    policy = dataclasses.replace(LINE_POLICY, instants=instants)
+    control, names = ControlConfig(3), ["line:far", "line:near"]
+    filmed, all_frames = play(names, runner=FakeRunner(policy), control=control)
+    partly, frames = play(names, runner=FakeRunner(policy), control=control, videos=1)
+    assert partly == filmed
+    for (name, number), recording in frames.items():
+        every = all_frames[name, number].frames
+        last = len(every) - 1
+        drawn = range(last + 1) if number < 1 else sorted({step for step in seen if step < last} | {last})
+        np.testing.assert_array_equal(recording.frames, [every[step] for step in drawn])
+
+
 def test_the_policy_is_asked_for_all_at_once_in_batches_of_one_size():
     runner = FakeRunner(scale=0.0)
     results, recordings = play(["line:far"], runner=runner, workers=3, episodes=3, control=ControlConfig(2))

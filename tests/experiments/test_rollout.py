@@ -1,6 +1,7 @@
 """Rollouts from the command line, of a policy that needs no training."""
 
 import csv
+import dataclasses
 import functools
 import json
 import subprocess
@@ -183,7 +184,7 @@ def test_the_settings_of_the_data_hold_unless_others_are_given(
     tmp_path: Path, policy: FakeRunner, caplog: pytest.LogCaptureFixture
 ):
     policy.environment = {"family": "tabletop", "look": "hard"}
-    rollout(tmp_path, "tabletop:reach", OPTIONS, max_steps=1, videos=0)
+    rollout(tmp_path, "tabletop:reach", dataclasses.replace(OPTIONS, videos=0), max_steps=1)
     (out,) = (tmp_path / "rollouts").iterdir()
     assert json.loads((out / "summary.json").read_text())["environment"]["settings"] == {"look": "hard"}
     assert not caplog.records

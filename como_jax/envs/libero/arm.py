@@ -125,7 +125,7 @@ class PandaEnvironment:
     def reset(self, seed: int) -> Observation:
         """Starts an episode, from the official state that the seed numbers or a drawn one, and lets it settle."""
         self.begin(seed)
-        return self.observe()
+        return Observation(self.images(), self.state())
 
     def begin(self, seed: int) -> None:
         """Starts an episode as `reset` does, without looking."""
@@ -138,7 +138,7 @@ class PandaEnvironment:
         """What the episode asks for."""
         return self.simulation.task.instruction
 
-    def step(self, action: np.ndarray) -> StepResult:
+    def step(self, action: np.ndarray, render: bool = True) -> StepResult:
         """Executes an action, after clipping it to [-1, 1].
 
         Raises:
@@ -147,7 +147,9 @@ class PandaEnvironment:
         self.simulation.step(check_action(action, self.spec))
         self._steps += 1
         success = self.simulation.success()
-        return StepResult(self.observe(), success, success or self._steps >= self.spec.max_steps)
+        done = success or self._steps >= self.spec.max_steps
+        images = self.images() if render or done else {}
+        return StepResult(Observation(images, self.state()), success, done)
 
     def expert_action(self) -> np.ndarray:
         """The action of LIBERO's expert, which is made at the first call in an episode; robosuite's tasks have none."""
@@ -161,10 +163,6 @@ class PandaEnvironment:
         if self._renderer is not None:
             self._renderer.close()
         self.simulation.close()
-
-    def observe(self) -> Observation:
-        """What is to be seen now."""
-        return Observation(self.images(), self.state())
 
     def images(self) -> dict[str, np.ndarray]:
         """What the cameras see now."""

@@ -83,14 +83,14 @@ class MetaWorldEnvironment:
         load_mujoco().mj_forward(self._simulator.model, self._simulator.data)
         self._simulator._prev_obs = self._simulator._get_curr_obs_combined_no_goal()
         self._observation, self._num_steps = self._simulator._get_obs(), 0
-        return self._observe()
+        return self._observe(render=True)
 
     @property
     def instruction(self) -> str:
         """What the task asks for."""
         return INSTRUCTIONS[self._task]
 
-    def step(self, action: np.ndarray) -> StepResult:
+    def step(self, action: np.ndarray, render: bool = True) -> StepResult:
         """Executes an action, or as much of it as solves the task.
 
         Raises:
@@ -104,7 +104,8 @@ class MetaWorldEnvironment:
             if success:
                 break
         self._num_steps += 1
-        return StepResult(self._observe(), success, success or self._num_steps >= self.spec.max_steps)
+        done = success or self._num_steps >= self.spec.max_steps
+        return StepResult(self._observe(render or done), success, done)
 
     def expert_action(self) -> np.ndarray:
         """The action of the scripted expert, which depends on the current observation alone."""
@@ -119,8 +120,9 @@ class MetaWorldEnvironment:
         self._cameras.close()
         self._simulator.close()
 
-    def _observe(self) -> Observation:
-        return Observation(self._cameras.render(), self._observation[:STATE_SIZE].astype(np.float32))
+    def _observe(self, render: bool) -> Observation:
+        images = self._cameras.render() if render else {}
+        return Observation(images, self._observation[:STATE_SIZE].astype(np.float32))
 
 
 def _action_repeat(text: str) -> int:

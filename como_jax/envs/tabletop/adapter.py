@@ -61,8 +61,8 @@ class TabletopEnvironment:
         """What the episode asks for."""
         return self._env.goal.instruction
 
-    def step(self, action: np.ndarray) -> StepResult:
-        """Executes an action; see `Tabletop.step`."""
+    def step(self, action: np.ndarray, render: bool = True) -> StepResult:
+        """Executes an action and draws in any case, which is quick; see `Tabletop.step`."""
         observation, _, success, truncated, _ = self._env.step(action)
         return StepResult(_observe(observation), success, success or truncated)
 

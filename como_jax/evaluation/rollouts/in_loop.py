@@ -175,7 +175,7 @@ class PolicyEvaluator:
 
     def _rollout_options(self) -> RolloutOptions:
         config = self._config
-        return RolloutOptions(config.episodes, config.env_workers, control=ControlConfig(config.execute))
+        return RolloutOptions(config.episodes, config.env_workers, control=ControlConfig(config.execute), videos=0)
 
     def _roll_out(self, params: Params) -> dict[str, float]:
         """Success rates, from the first host alone: simulators on several hosts would not stay in step."""

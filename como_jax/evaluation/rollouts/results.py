@@ -64,7 +64,8 @@ class Recording:
     """What an episode looked like.
 
     Attributes:
-      frames: uint8 `[H, W, 3]` of the environment's first camera, at the beginning and after every step.
+      frames: uint8 `[H, W, 3]` of the environment's first camera, at the beginning, at the end, and after every step
+        that was drawn.
       rate: frames per second.
     """
 

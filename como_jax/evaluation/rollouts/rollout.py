@@ -43,6 +43,8 @@ class RolloutOptions:
       workers: environments at the same time, each in a process.
       seed: another seed gives other episodes.
       control: how action chunks are carried out.
+      videos: episodes of every task that are drawn at every step; None for all. Others are drawn where the policy
+        looks, which changes no episode.
       step_timeout: seconds after which a worker that does not answer a step is given up.
       start_timeout: the same for the beginning of an episode, which may have to load the simulator.
     """
@@ -51,6 +53,7 @@ class RolloutOptions:
     workers: int = 2
     seed: int = 0
     control: ControlConfig = ControlConfig()
+    videos: int | None = None
     step_timeout: float = 120.0
     start_timeout: float = 600.0
 
@@ -273,7 +276,7 @@ class _Rollouts:
             for episode, chunk in zip(asking, chunks, strict=False):
                 episode.controller.add_chunk(chunk)
         for slot, episode in playing.items():
-            self._pool.request(slot, Step(episode.controller.next_action()))
+            self._pool.request(slot, episode.next_step())
 
 
 class _Episode:
@@ -283,7 +286,8 @@ class _Episode:
 
     def __init__(self, policy: PolicySpec, options: RolloutOptions, name: str, number: int):
         self._policy, self._options, self._number = policy, options, number
-        self._name, self._frames, self._success = name, [], False
+        self._name, self._frames, self._steps, self._success = name, [], 0, False
+        self._is_filmed = options.videos is None or number < options.videos
         self._spec: EnvironmentSpec | None = None
         self._instruction = ""
 
@@ -297,6 +301,11 @@ class _Episode:
         """What the policy is asked about for the next chunk."""
         return self.controller.history(self._instruction)
 
+    def next_step(self) -> Step:
+        """What the worker is asked for next; the controller must have its chunk."""
+        action = self.controller.next_action()
+        return Step(action, self._is_filmed or self.controller.needs_images())
+
     def receive(self, reply: Reply) -> EpisodeResult | None:
         """Processes a worker's answer; returns the result if the episode is over."""
         if isinstance(reply, Failed):
@@ -305,11 +314,14 @@ class _Episode:
             check_compatible(self._policy, reply.spec, reply.instruction)
             self._spec, self._instruction = reply.spec, reply.instruction
             self.controller = Controller(self._policy, self._options.control)
-        self.controller.observe(reply.observation.images, reply.observation.state)
-        self._frames.append(reply.observation.images[self._spec.cameras[0]])
+        images = reply.observation.images
+        self.controller.observe(images, reply.observation.state)
+        if images:
+            self._frames.append(images[self._spec.cameras[0]])
         if isinstance(reply, StepResult):
+            self._steps += 1
             self._success |= bool(reply.success)
-            if reply.done or self.controller.steps >= self._spec.max_steps:
+            if reply.done or self._steps >= self._spec.max_steps:
                 return self._result()
         return None
 
@@ -323,7 +335,7 @@ class _Episode:
             episode=self._number,
             seed=environment_seed(self._options.seed, self._number),
             instruction=self._instruction,
-            steps=max(0, len(self._frames) - 1),
+            steps=self._steps,
             success=self._success and not reason,
             reason=reason,
         )

@@ -39,9 +39,10 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Asks for a step, action float32 `[A]`; answered by `StepResult`."""
+    """Asks for a step, action float32 `[A]`, and for images after it; answered by `StepResult`."""
 
     action: np.ndarray
+    render: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ class _Holder:
         """The answer to a message."""
         try:
             if isinstance(message, Step):
-                return self._environment.step(message.action)
+                return self._environment.step(message.action, message.render)
             try:
                 environment = self._open(message.name, message.options)
             except UsageError as error:
