@@ -2,6 +2,7 @@
 
     python -m tools.policy_bench --env libero_spatial --out runs/bench --policies diffusion --arms none,como,ceiling
     python -m tools.policy_bench --env tabletop --out runs/bench_tabletop --seeds 0
+    python -m tools.policy_bench --env smoke --out runs/bench_smoke --episodes 1
 
 Builds the datasets, trains the models that label videos and the policies that learn from them, rolls the policies out,
 and writes OUT/table.md and the outcome of every episode; `como_jax.evaluation.sweeps.policy_bench` says what the arms

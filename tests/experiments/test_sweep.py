@@ -132,20 +132,20 @@ def test_a_mistyped_flag_is_one_line_and_status_2(refused: Callable[..., str], t
 
 @pytest.mark.slow
 def test_two_processes_give_the_tables_of_one(finished, tabletop_dataset: Path, tmp_path: Path):
-    swept = ["--sweep=model.latent_dim=4,16", "--sweep=data.gap_seconds=0.5,100.0"]
+    swept = ["--sweep=model.latent_dim=16", "--sweep=data.gap_seconds=0.5,100.0"]
     arguments = command(tmp_path / "out", tabletop_dataset, *swept, "--seeds=0", "--processes=2")
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 1, done.stderr
     cells = read_csv(tmp_path / "out" / "cells.csv")
-    assert [row["status"] for row in cells] == ["finished", "failed", "finished", "failed"]
+    assert [row["status"] for row in cells] == ["finished", "failed"]
     assert "Lower data.gap_seconds" in cells[1]["reason"] and str(tmp_path) in cells[1]["reason"]
     table = [row for row in read_csv(tmp_path / "out" / "table.csv") if row["seeds"] == "1"]
-    for row, result in zip(table, (finished[1][0], finished[1][2]), strict=True):
-        assert row["model.latent_dim"] == result.cell.swept["model.latent_dim"]
-        for name in ("lp_mse", "s_pcfc", "psnr_gain"):
-            # The number of threads decides the order of some sums.
-            expected = result.metrics[f"eval_val/{name}"]
-            np.testing.assert_allclose(float(row[f"{name}_mean"]), expected, rtol=1e-3, atol=1e-5)
+    (row,), alone = table, finished[1][2]
+    assert row["model.latent_dim"] == alone.cell.swept["model.latent_dim"]
+    for name in ("lp_mse", "s_pcfc", "psnr_gain"):
+        # The number of threads decides the order of some sums.
+        expected = alone.metrics[f"eval_val/{name}"]
+        np.testing.assert_allclose(float(row[f"{name}_mean"]), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ LABELLERS = {"diffusion": _CO_TRAINED, "autoregressive": _CO_TRAINED, "vla": ("l
 ARMS = ("none", "none_twice", *RECIPES, "ceiling")
 TWO_STAGES = ("vla",)
 """Policies that learn from videos first and from demonstrations afterwards."""
-DEMONSTRATIONS, FACTOR = 10, 5
+FACTOR = 5
+"""Videos, and demonstrations of the ceiling, for each demonstration of the robot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Setting:
       build_robot: flags for those with actions.
       episodes_flag: the flag that says how many episodes to record.
       is_per_task: whether it counts those of each task, and not all.
+      demonstrations: of each task.
       held_out: episodes of each task that labellers are measured on.
+      labeller: further fields of the configs of encoder and labellers.
       rollout: flags for all rollouts.
       variant: of the policies' recipes.
       policy: further fields of their configs.
@@ -74,7 +77,9 @@ class Setting:
     build_robot: tuple[str, ...] = ()
     episodes_flag: str = "episodes"
     is_per_task: bool = False
+    demonstrations: int = 10
     held_out: int = 10
+    labeller: tuple[str, ...] = ()
     rollout: tuple[str, ...] = ()
     variant: str = "tiny"
     policy: tuple[str, ...] = ()
@@ -127,6 +132,21 @@ SETTINGS = {
         looks={"plain": ()},
         build=(f"--tasks={_METAWORLD}", "--noise=0.1", "--action_repeat=4", "--image_size=64"),
         rollout=("--env_setting=action_repeat=4", "--max_steps=60"),
+    ),
+    # A check that everything runs; its policies learn nothing.
+    "smoke": Setting(
+        builder="tabletop",
+        environment="tabletop:reach,push",
+        tasks=2,
+        looks={"plain": (), "human": ("--look=human",)},
+        build=("--tasks=reach,push", "--image_size=64", "--scene=fixed"),
+        demonstrations=2,
+        held_out=6,
+        labeller=("--config.train.num_steps=4", "--config.data.batch_size=8"),
+        rollout=("--max_steps=6",),
+        variant="smoke",
+        batch_size=8,
+        steps=4,
     ),
 }
 
@@ -210,16 +230,16 @@ class Bench:
 
     def _datasets(self, runs: Sequence[Run]) -> list[Job]:
         arms = {run.arm for run in runs}
-        jobs = []
+        jobs, robot = [], self.setting.demonstrations
         # With the same first seed the ceiling holds the demonstrations of the robot, and more.
         if arms - {"ceiling"}:
-            jobs.append(self._build("robot", DEMONSTRATIONS, 0, "--validation_fraction=0"))
+            jobs.append(self._build("robot", robot, 0, "--validation_fraction=0"))
         if "ceiling" in arms:
-            jobs.append(self._build("ceiling", FACTOR * DEMONSTRATIONS, 0, "--validation_fraction=0"))
+            jobs.append(self._build("ceiling", FACTOR * robot, 0, "--validation_fraction=0"))
         if arms & set(RECIPES):
             jobs.append(self._build("held_out", self.setting.held_out, 1, "--validation_fraction=0.5"))
             looks = self.setting.looks
-            videos = FACTOR * DEMONSTRATIONS // len(looks)
+            videos = FACTOR * robot // len(looks)
             for seed, (look, flags_of_look) in enumerate(looks.items(), 2):
                 jobs.append(self._build(f"videos_{look}", videos, seed, "--noactions", *flags_of_look))
         return jobs
@@ -243,8 +263,8 @@ class Bench:
 
     def _pretrain(self, name: str, recipe: str, *more: str) -> Job:
         mixture = ",".join(map(str, [self.out / "robot", *self._videos]))
-        command = ("experiments.pretrain", f"--config=configs/{recipe}", f"--data={mixture}", *more)
-        return self._run(name, command, self.out / name)
+        command = ("experiments.pretrain", f"--config=configs/{recipe}", f"--data={mixture}")
+        return self._run(name, (*command, *self.setting.labeller, *more), self.out / name)
 
     def _run(self, name: str, command: tuple[str, ...], workdir: Path) -> Job:
         # A stopped run has checkpoints too, so `run_stage` writes this file when the command has succeeded.
