@@ -5,7 +5,7 @@
 | variant | hardware | what to expect |
 |---|---|---|
 | (none)  | TPU slice, large GPUs | ViT-B, from a run of `pretrain_mae.py` or scratch, and a 12-layer trunk, 224 px |
-| `:small`| one CPU core, half an hour | 64 px; 44 % of LIBERO-Spatial from ten demonstrations a task, 62 % in 10,000 steps |
+| `:small`| one CPU core, half an hour | 64 px; LIBERO-Spatial: 44 % from ten demonstrations, 62 % in 10,000 steps |
 | `:tiny` | laptop CPU, minutes | 64 px, a small tower from scratch |
 | `:smoke`| anything, seconds | a check that everything runs; learns nothing |
 
