@@ -169,7 +169,7 @@ def command(workdir: Path, dataset: Path, *more: str, recipe: str = "configs/pre
 
 @pytest.mark.slow
 def test_killed_at_a_random_moment_and_restarted_equals_uninterrupted(tabletop_dataset: Path, tmp_path: Path):
-    steps = 30
+    steps = 20
     flags = [
         f"--config.train.num_steps={steps}",
         "--config.train.checkpoint_every=4",
@@ -180,7 +180,7 @@ def test_killed_at_a_random_moment_and_restarted_equals_uninterrupted(tabletop_d
     uninterrupted = command(whole, tabletop_dataset, *flags, "--config.train.checkpoint_every=0")
     subprocess.run(uninterrupted, check=True, capture_output=True, cwd=REPOSITORY)
 
-    killed, target = tmp_path / "killed", random.Random(0).randint(6, 20)
+    killed, target = tmp_path / "killed", random.Random(0).randint(6, 12)
     process = subprocess.Popen(command(killed, tabletop_dataset, *flags), stderr=subprocess.DEVNULL, cwd=REPOSITORY)
     while process.poll() is None and last_step(killed) < target:
         time.sleep(0.01)
