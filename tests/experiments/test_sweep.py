@@ -149,21 +149,21 @@ def test_two_processes_give_the_tables_of_one(finished, tabletop_dataset: Path, 
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_running_cell_and_the_same_command_goes_on(tabletop_dataset: Path, tmp_path: Path):
+def test_sigterm_saves_the_running_cells_and_the_same_command_goes_on(tabletop_dataset: Path, tmp_path: Path):
     out = tmp_path / "out"
-    endless = ["--set=train.log_every=1", "--seeds=0", "--processes=2"]
+    endless = ["--set=train.log_every=1", "--seeds=0,1", "--processes=2"]
     arguments = command(out, tabletop_dataset, *endless)
     arguments[arguments.index("--set=train.num_steps=2")] = "--set=train.num_steps=100000"
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    run = out / "pretrain_como-smoke" / "seed0"
-    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+    runs = [out / "pretrain_como-smoke" / f"seed{seed}" for seed in range(2)]
+    while not all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text() for run in runs):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.terminate()
     _, output = process.communicate(timeout=60)
     assert process.returncode == 130 and "Stopped; run the same command to go on." in output
-    assert any((run / "checkpoints").iterdir())
+    assert all(any((run / "checkpoints").iterdir()) for run in runs)
     done = subprocess.run([*arguments, "--table_only"], text=True, cwd=REPOSITORY)
     assert done.returncode == 0
     statuses = [row["status"] for row in read_csv(out / "cells.csv")]
-    assert statuses == ["unfinished"]
+    assert statuses == ["unfinished"] * 2
